@@ -1,0 +1,70 @@
+"""Fine-tune pre-trained 3D networks for segmentation, in nnU-Net's own file formats.
+
+The public page: the names a notebook imports. Each is loaded when it is first used, so that importing the package
+costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.preprocess import preprocess_case
+    from nnssl_adapt.data.store import CaseStore
+    from nnssl_adapt.inference.model_folder import ModelFolder
+    from nnssl_adapt.inference.predictor import Predictor
+    from nnssl_adapt.planning.make import make_plan
+    from nnssl_adapt.planning.plan import FinetunePlan
+    from nnssl_adapt.planning.prepare import preprocess_dataset
+    from nnssl_adapt.training.recipe import Recipe
+    from nnssl_adapt.training.trainer import PretrainedTrainer
+    from nnssl_adapt.weights.architectures import Architecture, build_network
+    from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
+    from nnssl_adapt.weights.transfer import TransferReport, transfer_weights
+
+_HOME = {
+    "Architecture": "nnssl_adapt.weights.architectures",
+    "CaseStore": "nnssl_adapt.data.store",
+    "Checkpoint": "nnssl_adapt.weights.checkpoint",
+    "FinetunePlan": "nnssl_adapt.planning.plan",
+    "ModelFolder": "nnssl_adapt.inference.model_folder",
+    "Predictor": "nnssl_adapt.inference.predictor",
+    "PretrainedTrainer": "nnssl_adapt.training.trainer",
+    "Recipe": "nnssl_adapt.training.recipe",
+    "TransferReport": "nnssl_adapt.weights.transfer",
+    "build_network": "nnssl_adapt.weights.architectures",
+    "make_plan": "nnssl_adapt.planning.make",
+    "open_checkpoint": "nnssl_adapt.weights.checkpoint",
+    "preprocess_case": "nnssl_adapt.data.preprocess",
+    "preprocess_dataset": "nnssl_adapt.planning.prepare",
+    "transfer_weights": "nnssl_adapt.weights.transfer",
+}
+
+__all__ = [
+    "Architecture",
+    "CaseStore",
+    "Checkpoint",
+    "FinetunePlan",
+    "ModelFolder",
+    "Predictor",
+    "PretrainedTrainer",
+    "Recipe",
+    "TransferReport",
+    "build_network",
+    "make_plan",
+    "open_checkpoint",
+    "preprocess_case",
+    "preprocess_dataset",
+    "transfer_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nnssl_adapt' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,1 @@
+"""From image files in nnU-Net format to a preprocessed case store."""

@@ -1,0 +1,1 @@
+"""What segmentations are worth: metrics and summaries in the form nnU-Net writes."""

@@ -1,0 +1,1 @@
+"""Pure array maths: spacing, resampling, cropping. Imports no other room."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: the recipe, the loop, and what survives it."""

@@ -1,0 +1,1 @@
+"""Where pre-trained weights come from, what they are, and how they fit a new network."""
