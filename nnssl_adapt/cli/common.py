@@ -1,0 +1,100 @@
+"""What every command shares: logging to the screen, and errors as one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[str] | None) -> int:
+    """Parse, run, and turn any error into one line on stderr and an exit code (a traceback only with ``--verbose``)."""
+    parsed = parser.parse_args(arguments)
+    verbose = bool(getattr(parsed, "verbose", False))
+    _log_to_screen(verbose)
+    try:
+        return run(parsed)
+    except KeyboardInterrupt:
+        _complain("interrupted. What was finished is kept: run the same command again to go on", verbose)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open so that the interpreter's own flush finds it
+        return EXIT_FAILED
+    except Exception as error:
+        _complain(_explain(error), verbose)
+        return EXIT_FAILED
+
+
+def _explain(error: Exception) -> str:
+    from nnssl_adapt.errors import NnsslAdaptError, OutputError
+    from nnssl_adapt.files import explain_write_errors
+
+    if isinstance(error, NnsslAdaptError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        try:
+            with explain_write_errors(error.filename):
+                raise error
+        except OutputError as explained:
+            return str(explained)
+        except OSError:
+            return str(error)
+    return f"unexpected {type(error).__name__}: {error} (this is a bug; --verbose shows where it happened)"
+
+
+def _complain(message: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _log_to_screen(verbose: bool) -> None:
+    logger = logging.getLogger("nnssl_adapt")
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Lines())
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+class _Lines(logging.Formatter):
+    """Messages as they are; warnings and worse say so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show details, and a traceback when something fails")
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
+    parser.add_argument("--cache-dir", help="where downloads are kept (default: the Hugging Face cache)")
+    parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
+
+
+def default_workers() -> int:
+    """Processes to use when none were asked for: the cores this process may run on, at most 8 as nnU-Net."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(8, available))
+
+
+def require_device(name: str) -> str:
+    """Return the device, or raise DeviceUnavailable saying which ones there are. Checked before any long work."""
+    from nnssl_adapt.training.trainer import check_device
+
+    return str(check_device(name))

@@ -1,0 +1,99 @@
+"""Show what this installation would run on: versions, devices, folders, and which package owns which command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from nnssl_adapt.cli.common import EXIT_FAILED, EXIT_OK, add_verbose
+
+_PACKAGES = (
+    "nnssl-adapt",
+    "torch",
+    "dynamic-network-architectures",
+    "batchgeneratorsv2",
+    "blosc2",
+    "SimpleITK",
+    "huggingface_hub",
+    "numpy",
+    "scipy",
+    "nnunetv2",
+)
+_COMMANDS = ("nnUNetv2_preprocess_like_nnssl", "nnUNetv2_train_pretrained", "nnssl-adapt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        print(f"  {package:32s} {_version(package)}")
+    print("devices")
+    for line in _devices():
+        print(f"  {line}")
+    problems = [*_show_folders(), *_show_commands()]
+    for problem in problems:
+        print(f"problem: {problem}")
+    if not problems:
+        print("no problems found")
+    return EXIT_FAILED if problems else EXIT_OK
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" + (" (not needed)" if package == "nnunetv2" else "")
+
+
+def _devices() -> list[str]:
+    import torch
+
+    lines = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if torch.cuda.device_count() == 0:
+        lines.append("cuda: none (train and predict with -device cpu)")
+    if torch.backends.mps.is_available():
+        lines.append("mps: available")
+    return lines
+
+
+def _show_folders() -> list[str]:
+    print("folders")
+    problems = []
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnssl_pretrained_models"):
+        value = os.environ.get(variable)
+        optional = variable == "nnssl_pretrained_models"
+        if not value:
+            print(f"  {variable:26s} not set" + (" (optional)" if optional else ""))
+            if not optional:
+                problems.append(f"{variable} is not set: export {variable}=/path/to/a/folder")
+            continue
+        folder = Path(value).expanduser()
+        state = f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB free" if folder.is_dir() else "does not exist yet"
+        print(f"  {variable:26s} {value} ({state})")
+        if folder.is_dir() and variable in ("nnUNet_preprocessed", "nnUNet_results") and not os.access(folder, os.W_OK):
+            problems.append(f"{variable}={value} is not writable")
+        if variable == "nnUNet_raw" and not folder.is_dir():
+            problems.append(f"nnUNet_raw={value} does not exist")
+    return problems
+
+
+def _show_commands() -> list[str]:
+    print("commands")
+    problems = []
+    for command in _COMMANDS:
+        scripts = entry_points(group="console_scripts", name=command)
+        owners = sorted({script.dist.name for script in scripts if script.dist is not None})
+        print(f"  {command:32s} {', '.join(owners) or 'nobody'} ({shutil.which(command) or 'not on the PATH'})")
+        if len(owners) > 1:
+            problems.append(f"{command} belongs to {' and '.join(owners)}: whichever was installed last wins")
+    return problems

@@ -1,0 +1,67 @@
+"""The whole road in one go: plan, preprocess, fine-tune and validate one fold. Running it again goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnssl_adapt.cli import preprocess
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers
+from nnssl_adapt.cli.train import parse_fold
+from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name")
+    parser.add_argument("-pc", dest="source", required=True, help="checkpoint: file, folder, Hugging Face id or URL")
+    parser.add_argument(
+        "-n", dest="name", default="pretrained", help="short name of the pre-training (default: pretrained)"
+    )
+    parser.add_argument("-am", dest="mode", default="like_pretrained", choices=preprocess.MODES, help="target spacing")
+    parser.add_argument("-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm, for -am fixed")
+    parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
+    parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
+    add_training_flags(parser)
+    add_source(parser)
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import nnssl_adapt as na
+    from nnssl_adapt.cli.common import require_device
+    from nnssl_adapt.data.dataset import RawDataset
+
+    fold = parse_fold(arguments.fold)
+    require_device(arguments.device)
+    dataset = RawDataset.open(arguments.dataset)
+    checkpoint = na.open_checkpoint(
+        arguments.source,
+        revision=arguments.revision,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
+    )
+    print(checkpoint)
+    recipe = recipe_from(arguments, checkpoint.architecture.is_transformer)
+    processes = arguments.processes or default_workers()
+    plan = na.make_plan(
+        dataset,
+        checkpoint,
+        mode=arguments.mode,
+        name=arguments.name,
+        spacing=arguments.spacing,
+        workers=processes,
+        progress=True,
+    )
+    print(plan)
+    na.preprocess_dataset(plan, workers=processes)
+    trainer = na.PretrainedTrainer(
+        plan,
+        fold=fold,
+        recipe=recipe,
+        device=arguments.device,
+        checkpoint=checkpoint,
+        from_scratch=arguments.from_scratch,
+        workers=arguments.workers,
+    )
+    model = trainer.run(resume=trainer.can_resume, save_probabilities=arguments.npz)
+    print(f"model in {model.path}\nnext:\n  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {model.path} -f {fold}")
+    return EXIT_OK

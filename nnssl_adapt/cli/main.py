@@ -1,0 +1,40 @@
+"""``nnssl-adapt``: one command with a subcommand for every step."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nnssl_adapt.cli import demo, doctor, finetune, inspect, predict, preprocess, train
+from nnssl_adapt.cli.common import run_command
+
+_COMMANDS = {
+    "finetune": (finetune, "raw dataset + checkpoint -> validated model, in one go"),
+    "inspect": (inspect, "what a checkpoint is, and what a dataset would get of it"),
+    "preprocess": (preprocess, "plan and preprocess a dataset (as nnUNetv2_preprocess_like_nnssl)"),
+    "train": (train, "fine-tune one fold (as nnUNetv2_train_pretrained)"),
+    "predict": (predict, "segment images with a trained model"),
+    "demo": (demo, "the whole road on an embedded example, in minutes on a CPU"),
+    "doctor": (doctor, "versions, devices, folders, and who owns which command"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnssl-adapt", description="Fine-tune pre-trained 3D networks for segmentation, in nnU-Net's file formats."
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), lambda parsed: int(parsed.run(parsed)), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Pictures that a person can judge a segmentation by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnssl_adapt.files import atomic_path
+
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c")
+
+
+def draw_overlay(
+    path: str | Path,
+    image: np.ndarray,
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    class_names: Sequence[str],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    title: str = "",
+) -> Path:
+    """Draw image, reference and prediction side by side in three planes, and save them as PNG.
+
+    The planes go through the centre of the reference's foreground. The same class has the same colour in both.
+
+    Args:
+        path: PNG file to write.
+        image: one channel, (Z, Y, X).
+        reference: label map (Z, Y, X) with values 1, 2, … for the names in ``class_names``.
+        prediction: label map (Z, Y, X).
+        class_names: names of labels 1, 2, …
+        spacing: millimetres (Z, Y, X), so that pixels are drawn in proportion.
+        title: headline.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    path = Path(path)
+    figure = Figure(figsize=(10, 10), layout="constrained", facecolor="white")
+    axes = figure.subplots(3, 3, squeeze=False)
+    centre = _centre(reference if (reference > 0).any() else prediction)
+    nothing = np.zeros_like(reference)
+    low, high = np.percentile(image, (1, 99.5))
+    for row, (axis, name) in enumerate(zip(range(3), ("axial", "coronal", "sagittal"), strict=True)):
+        index = centre[axis]
+        across, down = (a for a in (2, 1, 0) if a != axis)
+        for column, (labels, what) in enumerate(
+            ((nothing, "image"), (reference, "reference"), (prediction, "prediction"))
+        ):
+            plot = axes[row][column]
+            plot.imshow(
+                image.take(index, axis),
+                cmap="gray",
+                vmin=low,
+                vmax=max(high, low + 1e-6),
+                origin="lower",
+                aspect=spacing[down] / spacing[across],
+            )
+            plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
+            plot.set_aspect(spacing[down] / spacing[across])
+            plot.set_title(f"{what}, {name} {index}", fontsize=9)
+            plot.set_axis_off()
+    handles = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(class_names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return path
+
+
+def _coloured(labels: np.ndarray, classes: int) -> np.ndarray:
+    """RGBA picture (rows, columns, 4) of a label slice: transparent background, half-transparent classes."""
+    from matplotlib.colors import to_rgba
+
+    picture = np.zeros((*labels.shape, 4))
+    for index in range(classes):
+        picture[labels == index + 1] = to_rgba(_colour(index), alpha=0.45)
+    return picture
+
+
+def _centre(labels: np.ndarray) -> tuple[int, ...]:
+    """Centre of the foreground (Z, Y, X); of the image where there is none."""
+    where = np.nonzero(labels > 0)
+    if len(where[0]) == 0:
+        return tuple(n // 2 for n in labels.shape)
+    return tuple(round(float(axis.mean())) for axis in where)
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]

@@ -1,0 +1,290 @@
+"""The FinetunePlan: nnU-Net's plans file, with where the pre-trained weights come from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl_adapt.data.dataset import DatasetJson, LabelScheme
+from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule
+from nnssl_adapt.errors import PlanError
+from nnssl_adapt.files import write_json
+from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.weights.architectures import Architecture
+
+CONFIGURATION = "3d_fullres"
+
+RESAMPLE = "resample_data_or_seg_to_shape"
+"""Name of nnU-Net's resampling function, written into plans so that nnU-Net finds it."""
+
+KEEP = "no_resampling_hack"
+"""Name of nnU-Net's function that leaves the voxels as they are: the ``no_resample`` mode, in a form it can read."""
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """How one dataset is preprocessed, and which network is trained on it from which weights.
+
+    It *is* a plans file of nnU-Net (``content``), seen through one of its configurations; our additions sit in keys that
+    nnU-Net ignores: ``pretrain_info`` (as nnU-Net's own nnssl integration writes it) and ``nnssl_adapt``. Plans written
+    by nnU-Net 2.x open just as well; they have no provenance.
+
+    Attributes:
+        content: the plans file, key for key. Treat it as read-only.
+        configuration: which of its configurations is meant.
+        path: the file it was read from or saved to, if any.
+
+    Spacings are in millimetres, shapes in voxels; both are in the plan's axis order, after ``transpose_forward``.
+    """
+
+    content: dict[str, Any]
+    configuration: str = CONFIGURATION
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.content, self.configuration, self.path)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path, configuration: str = CONFIGURATION) -> FinetunePlan:
+        """Read a plans file, ours or nnU-Net's. Raises PlanError naming the file and the key that is wrong."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"no plans file {path}{_plans_beside(path)}") from None
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} is not a plans file: {error}") from error
+        return cls(content, configuration, path)
+
+    @classmethod
+    def find(cls, dataset_name: str, plans: str, configuration: str = CONFIGURATION) -> FinetunePlan:
+        """Read the plan called ``plans`` (with or without ``.json``, or a path) of a preprocessed dataset."""
+        if Path(plans).is_file():
+            return cls.load(plans, configuration)
+        name = plans.removesuffix(".json")
+        return cls.load(preprocessed_folder() / dataset_name / f"{name}.json", configuration)
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the plans file (by default to :attr:`plans_file`), whole or not at all, and return its path."""
+        target = Path(path) if path is not None else self.plans_file
+        write_json(target, self.content)
+        return target
+
+    @property
+    def dataset_folder(self) -> Path:
+        """The dataset's folder below ``nnUNet_preprocessed``."""
+        return preprocessed_folder() / self.dataset_name
+
+    @property
+    def plans_file(self) -> Path:
+        """Where this plan lies, or would be saved."""
+        return self.path if self.path is not None else self.dataset_folder / f"{self.plans_name}.json"
+
+    @property
+    def store_folder(self) -> Path:
+        """Where its preprocessed cases lie."""
+        return self.dataset_folder / self.data_identifier
+
+    # -- what it says ----------------------------------------------------------------------------------------------
+
+    @property
+    def dataset_name(self) -> str:
+        return str(self.content["dataset_name"])
+
+    @property
+    def plans_name(self) -> str:
+        return str(self.content["plans_name"])
+
+    @property
+    def settings_of_configuration(self) -> dict[str, Any]:
+        """The configuration's entries, with those it inherits."""
+        return resolve_configuration(self.content, self.configuration)
+
+    @property
+    def data_identifier(self) -> str:
+        return str(self.settings_of_configuration["data_identifier"])
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture.from_plans_dict(self.settings_of_configuration["architecture"])
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        z, y, x = (int(n) for n in self.settings_of_configuration["patch_size"])
+        return z, y, x
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.settings_of_configuration["batch_size"])
+
+    @property
+    def batch_dice(self) -> bool:
+        """Whether Dice is computed over the batch as a whole rather than for each sample."""
+        return bool(self.settings_of_configuration.get("batch_dice", False))
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """Spacing (mm) that images are resampled to, or None when they keep their own."""
+        return self.settings.spacing
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.settings_of_configuration["normalization_schemes"])
+
+    @property
+    def transpose_forward(self) -> tuple[int, ...]:
+        return tuple(self.content["transpose_forward"])
+
+    @property
+    def transpose_backward(self) -> tuple[int, ...]:
+        return tuple(self.content["transpose_backward"])
+
+    @property
+    def settings(self) -> PreprocessSettings:
+        """Everything that preprocessing needs to know."""
+        chosen = self.settings_of_configuration
+        intensity = self.content.get("foreground_intensity_properties_per_channel")
+        if intensity is None:  # the name before nnU-Net 2.0 was final
+            intensity = self.content.get("foreground_intensity_properties_by_modality", {})
+        return PreprocessSettings(
+            spacing=None if chosen["resampling_fn_data"] == KEEP else tuple(float(s) for s in chosen["spacing"]),
+            transpose_forward=self.transpose_forward,
+            transpose_backward=self.transpose_backward,
+            normalization_schemes=tuple(chosen["normalization_schemes"]),
+            use_mask_for_norm=tuple(bool(m) for m in chosen["use_mask_for_norm"]),
+            intensity_properties={str(k): dict(v) for k, v in intensity.items()},
+            patch_size=self.patch_size,
+            resampling_data=_rule(chosen.get("resampling_fn_data_kwargs"), order=3),
+            resampling_seg=_rule(chosen.get("resampling_fn_seg_kwargs"), order=1),
+        )
+
+    @property
+    def resampling_for_export(self) -> ResamplingRule:
+        """How logits go back to the image's own grid."""
+        return _rule(self.settings_of_configuration.get("resampling_fn_probabilities_kwargs"), order=1)
+
+    @property
+    def dataset_json(self) -> DatasetJson:
+        """The copy of ``dataset.json`` that lies beside the plan."""
+        return DatasetJson.load(self.dataset_folder / "dataset.json")
+
+    @property
+    def labels(self) -> LabelScheme:
+        return LabelScheme.from_dataset_json(self.dataset_json.raw)
+
+    @property
+    def pretrain_info(self) -> dict[str, Any]:
+        """What nnU-Net's own nnssl integration wants to know of the weights; empty in a plan without weights."""
+        return dict(self.content.get("pretrain_info", {}))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Our own entries: where the weights come from, their digest, the spacing mode; empty in nnU-Net's plans."""
+        return dict(self.content.get("nnssl_adapt", {}))
+
+    # -- variations ------------------------------------------------------------------------------------------------
+
+    def replaced(self, patch_size: Sequence[int] | None = None, batch_size: int | None = None) -> FinetunePlan:
+        """Return a copy with another patch or batch size (the architecture's entries follow the patch)."""
+        content = copy.deepcopy(self.content)
+        chosen = resolve_configuration(content, self.configuration)
+        if patch_size is not None:
+            patch = tuple(int(n) for n in patch_size)
+            chosen["architecture"] = self.architecture.to_plans_dict(patch)
+            chosen["patch_size"] = list(patch)
+        if batch_size is not None:
+            chosen["batch_size"] = int(batch_size)
+        content["configurations"][self.configuration] = chosen
+        return FinetunePlan(content, self.configuration, self.path)
+
+    def __str__(self) -> str:
+        spacing = "each image's own" if self.spacing is None else " × ".join(f"{s:g}" for s in self.spacing) + " mm"
+        patch = " × ".join(str(n) for n in self.patch_size)
+        source = self.provenance.get("source", {}).get("source", "no pre-trained weights")
+        return (
+            f"{self.plans_name} ({self.dataset_name}, {self.configuration})\n"
+            f"  spacing {spacing}, patch {patch}, batch {self.batch_size}, "
+            f"normalisation {', '.join(self.settings.normalization_schemes)}\n"
+            f"  {self.architecture.preset or self.architecture.class_name} from {source}"
+        )
+
+
+def resolve_configuration(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Entries of a configuration with those of the ones it inherits from (nnU-Net's ``inherits_from``).
+
+    Raises PlanError when the configuration does not exist or inherits in a circle.
+    """
+    configurations = content["configurations"]
+    chain: list[str] = []
+    step: str | None = name
+    while step is not None:
+        if step not in configurations:
+            raise PlanError(
+                f"plan {content.get('plans_name', '?')} has no configuration {step!r}; it has: {', '.join(configurations)}"
+            )
+        if step in chain:
+            raise PlanError(f"configurations inherit in a circle: {' -> '.join([*chain, step])}")
+        chain.append(step)
+        step = configurations[step].get("inherits_from")
+    merged: dict[str, Any] = {}
+    for ancestor in reversed(chain):
+        merged.update(copy.deepcopy(configurations[ancestor]))
+    merged.pop("inherits_from", None)
+    return merged
+
+
+def _rule(kwargs: Mapping[str, Any] | None, order: int) -> ResamplingRule:
+    kwargs = kwargs or {}
+    return ResamplingRule(
+        order=int(kwargs.get("order", order)),
+        order_z=int(kwargs.get("order_z", 0)),
+        force_separate_z=kwargs.get("force_separate_z"),
+    )
+
+
+_NEEDED = ("dataset_name", "plans_name", "transpose_forward", "transpose_backward", "configurations")
+_NEEDED_IN_CONFIGURATION = (
+    "data_identifier",
+    "patch_size",
+    "batch_size",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "architecture",
+)
+
+
+def _check(content: Any, configuration: str, path: Path | None) -> None:
+    where = str(path) if path is not None else "the plan"
+    if not isinstance(content, dict):
+        raise PlanError(f"{where}: expected a JSON object with nnU-Net's plans, got {type(content).__name__}")
+    problems = [f"key {key!r} is missing" for key in _NEEDED if key not in content]
+    if not problems:
+        chosen = resolve_configuration(content, configuration)
+        problems = [
+            f"key {key!r} of configuration {configuration!r} is missing"
+            for key in _NEEDED_IN_CONFIGURATION
+            if key not in chosen
+        ]
+        if "architecture" not in chosen and "UNet_class_name" in chosen:
+            problems = ["it is in the format before nnU-Net 2.3; run nnUNetv2_plan_experiment of a newer nnU-Net again"]
+        elif not problems and len(chosen["patch_size"]) != 3:
+            problems = [f"configuration {configuration!r} is not 3D (patch {chosen['patch_size']})"]
+    if problems:
+        raise PlanError(f"{where} is not a usable plans file: {'; '.join(problems)}")
+
+
+def _plans_beside(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f": the folder {folder} does not exist; run nnUNetv2_preprocess_like_nnssl first"
+    ignored = {"dataset.json", "dataset_fingerprint.json", "splits_final.json"}
+    names = sorted(p.stem for p in folder.glob("*.json") if p.name not in ignored)
+    return f"; plans there: {', '.join(names) or 'none, run nnUNetv2_preprocess_like_nnssl first'}"

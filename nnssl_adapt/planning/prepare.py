@@ -1,0 +1,75 @@
+"""From a plan to everything that training needs on disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.preprocess import preprocess_cases
+from nnssl_adapt.data.splits import load_or_make_splits
+from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.errors import PlanError
+from nnssl_adapt.files import atomic_path
+from nnssl_adapt.planning.make import copy_dataset_json
+from nnssl_adapt.planning.plan import FinetunePlan
+
+logger = logging.getLogger(__name__)
+
+
+def preprocess_dataset(
+    plan: FinetunePlan, workers: int = 2, overwrite: bool = False, progress: bool = True
+) -> CaseStore:
+    """Preprocess the plan's dataset and save the plan beside it; what is already there and unchanged is kept.
+
+    Writes below ``nnUNet_preprocessed/DatasetNNN_Name``: ``dataset.json``, ``splits_final.json`` (the one beside the raw
+    dataset, else nnU-Net's own five folds), ``gt_segmentations/``, the case store, and, once every case stands, the plan.
+
+    Args:
+        plan: what to do; see :func:`make_plan`.
+        workers: processes, one case each.
+        overwrite: do every case again.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        PreprocessingError: some cases could not be done (the others were; run it again after mending them).
+        PlanError: another plan has this plan's name, and ``overwrite`` is off.
+        OutputError: the folder can't be written, or the disk is full.
+    """
+    raw = RawDataset.open(plan.dataset_name)
+    _refuse_to_replace_another(plan, overwrite)
+    copy_dataset_json(raw, plan.dataset_folder)
+    load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)
+    _copy_reference_labels(raw, plan.dataset_folder / "gt_segmentations")
+    store = preprocess_cases(
+        raw, plan.settings, plan.store_folder, workers=workers, overwrite=overwrite, progress=progress
+    )
+    plan.save()
+    return store
+
+
+def _refuse_to_replace_another(plan: FinetunePlan, overwrite: bool) -> None:
+    """A plan of the same name but of other weights or settings belongs to runs that may still need it."""
+    if overwrite or not plan.plans_file.is_file():
+        return
+    old = FinetunePlan.load(plan.plans_file)
+    same_weights = old.provenance.get("source", {}).get("sha256") == plan.provenance.get("source", {}).get("sha256")
+    if not same_weights or old.settings.digest() != plan.settings.digest():
+        what = "other preprocessing settings" if same_weights else "other pre-trained weights"
+        raise PlanError(
+            f"{plan.plans_file} exists and was made for {what}: choose another name (-n), or --overwrite_pp to replace it"
+        )
+
+
+def _copy_reference_labels(raw: RawDataset, folder: Path) -> None:
+    """nnU-Net's ``gt_segmentations``: the labels that validation is judged by."""
+    for case in raw.cases:
+        if case.label is None:
+            continue
+        target = folder / f"{case.identifier}{raw.file_ending}"
+        source = case.label.stat()
+        if target.is_file() and target.stat().st_size == source.st_size and target.stat().st_mtime >= source.st_mtime:
+            continue
+        with atomic_path(target) as temporary:
+            shutil.copyfile(case.label, temporary)
