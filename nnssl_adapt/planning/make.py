@@ -23,6 +23,7 @@ from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
+from nnssl_adapt.weights.source import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ def _pretrain_info(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries that nnU-Net's own nnssl integration reads. The path is a hint; the digest decides."""
     plan = checkpoint.plan
     return {
-        "checkpoint_path": str(checkpoint.origin.path or checkpoint.origin.source),
+        "checkpoint_path": _path_hint(checkpoint.origin),
         "checkpoint_name": checkpoint.origin.filename,
         "key_to_encoder": plan.key_to_encoder,
         "key_to_stem": plan.key_to_stem,
@@ -280,6 +281,13 @@ def _pretrain_info(checkpoint: Checkpoint) -> dict[str, Any]:
         "pt_recommended_downstream_patchsize": list(plan.recommended_patch_size or plan.patch_size),
         "citations": list(checkpoint.citations),
     }
+
+
+def _path_hint(origin: Origin) -> str:
+    """Where the weights lay when the plan was made, for nnU-Net; we ourselves go by source and digest."""
+    if origin.kind == "huggingface":
+        return origin.source
+    return str(Path(origin.source).expanduser().resolve())
 
 
 def _spacing_part(spacing: Sequence[float] | None) -> str:

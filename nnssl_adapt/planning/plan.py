@@ -112,7 +112,8 @@ class FinetunePlan:
 
     @property
     def architecture(self) -> Architecture:
-        return Architecture.from_plans_dict(self.settings_of_configuration["architecture"])
+        preset = self.provenance.get("architecture_preset")
+        return Architecture.from_plans_dict(self.settings_of_configuration["architecture"], preset)
 
     @property
     def patch_size(self) -> tuple[int, int, int]:

@@ -1,0 +1,104 @@
+"""Both ways in which nnU-Net's users name a run, and flags that override a recipe."""
+
+import argparse
+
+import pytest
+
+from nnssl_adapt.cli import finetune, main, train
+from nnssl_adapt.cli.training_flags import recipe_from
+from nnssl_adapt.errors import ConfigurationError
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return parser.parse_args([*words, "-p", "ptPlans__mae"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-d", "41", "-c", "3d_fullres", "-f", "0"),
+        ("41", "3d_fullres", "0"),
+        ("-d", "41", "-f", "0"),
+    ],
+)
+def test_a_run_can_be_named_both_ways(words):
+    assert train._dataset_configuration_fold(parse(*words)) == ("41", "3d_fullres", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("41", "3d_fullres"), "expected DATASET CONFIGURATION FOLD"),
+        (("41", "3d_fullres", "0", "-f", "1"), "use one way or the other"),
+        (("-d", "41"), "missing -f"),
+        ((), "missing -d and -f"),
+        (("41", "3d_fullres", "zero"), "fold 'zero'"),
+    ],
+)
+def test_a_run_that_is_not_named(words, message):
+    with pytest.raises(ConfigurationError, match=message):
+        train._dataset_configuration_fold(parse(*words))
+
+
+def test_flags_override_the_recipe():
+    words = (
+        "--epochs",
+        "30",
+        "--lr",
+        "5e-4",
+        "--patch",
+        "16",
+        "24",
+        "32",
+        "--set",
+        "weight_decay=1e-3",
+        "--warmup",
+        "3",
+    )
+    recipe = recipe_from(parse("-d", "1", "-f", "all", *words), is_transformer=False)
+    assert (recipe.epochs, recipe.learning_rate, recipe.patch_size) == (30, 5e-4, (16, 24, 32))
+    assert (recipe.weight_decay, recipe.warmup_epochs, recipe.optimizer) == (1e-3, 3, "sgd")
+
+
+def test_without_a_choice_the_networks_family_decides():
+    assert recipe_from(parse("-d", "1", "-f", "0"), is_transformer=True).optimizer == "adamw"
+    assert (
+        recipe_from(parse("-d", "1", "-f", "0", "-tr", "PretrainedTrainer_150ep"), is_transformer=False).epochs == 150
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "weight_decay"), "expected KEY=VALUE"),
+        (("--set", "wieght_decay=1"), "weight_decay"),
+        (("--recipe", "nosuch"), "nosuch"),
+        (("-tr", "NoSuchTrainer"), "NoSuchTrainer"),
+        (("-tr", "PretrainedTrainer", "--recipe", "default"), "give one of them"),
+    ],
+)
+def test_wrong_recipes(words, message):
+    with pytest.raises(ConfigurationError, match=message):
+        recipe_from(parse("-d", "1", "-f", "0", *words), is_transformer=False)
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(ConfigurationError, match="(?s)epochs.*learning_rate"):
+        recipe_from(parse("-d", "1", "-f", "0", "--epochs", "0", "--lr", "-1"), is_transformer=False)
+
+
+def test_every_command_explains_itself(capsys):
+    for command in main._COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_finetune_shares_the_training_flags():
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    arguments = parser.parse_args(["-d", "41", "-pc", "x", "--epochs", "2"])
+    assert recipe_from(arguments, is_transformer=False).override(epochs=2).epochs == 2
