@@ -1,0 +1,213 @@
+"""The arguments of networks, as files write them: checked, spelled out stage by stage, and plain enough for JSON.
+
+Files name classes in several spellings (``torch.nn.LeakyReLU``, ``torch.nn.modules.activation.LeakyReLU``), give one
+number or one a stage, and mix in what belongs to the dataset or to pre-training. Names are looked up in tables and never
+imported, since a name in a stranger's file could be anything.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
+from torch import nn
+
+from nnssl_adapt.errors import ArchitectureError
+
+_OPERATIONS: dict[str, type[nn.Module]] = {
+    operation.__name__: operation
+    for operation in (
+        *(nn.Conv3d, nn.InstanceNorm3d, nn.BatchNorm3d, nn.Dropout3d, nn.Dropout),
+        *(nn.LeakyReLU, nn.ReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
+    )
+}
+_BLOCKS: dict[str, type[nn.Module]] = {block.__name__: block for block in (BasicBlockD, BottleneckD)}
+
+_OPERATION_KEYS = ("conv_op", "norm_op", "dropout_op", "nonlin")
+CLASS_KEYS = (*_OPERATION_KEYS, "block")
+"""Arguments of the CNNs whose value is a class."""
+
+BLOCKS_PER_STAGE = {"ResidualEncoderUNet": "n_blocks_per_stage", "PlainConvUNet": "n_conv_per_stage"}
+
+_CNN_OPTIONAL = {
+    "ResidualEncoderUNet": {"block", "bottleneck_channels", "stem_channels"},
+    "PlainConvUNet": {"nonlin_first"},
+}
+
+_GIVEN_WHEN_BUILT = {
+    "input_channels",
+    "num_input_channels",
+    "num_classes",
+    "output_channels",
+    "num_output_channels",
+} | {
+    "input_shape",
+    "deep_supervision",
+}
+"""Arguments that belong to the dataset or the run, not to the architecture; dropped wherever they turn up."""
+
+_PRIMUS_DEFAULTS: dict[str, Any] = {
+    "drop_path_rate": 0.0,
+    "attn_drop_rate": 0.0,
+    "proj_drop_rate": 0.0,
+    "init_values": None,
+    "scale_attn_inner": False,
+    "mlp_ratio": 4 * 2 / 3,
+    "use_rot_pos_emb": True,
+    "use_abs_pos_embed": True,
+    "rope_kwargs": None,
+}
+_PRIMUS_REQUIRED = ("embed_dim", "patch_embed_size", "eva_depth", "eva_numheads")
+_PRIMUS_SPELLINGS = {
+    "encoder_eva_depth": "eva_depth",
+    "encoder_eva_numheads": "eva_numheads",
+    "use_abs_pos_emb": "use_abs_pos_embed",
+}
+_PRIMUS_PRETRAINING_ONLY = {
+    *("decoder_eva_depth", "decoder_eva_numheads", "decoder_norm", "decoder_act", "do_up_projection"),
+    # Dropping patches makes the pre-training task; a network that segments needs all of them.
+    *("patch_drop_rate", "patch_drop_module", "num_register_tokens", "drop_path_scale", "rope_impl"),
+}
+
+
+def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a U-Net with one entry a stage, in the order that nnU-Net writes them."""
+    blocks_key = BLOCKS_PER_STAGE[class_name]
+    always = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_conv_per_stage_decoder")
+    optional = {*_OPERATION_KEYS, "conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs"}
+    _check_keys(class_name, kwargs, (*always, blocks_key), optional | _CNN_OPTIONAL[class_name])
+    stages = _positive_int(class_name, "n_stages", kwargs["n_stages"])
+
+    def per_stage(key: str, count: int, read: Callable[[str, str, Any], Any]) -> list[Any]:
+        value = kwargs[key]
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+        if len(values) != count:
+            raise ArchitectureError(
+                f"{class_name}: {key} has {len(values)} entries, expected {count} ({stages} stages)"
+            )
+        return [read(class_name, key, entry) for entry in values]
+
+    spelled = {
+        "n_stages": stages,
+        "features_per_stage": per_stage("features_per_stage", stages, _positive_int),
+        "conv_op": _operation_name(class_name, "conv_op", kwargs["conv_op"]),
+        "kernel_sizes": per_stage("kernel_sizes", stages, _triple),
+        "strides": per_stage("strides", stages, _triple),
+        blocks_key: per_stage(blocks_key, stages, _positive_int),
+        "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, _positive_int),
+        "conv_bias": bool(kwargs.get("conv_bias", False)),
+    }
+    for key in ("norm_op", "dropout_op", "nonlin"):
+        spelled[key] = _operation_name(class_name, key, kwargs.get(key))
+        options = kwargs.get(f"{key}_kwargs")
+        spelled[f"{key}_kwargs"] = dict(options) if options is not None else None
+    spelled.update(_spell_out_cnn_options(class_name, kwargs))
+    return spelled
+
+
+def _spell_out_cnn_options(class_name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The rarely used arguments, where they say something else than the default."""
+    options: dict[str, Any] = {}
+    if kwargs.get("nonlin_first"):
+        options["nonlin_first"] = True
+    if kwargs.get("stem_channels") is not None:
+        options["stem_channels"] = _positive_int(class_name, "stem_channels", kwargs["stem_channels"])
+    if kwargs.get("bottleneck_channels") is not None:
+        options["bottleneck_channels"] = copy.deepcopy(kwargs["bottleneck_channels"])
+    block = kwargs.get("block")
+    if block is not None and _last_name(block) != BasicBlockD.__name__:
+        options["block"] = _dotted(_look_up(class_name, "block", block, _BLOCKS))
+    return options
+
+
+def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {_PRIMUS_SPELLINGS.get(key, key): value for key, value in kwargs.items()}
+    kwargs = {key: value for key, value in kwargs.items() if key not in _PRIMUS_PRETRAINING_ONLY}
+    _check_keys(class_name, kwargs, _PRIMUS_REQUIRED, set(_PRIMUS_DEFAULTS))
+    values = {**_PRIMUS_DEFAULTS, **{key: value for key, value in kwargs.items() if value is not None}}
+    width = _positive_int(class_name, "embed_dim", values["embed_dim"])
+    heads = _positive_int(class_name, "eva_numheads", values["eva_numheads"])
+    if width % heads or (width // heads) % 6:
+        raise ArchitectureError(
+            f"{class_name}: embed_dim {width} must be a multiple of 6 × eva_numheads ({heads}), "
+            "so that each head holds sine-cosine pairs of three axes"
+        )
+    init_values = values["init_values"]
+    if isinstance(init_values, (list, tuple)):  # nnFoundationViT's plan has [0.1]
+        init_values = init_values[0] if init_values else None
+    spelled = {
+        "embed_dim": width,
+        "patch_embed_size": _triple(class_name, "patch_embed_size", values["patch_embed_size"]),
+        "eva_depth": _positive_int(class_name, "eva_depth", values["eva_depth"]),
+        "eva_numheads": heads,
+        "init_values": None if init_values is None else float(init_values),
+        "scale_attn_inner": bool(values["scale_attn_inner"]),
+    }
+    # What is left at its default stays out: stock trainers and older plans then compare equal.
+    for key, default in _PRIMUS_DEFAULTS.items():
+        if key not in spelled and (key == "drop_path_rate" or (values[key] and values[key] != default)):
+            spelled[key] = values[key]
+    for key in ("use_rot_pos_emb", "use_abs_pos_embed"):
+        if values[key] is False:
+            spelled[key] = False
+    return spelled
+
+
+def _check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str], optional: set[str]) -> None:
+    """Drop what is given when the network is built; raise for what is missing or unknown."""
+    for key in _GIVEN_WHEN_BUILT & kwargs.keys():
+        del kwargs[key]
+    missing = [key for key in required if kwargs.get(key) is None]
+    unknown = sorted(set(kwargs) - set(required) - optional)
+    if missing:
+        raise ArchitectureError(f"{class_name}: missing {', '.join(missing)} in the architecture's arguments")
+    if unknown:
+        raise ArchitectureError(f"{class_name}: unknown architecture argument {', '.join(unknown)}")
+
+
+def _positive_int(class_name: str, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+        raise ArchitectureError(f"{class_name}: {key} has the entry {value!r}, expected a positive whole number")
+    return int(value)
+
+
+def _triple(class_name: str, key: str, value: Any) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * 3
+    if len(values) != 3:
+        raise ArchitectureError(
+            f"{class_name}: {key} has the entry {value!r}, expected three numbers (only 3D networks)"
+        )
+    return [_positive_int(class_name, key, entry) for entry in values]
+
+
+def _operation_name(class_name: str, key: str, value: Any) -> str | None:
+    return None if value is None else _dotted(_look_up(class_name, key, value, _OPERATIONS))
+
+
+def _last_name(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else str(value).rpartition(".")[2]
+
+
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _look_up(class_name: str, key: str, value: Any, table: Mapping[str, type[nn.Module]]) -> type[nn.Module]:
+    """The class meant by ``torch.nn.LeakyReLU``, ``torch.nn.modules.activation.LeakyReLU`` or ``LeakyReLU``."""
+    name = _last_name(value)
+    package = str(value).rpartition(".")[0] if isinstance(value, str) else ""
+    home = "torch.nn" if table is _OPERATIONS else "dynamic_network_architectures"
+    if name not in table or not (package == "" or package == home or package.startswith(f"{home}.")):
+        raise ArchitectureError(f"{class_name}: {key} is {value!r}, which is none of {', '.join(table)}")
+    return table[name]
+
+
+def with_classes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of spelled-out arguments with the classes in place of their names."""
+    resolved = copy.deepcopy(dict(kwargs))
+    for key in CLASS_KEYS:
+        if resolved.get(key) is not None:
+            resolved[key] = {**_OPERATIONS, **_BLOCKS}[_last_name(resolved[key])]
+    return resolved
