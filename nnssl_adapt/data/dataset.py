@@ -1,0 +1,467 @@
+"""Raw datasets in nnU-Net's format: ``DatasetNNN_Name/{dataset.json, imagesTr, labelsTr}``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, count_channels
+from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
+from nnssl_adapt.paths import find_dataset_name, raw_folder
+
+if TYPE_CHECKING:
+    import torch
+
+LabelOrRegion: TypeAlias = int | tuple[int, ...]
+"""One label value, or the label values that a region unites."""
+
+MAX_LISTED = 20
+"""How many bad files one error message names."""
+
+_READERS_LIKE_OURS = ("None", "SimpleITKIO", "NibabelIO")
+"""Image readers of nnU-Net that give the array SimpleITK gives; the others turn images to another orientation."""
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """What the numbers in label files mean, and which outputs a network for them has (nnU-Net's rules).
+
+    Attributes:
+        labels: ``labels`` of dataset.json: name → value, or the values of a region.
+        all_labels: every label value in ascending order, with 0 and without the ignore label.
+        has_regions: whether any entry unites several values. Networks then have one sigmoid output a region; otherwise
+            one softmax output a label, background included.
+        regions: foreground entries in the order of dataset.json, if there are regions; else empty.
+        regions_class_order: label value that each region is written as, later ones over earlier ones.
+        ignore_label: value of voxels that nobody annotated, or None.
+        foreground: what is learnt and evaluated: the regions, else the labels without 0.
+        class_names: names of ``foreground``, in its order.
+    """
+
+    labels: dict[str, LabelOrRegion]
+    all_labels: tuple[int, ...]
+    has_regions: bool
+    regions: tuple[LabelOrRegion, ...]
+    regions_class_order: tuple[int, ...]
+    ignore_label: int | None
+    foreground: tuple[LabelOrRegion, ...]
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def from_dataset_json(cls, content: Mapping[str, Any], where: str | Path = "dataset.json") -> LabelScheme:
+        """Read the scheme from dataset.json's content. Raises DatasetJsonError naming ``where``, key and expectation."""
+        labels = _parsed_labels(content.get("labels"), where)
+        ignore = _parsed_ignore(labels, where)
+        declared = {name: value for name, value in labels.items() if name != "ignore"}
+        values = sorted({v for entry in declared.values() for v in _values(entry)})
+        if values != list(range(len(values))):
+            raise DatasetJsonError(
+                f"{where}: 'labels' must use the values 0, 1, 2, ... without gaps, got {values}; renumber them here and "
+                "in the label files"
+            )
+        if ignore is not None and ignore != len(values):
+            raise DatasetJsonError(
+                f"{where}: 'labels': 'ignore' must be the highest value, expected {len(values)}, got {ignore}"
+            )
+        has_regions = any(len(_values(entry)) > 1 for entry in declared.values())
+        foreground = {name: entry for name, entry in declared.items() if set(_values(entry)) != {0}}
+        regions = tuple(foreground.values()) if has_regions else ()
+        order = _parsed_class_order(content.get("regions_class_order"), regions, where) if has_regions else ()
+        names = dict(foreground)
+        if not has_regions:
+            names = dict(sorted(((name, _values(entry)[0]) for name, entry in foreground.items()), key=lambda e: e[1]))
+        return cls(
+            labels=labels,
+            all_labels=tuple(values),
+            has_regions=has_regions,
+            regions=regions,
+            regions_class_order=order,
+            ignore_label=ignore,
+            foreground=tuple(names.values()),
+            class_names=tuple(names),
+        )
+
+    @property
+    def foreground_labels(self) -> tuple[int, ...]:
+        """Label values without background and ignore, ascending."""
+        return tuple(v for v in self.all_labels if v != 0)
+
+    @property
+    def num_heads(self) -> int:
+        """Output channels of a network: one a region, or one a label with background."""
+        return len(self.regions) if self.has_regions else len(self.all_labels)
+
+    @property
+    def values_in_files(self) -> tuple[int, ...]:
+        """Values that a label file may hold: all labels and the ignore label."""
+        return self.all_labels if self.ignore_label is None else (*self.all_labels, self.ignore_label)
+
+    @property
+    def sampled_classes(self) -> tuple[LabelOrRegion, ...]:
+        """Classes whose voxels preprocessing remembers for oversampling, in nnU-Net's order.
+
+        The foreground; with an ignore label also everything annotated, background and outside (-1) included, since
+        patches must then be drawn from annotated voxels only.
+        """
+        classes: tuple[LabelOrRegion, ...] = self.regions if self.has_regions else self.foreground_labels
+        return classes if self.ignore_label is None else (*classes, (-1, *self.all_labels))
+
+    def heads_to_labels(self, logits: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """Turn network outputs (K, ...) into a label map (...) of the same kind: array to array, tensor to tensor.
+
+        Without regions the largest output wins. With regions each one whose sigmoid exceeds 0.5 is written as its
+        value in ``regions_class_order``, later over earlier. The type is uint8, or int16 for values of 255 and more.
+        """
+        import torch  # a second's import that reading datasets need not pay
+
+        outputs = torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
+        if outputs.shape[0] != self.num_heads:
+            raise ValueError(f"expected {self.num_heads} network outputs, got {outputs.shape[0]}")
+        dtype = torch.uint8 if max(self.values_in_files) < 255 else torch.int16
+        if self.has_regions:
+            result = torch.zeros(outputs.shape[1:], dtype=dtype, device=outputs.device)
+            for output, value in zip(outputs, self.regions_class_order, strict=True):
+                result[torch.sigmoid(output.float()) > 0.5] = value
+        else:
+            result = outputs.argmax(0).to(dtype)
+        return result.numpy() if isinstance(logits, np.ndarray) else result
+
+
+def _values(entry: LabelOrRegion) -> tuple[int, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _parsed_labels(content: Any, where: str | Path) -> dict[str, LabelOrRegion]:
+    if not isinstance(content, Mapping) or not content:
+        raise DatasetJsonError(f"{where}: 'labels' must map names to numbers, e.g. {{'background': 0, 'tumour': 1}}")
+    if all(str(name).isdigit() for name in content) and all(isinstance(v, str) for v in content.values()):
+        raise DatasetJsonError(
+            f"{where}: 'labels' maps numbers to names, as nnU-Net 1 did; write names to numbers: {{'background': 0, ...}}"
+        )
+    labels: dict[str, LabelOrRegion] = {}
+    for name, value in content.items():
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        try:
+            if not entries or any(isinstance(e, bool) or int(e) != float(e) or int(e) < 0 for e in entries):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise DatasetJsonError(
+                f"{where}: 'labels': {name!r} must be a whole number ≥ 0 or a list of them, got {value!r}"
+            ) from None
+        numbers = tuple(int(e) for e in entries)
+        labels[str(name)] = numbers if isinstance(value, (list, tuple)) else numbers[0]
+    if labels.get("background") != 0:
+        got = f"got {labels['background']!r}" if "background" in labels else "it is missing"
+        raise DatasetJsonError(f"{where}: 'labels' must have 'background': 0, {got}")
+    return labels
+
+
+def _parsed_ignore(labels: Mapping[str, LabelOrRegion], where: str | Path) -> int | None:
+    ignore = labels.get("ignore")
+    if isinstance(ignore, tuple):
+        raise DatasetJsonError(f"{where}: 'labels': 'ignore' must be one number, got {list(ignore)}")
+    return ignore
+
+
+def _parsed_class_order(order: Any, regions: Sequence[LabelOrRegion], where: str | Path) -> tuple[int, ...]:
+    if order is None:
+        raise DatasetJsonError(
+            f"{where}: 'labels' has regions (lists of values), so 'regions_class_order' is needed: the value that each of "
+            f"the {len(regions)} regions is written as, in the order of 'labels'"
+        )
+    if not isinstance(order, (list, tuple)) or any(isinstance(v, bool) or not isinstance(v, int) for v in order):
+        raise DatasetJsonError(f"{where}: 'regions_class_order' must be a list of whole numbers, got {order!r}")
+    if len(order) != len(regions):
+        raise DatasetJsonError(
+            f"{where}: 'regions_class_order' must have one value for each of the {len(regions)} regions, got {len(order)}"
+        )
+    return tuple(order)
+
+
+class DatasetJson(BaseModel):
+    """``dataset.json``, checked; keys that we don't know are kept.
+
+    Attributes:
+        channel_names: channel index (as text) → name; files before nnU-Net 2 call this ``modality``.
+        labels: see :class:`LabelScheme`.
+        file_ending: of images and labels, e.g. ``.nii.gz``.
+        num_training: how many training cases there should be (``numTraining``).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    channel_names: dict[str, str] = Field(validation_alias=AliasChoices("channel_names", "modality"), min_length=1)
+    labels: dict[str, Any]
+    file_ending: str = Field(pattern=r"^\..+")
+    num_training: int | None = Field(default=None, validation_alias="numTraining")
+    regions_class_order: list[int] | None = None
+    overwrite_image_reader_writer: str | None = None
+    dataset: dict[str, Any] | None = None
+
+    _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The file's exact content."""
+        return self._raw
+
+    @classmethod
+    def load(cls, path: str | Path) -> DatasetJson:
+        """Read and check a file. Raises DatasetJsonError naming the file, every wrong key, and what was expected."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DatasetJsonError(
+                f"{path} is missing: every dataset needs it, with channel_names, labels, numTraining and file_ending"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DatasetJsonError(f"{path} can't be read as JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise DatasetJsonError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        return cls.from_content(content, path)
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any], where: str | Path = "dataset.json") -> DatasetJson:
+        """Check what was read from a file called ``where``."""
+        try:
+            result = cls.model_validate(content)
+        except ValidationError as error:
+            problems = "; ".join(_explained(detail) for detail in error.errors())
+            raise DatasetJsonError(f"{where}: {problems}") from None
+        LabelScheme.from_dataset_json(content, where)
+        result._raw = content
+        return result
+
+
+def _explained(detail: Mapping[str, Any]) -> str:
+    """One pydantic complaint in dataset.json's words."""
+    key = str(detail["loc"][0])
+    inside = "".join(f"[{part!r}]" for part in detail["loc"][1:])
+    expected = {
+        "channel_names": "channel numbers with names, e.g. {'0': 'T1'}",
+        "labels": "names with numbers, e.g. {'background': 0, 'tumour': 1}",
+        "file_ending": "an ending with its dot, e.g. '.nii.gz'",
+        "numTraining": "the number of training cases",
+        "regions_class_order": "a list of whole numbers",
+        "dataset": "cases with their 'images' and 'label'",
+    }.get(key, "another kind of value")
+    if detail["type"] == "missing":
+        return f"key {key!r} is missing: {expected}"
+    return f"key {key!r}{inside} must be {expected}; got {detail.get('input')!r}"
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """The files of one case: an image file for each channel, in order, and the label file (None when predicting)."""
+
+    identifier: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return self.images if self.label is None else (*self.images, self.label)
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A raw dataset: its files exist, its ``dataset.json`` is right; the images' content is :func:`verify_dataset`'s."""
+
+    folder: Path
+    json: DatasetJson
+    labels: LabelScheme
+    cases: tuple[RawCase, ...]
+
+    @classmethod
+    def open(cls, dataset: int | str | Path) -> RawDataset:
+        """Open a dataset given by id (41), name (``Dataset041_DeepGrey``) or folder.
+
+        Training cases come sorted by name as in nnU-Net; a ``dataset`` entry in dataset.json lists them explicitly.
+
+        Raises:
+            DatasetNotFound: no such dataset; names those that exist.
+            DatasetJsonError: dataset.json is missing or wrong.
+            CaseError: channel or label files are missing (lists them).
+            DatasetError: a kind of dataset that is not supported yet (2D pictures, reorienting readers).
+        """
+        folder = _dataset_folder(dataset)
+        path = folder / "dataset.json"
+        description = DatasetJson.load(path)
+        _refuse_unsupported(description, path)
+        labels = LabelScheme.from_dataset_json(description.raw, path)
+        channels = len(description.channel_names)
+        if description.dataset is not None:
+            cases = _listed_cases(description.dataset, folder, path)
+            _refuse_incomplete(cases, channels, folder, file_ending=None)
+        else:
+            cases = _training_cases(folder, description.file_ending)
+            _refuse_incomplete(cases, channels, folder, description.file_ending)
+        return cls(folder=folder, json=description, labels=labels, cases=cases)
+
+    @property
+    def name(self) -> str:
+        """``DatasetNNN_Name``."""
+        return self.folder.name
+
+    @property
+    def num_channels(self) -> int:
+        """Image channels of a case."""
+        return len(self.json.channel_names)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the channels, in order."""
+        return tuple(self.json.channel_names.values())
+
+    @property
+    def file_ending(self) -> str:
+        """Ending of images and labels, e.g. ``.nii.gz``."""
+        return self.json.file_ending
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.cases)} cases, {self.num_channels} channel(s), {len(self.labels.foreground)} classes"
+
+
+def find_images(folder: str | Path, file_ending: str, num_channels: int) -> tuple[RawCase, ...]:
+    """Find the images to predict in a folder: ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, ... for each case.
+
+    Raises CaseError when the folder is missing or empty, and listing every case that lacks a channel.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CaseError(f"{folder}: no such folder")
+    groups = _grouped_images(folder, file_ending)
+    if not groups:
+        raise CaseError(f"{folder} has no images: expected names like CASE_0000{file_ending}")
+    cases = tuple(RawCase(identifier, images) for identifier, images in groups.items())
+    _refuse_incomplete(cases, num_channels, folder, file_ending)
+    return cases
+
+
+def _dataset_folder(dataset: int | str | Path) -> Path:
+    if not isinstance(dataset, int):
+        folder = Path(dataset).expanduser()
+        if folder.is_dir() and ((folder / "dataset.json").is_file() or len(folder.parts) > 1):
+            return folder.resolve()
+        if isinstance(dataset, Path) or os.sep in dataset:
+            raise DatasetNotFound(f"{folder}: no such dataset folder")
+    name = find_dataset_name(dataset)
+    folder = raw_folder() / name
+    if not folder.is_dir():
+        raise DatasetNotFound(f"{name} is known, but {folder} does not exist: is nnUNet_raw the right folder?")
+    return folder
+
+
+def _refuse_unsupported(description: DatasetJson, path: Path) -> None:
+    if description.file_ending.lower().endswith(FLAT_IMAGE_ENDINGS):
+        raise DatasetError(
+            f"{path}: 'file_ending' {description.file_ending!r}: 2D pictures are not supported yet; 3D formats are .nii.gz, "
+            ".nii, .nrrd, .mha"
+        )
+    reader = description.overwrite_image_reader_writer
+    if reader is not None and reader not in _READERS_LIKE_OURS:
+        raise DatasetError(
+            f"{path}: 'overwrite_image_reader_writer' {reader!r} is not supported yet; "
+            f"expected one of {', '.join(_READERS_LIKE_OURS)} or no such key"
+        )
+
+
+def _listed_cases(listing: Mapping[str, Any], folder: Path, path: Path) -> tuple[RawCase, ...]:
+    """Cases of an explicit ``dataset`` entry; relative paths start at the dataset's folder, $VARIABLES are filled in."""
+
+    def located(name: str) -> Path:
+        return Path(os.path.abspath(folder / os.path.expandvars(name)))  # noqa: PTH100 (resolve() would follow links)
+
+    cases = []
+    for identifier, entry in listing.items():
+        try:
+            images, label = entry["images"], entry["label"]
+            if not isinstance(images, list) or not images:
+                raise TypeError
+            cases.append(RawCase(identifier, tuple(located(i) for i in images), located(label)))
+        except (KeyError, TypeError):
+            raise DatasetJsonError(
+                f"{path}: 'dataset': {identifier!r} must be {{'images': [file, ...], 'label': file}}, got {entry!r}"
+            ) from None
+    if not cases:
+        raise DatasetJsonError(f"{path}: 'dataset' lists no cases")
+    return tuple(cases)
+
+
+def _training_cases(folder: Path, file_ending: str) -> tuple[RawCase, ...]:
+    for name in ("imagesTr", "labelsTr"):
+        if not (folder / name).is_dir():
+            raise CaseError(f"{folder} has no folder {name}: training images go to imagesTr, labels to labelsTr")
+    groups = _grouped_images(folder / "imagesTr", file_ending)
+    if not groups:
+        raise CaseError(f"{folder / 'imagesTr'} has no images: expected names like CASE_0000{file_ending}")
+    return tuple(
+        RawCase(identifier, images, folder / "labelsTr" / f"{identifier}{file_ending}")
+        for identifier, images in groups.items()
+    )
+
+
+def _grouped_images(folder: Path, file_ending: str) -> dict[str, tuple[Path, ...]]:
+    """Channel files of every case, sorted; hidden files are passed over."""
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(file_ending))
+    groups: dict[str, list[Path]] = {}
+    strangers = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.name.endswith(file_ending):
+            continue
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            strangers.append(f"{path}: expected a name like CASE_0000{file_ending} (case, channel in four digits)")
+        else:
+            groups.setdefault(match["case"], []).append(path)
+    _raise_listing(strangers, f"badly named images in {folder}")
+    return {identifier: tuple(groups[identifier]) for identifier in sorted(groups)}
+
+
+def _refuse_incomplete(cases: Iterable[RawCase], channels: int, folder: Path, file_ending: str | None) -> None:
+    """Raise CaseError listing what is missing; ``file_ending`` is None where file names are free (explicit lists)."""
+    problems = []
+    for case in cases:
+        for path in case.files:
+            if not path.is_file():
+                kind = "label" if path == case.label else "image"
+                problems.append(f"{case.identifier}: {kind} {path} is missing")
+        problems += _channel_problems(case, channels, file_ending)
+    _raise_listing(problems, f"missing files in {folder}")
+
+
+def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> list[str]:
+    if (
+        len(case.images) == 1
+        and channels > 1
+        and case.images[0].is_file()
+        and count_channels(case.images[0]) == channels
+    ):
+        return []  # one 4D file with all channels, which nnU-Net's reader takes as well
+    if file_ending is None:
+        if len(case.images) == channels:
+            return []
+        return [f"{case.identifier}: has {len(case.images)} image files, expected {channels} (one a channel)"]
+    folder = case.images[0].parent
+    expected = [folder / f"{case.identifier}_{channel:04d}{file_ending}" for channel in range(channels)]
+    missing = [f"{case.identifier}: channel file {path} is missing" for path in expected if path not in case.images]
+    extra = [path for path in case.images if path not in expected]
+    return missing + [
+        f"{case.identifier}: {path} is not one of the {channels} channels in dataset.json" for path in extra
+    ]
+
+
+def _raise_listing(problems: Sequence[str], title: str) -> None:
+    if problems:
+        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise CaseError(f"{title}:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)

@@ -1,0 +1,368 @@
+"""From a raw case to a preprocessed one: transpose, crop to nonzero, normalise, resample, remember where classes lie.
+
+The steps, their order, and what is stored are those of nnU-Net 2.8's ``DefaultPreprocessor``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl_adapt.data.dataset import MAX_LISTED, LabelOrRegion, LabelScheme, RawCase, RawDataset
+from nnssl_adapt.data.images import ImageGeometry, distinct_values, geometry_problems, read_image, read_labels
+from nnssl_adapt.data.normalize import CT_STATISTICS, SCHEMES, normalize_channel
+from nnssl_adapt.data.parallel import over_cases
+from nnssl_adapt.data.store import CaseStore, PreprocessedCase, describe_source
+from nnssl_adapt.data.verify import label_problem
+from nnssl_adapt.errors import CaseError, PlanError, PreprocessingError
+from nnssl_adapt.geometry.cropping import fill_holes, nonzero_box
+from nnssl_adapt.geometry.labels import resample_labels
+from nnssl_adapt.geometry.resample import resample_image
+from nnssl_adapt.geometry.spacing import resampled_shape
+
+logger = logging.getLogger(__name__)
+
+_DIGEST_VERSION = 1
+"""Raised when the arithmetic changes what is stored, so that older stores are done again."""
+
+_LOCATIONS_SEED = 1234
+_MIN_LOCATIONS = 10_000
+_MIN_LOCATED_FRACTION = 0.01
+
+
+@dataclass(frozen=True)
+class ResamplingRule:
+    """How arrays are interpolated.
+
+    Attributes:
+        order: of the spline, in plane where the coarse axis is done apart: 3 cubic, 1 linear, 0 nearest.
+        order_z: along the coarse axis where it is done apart.
+        force_separate_z: True or False to decide whether it is; None: if its spacing is over three times the others'.
+    """
+
+    order: int
+    order_z: int = 0
+    force_separate_z: bool | None = None
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides what a preprocessed case looks like. "Transposed" means after ``transpose_forward``.
+
+    Attributes:
+        spacing: millimetres to resample to, transposed axes; None keeps each case's own.
+        transpose_forward: which axis (Z, Y, X) of the image becomes which of the result.
+        transpose_backward: its inverse.
+        normalization_schemes: one a channel, see :data:`nnssl_adapt.data.normalize.SCHEMES`.
+        use_mask_for_norm: for each channel, whether z-score looks at the nonzero region only.
+        intensity_properties: channel index (as text) → the dataset's foreground statistics, for CT.
+        patch_size: of the training to come (voxels, transposed); decides only how files are cut into pieces.
+        resampling_data: for images.
+        resampling_seg: for labels.
+
+    Raises:
+        PlanError: naming everything that does not fit together.
+    """
+
+    spacing: tuple[float, ...] | None
+    transpose_forward: tuple[int, ...]
+    transpose_backward: tuple[int, ...]
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    intensity_properties: dict[str, dict[str, float]] = field(default_factory=dict)
+    patch_size: tuple[int, ...] = (128, 128, 128)
+    resampling_data: ResamplingRule = ResamplingRule(order=3)
+    resampling_seg: ResamplingRule = ResamplingRule(order=1)
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise PlanError("these preprocessing settings can't be used: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        forward, backward = list(self.transpose_forward), list(self.transpose_backward)
+        if sorted(forward) != [0, 1, 2]:
+            problems.append(f"transpose_forward must be an order of 0, 1, 2, got {forward}")
+        elif backward != [forward.index(axis) for axis in range(3)]:
+            problems.append(f"transpose_backward must undo transpose_forward {forward}, got {backward}")
+        if self.spacing is not None and (len(self.spacing) != 3 or not all(0 < s < math.inf for s in self.spacing)):
+            problems.append(f"spacing must be three positive millimetres, got {self.spacing}")
+        if len(self.use_mask_for_norm) != len(self.normalization_schemes):
+            problems.append(
+                f"use_mask_for_norm has {len(self.use_mask_for_norm)} entries, normalization_schemes "
+                f"{len(self.normalization_schemes)}; expected one a channel"
+            )
+        for channel, scheme in enumerate(self.normalization_schemes):
+            if scheme not in SCHEMES:
+                problems.append(f"channel {channel}: unknown normalisation {scheme!r}; known: {', '.join(SCHEMES)}")
+            missing = set(CT_STATISTICS) - set(self.intensity_properties.get(str(channel), {}))
+            if scheme == "CTNormalization" and missing:
+                problems.append(
+                    f"channel {channel}: CTNormalization needs foreground_intensity_properties_per_channel with "
+                    f"{', '.join(sorted(missing))}"
+                )
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that changes voxels, at full precision: not the patch size, and statistics only where CT uses them."""
+        return {
+            "version": _DIGEST_VERSION,
+            "spacing": None if self.spacing is None else [float(s) for s in self.spacing],
+            "transpose_forward": [int(a) for a in self.transpose_forward],
+            "normalization_schemes": list(self.normalization_schemes),
+            "use_mask_for_norm": [bool(m) for m in self.use_mask_for_norm],
+            "intensity_properties": {
+                str(channel): {name: float(self.intensity_properties[str(channel)][name]) for name in CT_STATISTICS}
+                for channel, scheme in enumerate(self.normalization_schemes)
+                if scheme == "CTNormalization"
+            },
+            "resampling_data": vars(self.resampling_data),
+            "resampling_seg": vars(self.resampling_seg),
+        }
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of :meth:`to_dict`: equal if and only if the same voxels come out."""
+        return _digest(self.to_dict())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -- one case ----------------------------------------------------------------------------------------------------------
+
+
+def preprocess_case(case: RawCase, settings: PreprocessSettings, label_scheme: LabelScheme) -> PreprocessedCase:
+    """Read and preprocess the files of a case; see :func:`preprocess_arrays`.
+
+    Raises:
+        CaseError: a file is missing, unreadable, truncated, has NaN voxels; images and labels lie on different grids;
+            the labels have values that dataset.json does not have; another number of channels than planned.
+    """
+    image, geometry = read_image(case.images)
+    labels = None
+    if case.label is not None:
+        labels, label_geometry = read_labels(case.label)
+        for problem in geometry_problems(geometry, label_geometry):
+            raise CaseError(
+                f"{case.label}: {problem} than that of {case.images[0]}; labels must lie on the image's grid"
+            )
+        unknown = label_problem(case.label, distinct_values(labels), label_scheme.values_in_files)
+        if unknown is not None:
+            raise CaseError(unknown)
+    try:
+        return preprocess_arrays(image, labels, geometry, settings, label_scheme)
+    except CaseError as error:
+        raise CaseError(f"{case.images[0]}: {error}") from error
+
+
+def preprocess_arrays(
+    image: np.ndarray,
+    labels: np.ndarray | None,
+    geometry: ImageGeometry,
+    settings: PreprocessSettings,
+    label_scheme: LabelScheme,
+) -> PreprocessedCase:
+    """Preprocess an image, as nnU-Net does. The inputs are not changed.
+
+    Args:
+        image: (C, Z, Y, X), any number type.
+        labels: (1, Z, Y, X), or None when predicting.
+        geometry: of the image.
+        settings: what to do.
+        label_scheme: which classes' locations to remember.
+
+    Returns:
+        Data, labels and properties in transposed axes.
+
+    Raises:
+        CaseError: the number of channels or the shape of the labels does not fit.
+    """
+    _check_shapes(image, labels, settings)
+    order = (0, *(axis + 1 for axis in settings.transpose_forward))
+    spacing = tuple(geometry.spacing[axis] for axis in settings.transpose_forward)
+    properties = geometry.to_properties()
+    image = image.transpose(order)
+    properties["shape_before_cropping"] = image.shape[1:]
+    box = nonzero_box(image)
+    properties["bbox_used_for_cropping"] = [[int(low), int(high)] for low, high in box]
+    cut = (slice(None), *(slice(low, high) for low, high in box))
+    data = np.array(image[cut], dtype=np.float32, order="C")  # always a copy: it is normalised in place
+    seg = _cropped_labels(None if labels is None else labels.transpose(order)[cut], data)
+    properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
+    # Before resampling: afterwards the nonzero region would no longer fit the image exactly.
+    _normalize(data, seg[0] >= 0, settings)
+    if settings.spacing is not None:
+        new_shape = resampled_shape(data.shape[1:], spacing, settings.spacing)
+        data = resample_image(data, new_shape, spacing, settings.spacing, **vars(settings.resampling_data))
+        if labels is not None:
+            seg = resample_labels(seg, new_shape, spacing, settings.spacing, **vars(settings.resampling_seg))
+    if labels is None:
+        return PreprocessedCase(data, None, properties)
+    properties["class_locations"] = class_locations(seg, label_scheme.sampled_classes)
+    return PreprocessedCase(data, seg, properties)
+
+
+def _check_shapes(image: np.ndarray, labels: np.ndarray | None, settings: PreprocessSettings) -> None:
+    channels = len(settings.normalization_schemes)
+    if image.ndim != 4:
+        raise CaseError(f"expected an image (C, Z, Y, X), got {image.ndim} axes")
+    if len(image) != channels:
+        raise CaseError(f"the image has {len(image)} channel(s), the plan is for {channels}")
+    if labels is not None and labels.shape != (1, *image.shape[1:]):
+        raise CaseError(f"labels have shape {labels.shape}, expected {(1, *image.shape[1:])} as the image")
+
+
+def _cropped_labels(labels: np.ndarray | None, data: np.ndarray) -> np.ndarray:
+    """Labels (int16, a copy) with -1 where there are none and the image is zero up to its border; 0 without labels."""
+    nonzero = data[0] != 0
+    for channel in data[1:]:
+        nonzero |= channel != 0
+    outside = ~fill_holes(nonzero)
+    seg = np.zeros((1, *outside.shape), np.int16) if labels is None else np.array(labels, dtype=np.int16, order="C")
+    seg[0][outside & (seg[0] == 0)] = -1
+    return seg
+
+
+def _normalize(data: np.ndarray, inside: np.ndarray, settings: PreprocessSettings) -> None:
+    for channel, scheme in enumerate(settings.normalization_schemes):
+        normalize_channel(
+            data[channel],
+            scheme,
+            inside=inside if settings.use_mask_for_norm[channel] else None,
+            statistics=settings.intensity_properties.get(str(channel)),
+        )
+
+
+def class_locations(seg: np.ndarray, classes: Sequence[LabelOrRegion]) -> dict[LabelOrRegion, Any]:
+    """Draw voxels of every class, for patches that are centred on one: nnU-Net's draws, with its generator and in its order.
+
+    Args:
+        seg: integers (1, Z, Y, X).
+        classes: label values, or tuples of them (regions).
+
+    Returns:
+        Class → (N, 4) int64 indices into ``seg``, 10 000 of them or a hundredth of the class's voxels if that is more, but
+        never one twice; an empty list for a class that does not occur.
+    """
+    wanted = sorted({value for entry in classes for value in _values(entry)})
+    flat = seg.reshape(-1)
+    places = np.flatnonzero(np.isin(flat, wanted))
+    values = flat[places]
+    # Stable, so that the voxels of a label stay in array order; NumPy sorts 16-bit integers by radix.
+    places = places[np.argsort(values.astype(np.int16, copy=False), kind="stable")]
+    counts = {value: int(np.count_nonzero(values == value)) for value in wanted}
+    ends = np.cumsum([counts[value] for value in wanted])
+    starts = {value: int(end) - counts[value] for value, end in zip(wanted, ends, strict=True)}
+    random = np.random.RandomState(_LOCATIONS_SEED)
+    result: dict[LabelOrRegion, Any] = {}
+    for entry in classes:
+        present = [value for value in _values(entry) if counts[value]]
+        total = sum(counts[value] for value in present)
+        if total == 0:
+            result[entry] = []
+            continue
+        number = max(min(_MIN_LOCATIONS, total), math.ceil(total * _MIN_LOCATED_FRACTION))
+        drawn = random.choice(total, number, replace=False)
+        # A draw counts through the region's labels one after the other; each label's voxels lie together in `places`.
+        bounds = np.cumsum([counts[value] for value in present])
+        which = np.searchsorted(bounds, drawn, side="right")
+        shift = np.array([starts[value] for value in present]) - np.concatenate(([0], bounds[:-1]))
+        chosen = places[drawn + shift[which]]
+        result[entry] = np.stack(np.unravel_index(chosen, seg.shape), axis=1).astype(np.int64, copy=False)
+    return result
+
+
+def _values(entry: LabelOrRegion) -> tuple[int, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+# -- a dataset ---------------------------------------------------------------------------------------------------------
+
+
+def preprocess_cases(
+    dataset: RawDataset,
+    settings: PreprocessSettings,
+    store_folder: str | Path,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> CaseStore:
+    """Preprocess every training case into a store. A case that is there, whole and unchanged is kept.
+
+    Unchanged means: the same settings and labels, and source files of the same size and time. Cases that the dataset no
+    longer has are removed from the store.
+
+    Args:
+        dataset: what to preprocess.
+        settings: how.
+        store_folder: where to; see :class:`CaseStore`.
+        workers: processes, one case each; 1 works in this process.
+        overwrite: do every case again.
+        progress: whether to draw a progress bar with the cases' names.
+
+    Returns:
+        The store, with every case of the dataset.
+
+    Raises:
+        PreprocessingError: some cases failed, each named with its reason (the others are done), or a worker was killed.
+        OutputError: the folder can't be written, or the disk is full.
+    """
+    store = CaseStore(store_folder)
+    purpose = {
+        "dataset": dataset.name,
+        "settings": settings.to_dict(),
+        "classes": [list(entry) if isinstance(entry, tuple) else entry for entry in dataset.labels.sampled_classes],
+    }
+    digest = _digest({key: purpose[key] for key in ("settings", "classes")})
+    store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest})
+    _remove_strangers(store, dataset)
+    tasks = []
+    for case in dataset.cases:
+        sources = [describe_source(path) for path in case.files]
+        if overwrite or not store.is_complete(case.identifier, digest, sources):
+            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
+    if len(tasks) < len(dataset.cases):
+        logger.info("%d of %d cases are already preprocessed", len(dataset.cases) - len(tasks), len(dataset.cases))
+    failures = [
+        f"{outcome.identifier}: {outcome.complaint}"
+        for outcome in over_cases(_preprocess_into_store, tasks, workers, "Preprocessing", progress)
+        if outcome.error is not None
+    ]
+    if failures:
+        more = f"\n  ... and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
+        raise PreprocessingError(
+            f"{len(failures)} of {len(dataset.cases)} cases could not be preprocessed; the others are done. Correct these "
+            "and run the same command again:\n  " + "\n  ".join(sorted(failures)[:MAX_LISTED]) + more
+        )
+    return store
+
+
+def _preprocess_into_store(
+    case: RawCase,
+    settings: PreprocessSettings,
+    label_scheme: LabelScheme,
+    folder: Path,
+    digest: str,
+    sources: Sequence[Mapping[str, Any]],
+) -> None:
+    preprocessed = preprocess_case(case, settings, label_scheme)
+    CaseStore(folder).write(case.identifier, preprocessed, settings.patch_size, digest, sources)
+
+
+def _remove_strangers(store: CaseStore, dataset: RawDataset) -> None:
+    """A case that left the dataset must not stay in a store that "all cases" are trained from."""
+    known = {case.identifier for case in dataset.cases}
+    for identifier in store.recorded():
+        if identifier not in known:
+            logger.warning("%s is no longer in %s: removed from %s", identifier, dataset.name, store.folder)
+            store.remove(identifier)

@@ -1,0 +1,405 @@
+"""Folders of preprocessed cases, in nnU-Net's blosc2 format.
+
+A case is three files: ``CASE.b2nd`` (float32 (C, Z, Y, X)), ``CASE_seg.b2nd`` (int16 (1, Z, Y, X)) and ``CASE.pkl`` (its
+properties). nnU-Net accepts nothing else directly in the folder, so what we add lies in the subfolder ``.nnssl_adapt``:
+``settings.json`` says what the folder is for, and ``cases/CASE.json``, written last, that a case is whole and from which
+sources and settings it came. Folders that nnU-Net made have no such records; there a case is whole if its files exist.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+from nnssl_adapt.errors import CaseError, DatasetNotFound
+from nnssl_adapt.files import explain_write_errors, make_folder, write_json
+
+logger = logging.getLogger(__name__)
+
+RECORDS_FOLDER = ".nnssl_adapt"
+_MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 can't map files on Windows (nnUNet issue 2723)
+
+
+@dataclass(frozen=True)
+class PreprocessedCase:
+    """One case, ready for a network.
+
+    Attributes:
+        data: float32 (C, Z, Y, X), transposed, cropped, normalised, resampled.
+        seg: int16 (1, Z, Y, X) on the same grid, -1 outside the image's nonzero region; None if there are no labels.
+        properties: nnU-Net's entries: ``spacing`` (mm, original axes), ``sitk_stuff``, ``shape_before_cropping``,
+            ``bbox_used_for_cropping``, ``shape_after_cropping_and_before_resampling`` (transposed axes), and with labels
+            ``class_locations``: class or region → (N, 4) int64 indices into ``seg``.
+    """
+
+    data: np.ndarray
+    seg: np.ndarray | None
+    properties: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A case in a store. ``data`` and ``seg`` are blosc2 arrays that read and unpack only what is sliced."""
+
+    identifier: str
+    data: blosc2.NDArray
+    seg: blosc2.NDArray
+    folder: Path
+
+    @cached_property
+    def properties(self) -> dict[str, Any]:
+        """The case's properties as in :class:`PreprocessedCase`, read on first use.
+
+        Raises CaseError if the file is damaged or would run code.
+        """
+        properties = load_properties(self.folder / f"{self.identifier}.pkl")
+        if "class_locations" not in properties:
+            locations = _shared_class_locations(self.folder, self.identifier)
+            if locations is not None:
+                properties["class_locations"] = locations
+        return properties
+
+
+class CaseStore:
+    """Preprocessed cases in one folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"CaseStore({str(self.folder)!r})"
+
+    def __str__(self) -> str:
+        return f"{len(self.identifiers)} preprocessed cases in {self.folder}"
+
+    def __len__(self) -> int:
+        return len(self.identifiers)
+
+    @property
+    def identifiers(self) -> list[str]:
+        """The complete cases, sorted. Cases of other settings than the folder's, or half-written ones, don't count."""
+        if not self.folder.is_dir():
+            return []
+        stems = {p.name[: -len(".b2nd")] for p in self.folder.glob("*.b2nd")}
+        cases = sorted(stem for stem in stems if not stem.endswith("_seg"))
+        digest = self.settings.get("digest")
+        return [case for case in cases if self.is_complete(case, digest=digest)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`begin` noted: the exact settings of this folder; empty where nnU-Net made it."""
+        return _read_json(self._records / "settings.json")
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Note what the folder is for before any case is written; ``settings["digest"]`` tells its cases from others.
+
+        Also removes what interrupted runs left half-written. Raises OutputError if the folder can't be written.
+        """
+        make_folder(self._records / "cases")
+        shutil.rmtree(self._records / "unfinished", ignore_errors=True)
+        if self.settings != json.loads(json.dumps(settings)):
+            write_json(self._records / "settings.json", settings)
+
+    def is_complete(
+        self, identifier: str, digest: str | None = None, sources: Iterable[Mapping[str, Any]] | None = None
+    ) -> bool:
+        """Whether a case is whole and, where given, made with these settings from these (unchanged) source files.
+
+        ``sources`` are :func:`describe_source` of its files. nnU-Net's folders have no records: there all that can be
+        asked is whether the files exist.
+        """
+        if not self._records.is_dir():
+            return digest is None and sources is None and all(path.is_file() for path in self._paths(identifier))
+        record = _read_json(self._record(identifier))
+        if not record or (digest is not None and record.get("digest") != digest):
+            return False
+        if sources is not None and record.get("sources") != list(sources):
+            return False
+        sizes = record.get("outputs", {})
+        return all(path.is_file() and path.stat().st_size == sizes.get(path.name) for path in self._paths(identifier))
+
+    def open(self, identifier: str) -> StoredCase:
+        """Open a case for reading. Raises CaseError if it is missing, incomplete or damaged."""
+        data_path, seg_path, properties_path = self._paths(identifier)
+        missing = [path.name for path in (data_path, seg_path, properties_path) if not path.is_file()]
+        if missing:
+            raise CaseError(
+                f"{self.folder} has no whole case {identifier!r} (missing: {', '.join(missing)}): preprocess again"
+            )
+        return StoredCase(identifier, _open_array(data_path), _open_array(seg_path), self.folder)
+
+    def write(
+        self,
+        identifier: str,
+        case: PreprocessedCase,
+        patch_size: Sequence[int],
+        digest: str | None = None,
+        sources: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Write a case with labels; at no instant does a half-written one count, here or for nnU-Net.
+
+        Args:
+            identifier: the case's name.
+            case: what to write.
+            patch_size: of the training to come (Z, Y, X); files are cut into pieces that suit reading such patches.
+            digest: of the settings it was made with; see :meth:`begin`.
+            sources: :func:`describe_source` of the files it was made from.
+
+        Raises:
+            OutputError: the folder can't be written, or the disk is full.
+        """
+        if case.seg is None:
+            raise ValueError(f"case {identifier} has no labels; only cases with labels are stored")
+        data_path, seg_path, properties_path = self._paths(identifier)
+        contents = (
+            (seg_path, _compressed(case.seg.astype(np.int16, copy=False), patch_size)),
+            (properties_path, pickle.dumps(case.properties, protocol=4)),
+            (data_path, _compressed(case.data.astype(np.float32, copy=False), patch_size)),
+        )
+        unfinished = make_folder(self._records / "unfinished")
+        with explain_write_errors(self.folder):
+            for path, content in contents:
+                temporary = unfinished / path.name
+                with open(temporary, "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            self.remove(identifier)
+            # nnU-Net takes a case for there as soon as CASE.b2nd is, so that comes last.
+            for path, _ in contents:
+                (unfinished / path.name).replace(path)
+        record = {
+            "digest": digest,
+            "sources": list(sources),
+            "outputs": {path.name: len(content) for path, content in contents},
+        }
+        write_json(self._record(identifier), record)
+
+    def remove(self, identifier: str) -> None:
+        """Remove a case, whole or not."""
+        data_path, seg_path, properties_path = self._paths(identifier)
+        with explain_write_errors(self.folder):
+            for path in (self._record(identifier), data_path, seg_path, properties_path):
+                path.unlink(missing_ok=True)
+
+    def recorded(self) -> list[str]:
+        """All cases that have a record, whole or not, of whatever settings."""
+        return sorted(p.name[: -len(".json")] for p in (self._records / "cases").glob("*.json") if p.name[0] != ".")
+
+    def require(self, identifiers: Iterable[str]) -> None:
+        """Raise DatasetNotFound, naming them, unless all these cases are complete."""
+        missing = sorted(set(identifiers) - set(self.identifiers))
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise DatasetNotFound(
+                f"{self.folder} lacks {len(missing)} preprocessed case(s): {', '.join(missing[:5])}{more}; run the "
+                "preprocessing command again, it does only what is missing"
+            )
+
+    @property
+    def _records(self) -> Path:
+        return self.folder / RECORDS_FOLDER
+
+    def _record(self, identifier: str) -> Path:
+        return self._records / "cases" / f"{identifier}.json"
+
+    def _paths(self, identifier: str) -> tuple[Path, Path, Path]:
+        return (
+            self.folder / f"{identifier}.b2nd",
+            self.folder / f"{identifier}_seg.b2nd",
+            self.folder / f"{identifier}.pkl",
+        )
+
+
+def describe_source(path: Path) -> dict[str, Any]:
+    """What tells a changed source file from an unchanged one: name, bytes, time of last change. Not where it lies."""
+    status = path.stat()
+    return {"name": path.name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def piece_shapes(
+    shape: Sequence[int],
+    patch_size: Sequence[int],
+    itemsize: int,
+    block_bytes: int = 128 * 1024,
+    chunk_bytes: int = 6 * 1024**2,
+    chunk_to_patch: float = 1.5,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Choose blosc2's block and chunk shapes for reading random patches. The rule is nnU-Net 2.8's.
+
+    Blocks are what is unpacked at once, chunks what is read at once; both hold one channel. A block starts as the patch,
+    rounded up to powers of two, and is halved along the axis that is largest relative to the patch until it fits. A chunk
+    grows from it by a block at a time along the axis that covers the patch least.
+
+    Args:
+        shape: of the array, (C, Z, Y, X).
+        patch_size: of the training to come, (Z, Y, X).
+        itemsize: bytes a voxel.
+        block_bytes: most bytes of a block.
+        chunk_bytes: most bytes of a chunk.
+        chunk_to_patch: most that a chunk may exceed the patch by, per axis.
+
+    Returns:
+        Block shape and chunk shape, both (1, Z, Y, X).
+    """
+    size = [int(n) for n in shape[1:]]
+    patch = [int(n) for n in patch_size]
+    target = [max(1, min(n, math.floor(chunk_to_patch * p))) for n, p in zip(size, patch, strict=True)]
+    block = [min(1 << max(0, p - 1).bit_length(), n) for p, n in zip(patch, size, strict=True)]
+    while math.prod(block) * itemsize > min(block_bytes, chunk_bytes):
+        axis = max((a for a in range(3) if block[a] > 1), key=lambda a: (block[a] / target[a], a))
+        block[axis] = 1 << ((block[axis] - 1).bit_length() - 1)
+    chunk = list(block)
+    while True:
+        grown = []
+        for axis in range(3):
+            if patch[axis] == 1 or chunk[axis] >= target[axis]:
+                continue
+            wider = list(chunk)
+            wider[axis] = min(chunk[axis] + block[axis], target[axis])
+            if math.prod(wider) * itemsize <= chunk_bytes:
+                grown.append(((chunk[axis] / target[axis], -size[axis], axis), wider))
+        if not grown:
+            return (1, *block), (1, *chunk)
+        chunk = min(grown)[1]
+
+
+def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
+    """The bytes of a ``.b2nd`` file.
+
+    Packed in memory and written by ordinary means: blosc2 itself dies of a bus error (memory-mapped) or says nothing of
+    the cause (otherwise) when the disk is full. LZ4's fastest level with shuffling costs a tenth of nnU-Net's choice (high
+    compression, after trying out filters) for files a few per cent larger that are read as fast.
+    """
+    blocks, chunks = piece_shapes(array.shape, patch_size, array.itemsize)
+    packed = blosc2.asarray(
+        np.ascontiguousarray(array),
+        chunks=chunks,
+        blocks=blocks,
+        cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+    )
+    return packed.to_cframe()
+
+
+def _open_array(path: Path) -> blosc2.NDArray:
+    try:
+        return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **_MMAP)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CaseError(f"{path} is damaged ({error}): delete it and preprocess again") from error
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "slice"): slice,
+    ("builtins", "complex"): complex,
+    ("builtins", "bytearray"): bytearray,
+}
+"""What a case's pickle may name: containers and arrays. NumPy's private rebuilders are added from a sample pickle, since
+their module differs between NumPy 1 (``numpy.core``) and 2 (``numpy._core``)."""
+
+
+class _PropertiesUnpickler(pickle.Unpickler):
+    """Unpickler for plain data: a pickle that names anything else could run code, and is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        key = (_current_module(module), name)
+        if key in _ALLOWED_GLOBALS:
+            return _ALLOWED_GLOBALS[key]
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _current_module(name: str) -> str:
+    """Today's name of a module: pickles of NumPy 1, and those of protocol 2 and below, name older ones."""
+    if name == "__builtin__":
+        return "builtins"
+    return name.replace("numpy.core", "numpy._core")
+
+
+def _allow_numpy_rebuilders() -> None:
+    for sample, protocol in ((np.zeros(1), 2), (np.float64(0), 2), (np.zeros(1), 5)):
+        function: Any = sample.__reduce_ex__(protocol)[0]
+        _ALLOWED_GLOBALS[(_current_module(function.__module__), function.__name__)] = function
+    _ALLOWED_GLOBALS[("_codecs", "encode")] = _latin1_bytes
+
+
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    """What protocol 2 calls to rebuild bytes, for its one encoding only (others may run third-party codecs)."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_allow_numpy_rebuilders()
+
+
+def load_properties(path: Path) -> dict[str, Any]:
+    """Read a case's ``.pkl`` without running code. Raises CaseError if it is damaged or names more than plain data."""
+    try:
+        with open(path, "rb") as stream:
+            properties = _PropertiesUnpickler(stream).load()
+    except pickle.UnpicklingError as error:
+        raise CaseError(f"{path} is damaged or not a case's properties ({error}): preprocess again") from error
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise CaseError(f"{path} can't be read ({type(error).__name__}: {error}): preprocess again") from error
+    if not isinstance(properties, dict):
+        raise CaseError(f"{path}: expected a dict of properties, got {type(properties).__name__}")
+    return properties
+
+
+def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarray] | None:
+    """Class locations of a case from the folder's ``fg_sampling``, where nnU-Net after 2.8 keeps them for all cases.
+
+    Locations are flat indices, one run for each class present in a case (compressed sparse rows: ``indptr`` over cases,
+    ``class_id`` and ``count`` over runs, ``base`` where a case's runs start). Classes that are absent get empty arrays.
+    """
+    shared = folder / "fg_sampling"
+    meta = _read_json(shared / "meta.json")
+    if identifier not in meta.get("identifiers", ()):
+        return None
+    try:
+        row = meta["identifiers"].index(identifier)
+        keys = [tuple(key) if isinstance(key, list) else int(key) for key in meta["class_keys"]]
+        indptr, class_id, count, base, shape = (
+            np.load(shared / f"{name}.npy") for name in ("indptr", "class_id", "count", "base", "shape")
+        )
+        locations: dict[Any, np.ndarray] = {key: np.zeros((0, 4), np.int64) for key in keys}
+        flat = _open_array(shared / "locations.b2nd")
+        start = int(base[row])
+        for run in range(int(indptr[row]), int(indptr[row + 1])):
+            indices = np.asarray(flat[start : start + int(count[run])]).astype(np.int64)
+            locations[keys[class_id[run]]] = np.stack(np.unravel_index(indices, (1, *shape[row])), axis=1)
+            start += int(count[run])
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise CaseError(f"{shared} is damaged ({type(error).__name__}: {error}): preprocess again") from error
+    return locations
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Content of a record; empty when it is missing or damaged, which both mean "not done"."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import make_dataset, write_image
+
+import nnssl_adapt.data.fingerprint as fingerprint_module
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset
+from nnssl_adapt.errors import DatasetError
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_module, "_TOTAL_SAMPLES", 10e4)
+
+
+def test_shapes_spacings_and_statistics(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path, cases=2, shape=(10, 20, 30), spacing=(3.0, 1.5, 0.5))
+    image = np.zeros((10, 20, 30), np.int16)
+    image[1:7, 2:17, 5:25] = 10
+    labels = np.zeros((10, 20, 30), np.uint8)
+    labels[2, 3, 6:10] = 1
+    image[2, 3, 6:10] = (100, 200, 300, 400)
+    labels[9, 19, 29] = 2  # outside the crop: not drawn
+    write_image(root / "imagesTr" / "case_00_0000.nii.gz", image, (3.0, 1.5, 0.5))
+    write_image(root / "labelsTr" / "case_00.nii.gz", labels, (3.0, 1.5, 0.5))
+    (root / "imagesTr" / "case_01_0000.nii.gz").unlink()
+    fingerprint = fingerprint_dataset(RawDataset.open(root))
+    assert fingerprint.spacings == ((3.0, 1.5, 0.5),)
+    assert fingerprint.shapes_after_crop == ((6, 15, 20),)
+    assert fingerprint.median_relative_size_after_cropping == 6 * 15 * 20 / 6000
+    statistics = fingerprint.intensity["0"]
+    assert statistics["min"] == statistics["percentile_00_5"] == 100
+    assert statistics["max"] == statistics["percentile_99_5"] == 400
+    assert abs(statistics["mean"] - 250) < 2 and abs(statistics["std"] - np.sqrt(12500)) < 2
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 40, 1001])
+def test_percentiles_of_counted_values_are_numpys(total: int) -> None:
+    for seed in range(60):  # to the last bit, which only some draws tell
+        random = np.random.default_rng((total, seed))
+        drawn = random.choice(random.normal(100, 50, 40).astype(np.float32), total)
+        values, counts = np.unique(drawn, return_counts=True)
+        statistics = fingerprint_module._statistics([(values, counts)])
+        for name, percent in (("percentile_00_5", 0.5), ("median", 50.0), ("percentile_99_5", 99.5)):
+            assert statistics[name] == np.percentile(drawn, np.array([percent]))[0], name
+        np.testing.assert_allclose(statistics["mean"], drawn.mean(dtype=np.float64))
+        np.testing.assert_allclose(statistics["std"], drawn.std(dtype=np.float64), atol=1e-9)
+
+
+def test_files_come_back(tmp_path: Path) -> None:
+    dataset = RawDataset.open(make_dataset(tmp_path, cases=3, channels=2, shape=(6, 9, 8)))
+    fingerprint = fingerprint_dataset(dataset)
+    fingerprint.save(tmp_path / "dataset_fingerprint.json")
+    assert DatasetFingerprint.load(tmp_path / "dataset_fingerprint.json") == fingerprint
+
+
+def test_bad_cases_are_listed(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path, cases=3, shape=(6, 9, 8))
+    (root / "imagesTr" / "case_01_0000.nii.gz").write_text("no image")
+    write_image(root / "labelsTr" / "case_02.nii.gz", np.zeros((3, 4, 5), np.uint8), (1, 1, 1))
+    with pytest.raises(
+        DatasetError, match=r"(?s)2 cases can't be read:.*case_01_0000\.nii\.gz.*case_02\.nii\.gz has shape"
+    ):
+        fingerprint_dataset(RawDataset.open(root))
+
+
+def test_a_dataset_without_foreground(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path, cases=1, shape=(6, 9, 8))
+    write_image(root / "labelsTr" / "case_00.nii.gz", np.zeros((6, 9, 8), np.uint8), (2.0, 1.0, 1.3))
+    with pytest.raises(DatasetError, match="no label file has a foreground voxel"):
+        fingerprint_dataset(RawDataset.open(root))
+
+
+@pytest.mark.parametrize(
+    "text, message", [("{", "delete it"), ("{}", "key 'spacings' is missing"), ("[]", "delete it")]
+)
+def test_a_file_that_is_no_fingerprint(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "dataset_fingerprint.json"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        DatasetFingerprint.load(path)
