@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 EXIT_OK = 0
@@ -22,6 +23,9 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
     parsed = parser.parse_args(arguments)
     verbose = bool(getattr(parsed, "verbose", False))
     _log_to_screen(verbose)
+    if not verbose:  # libraries talking to each other's developers
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         return run(parsed)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ def test_like_pretrained(plan):
     assert plan.spacing == (1.0, 1.0, 1.0)
     assert plan.transpose_forward == (0, 1, 2)
     assert plan.num_channels == 2
-    assert plan.patch_size == (40, 32, 32)  # 160³ recommended; cropped images have about 34 × 23 × 26 voxels at 1 mm
+    assert plan.patch_size == (40, 24, 32)  # 160³ recommended; cropped images have about 34 × 23 × 26 voxels at 1 mm
     assert plan.settings.normalization_schemes == ("ZScoreNormalization",) * 2
     assert plan.settings_of_configuration["resampling_fn_data"] == RESAMPLE
 
@@ -176,7 +176,7 @@ def test_preprocess_dataset_writes_what_nnunet_expects(plan, dataset, small_rese
     stored = store.open("case_01")
     assert np.asarray(stored.data[:]).dtype == np.float32
     # the same name for other weights is refused, since runs may need the old plan
-    other = na.make_plan(991, na.open_checkpoint(small_resenc.parent / "small_spark_withplan"), name="mae", workers=1)
+    other = na.make_plan(991, na.open_checkpoint(small_resenc.parent / "small_plainconv"), name="mae", workers=1)
     with pytest.raises(PlanError, match="other pre-trained weights.*-n"):
         na.preprocess_dataset(other, workers=1, progress=False)
     na.preprocess_dataset(plan, workers=1, progress=False)  # the same again is fine
