@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its customary name
+import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from nnssl_adapt.errors import ConfigurationError
