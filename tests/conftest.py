@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,34 @@ def nnunet_folders(tmp_path, monkeypatch):
         monkeypatch.setenv(f"nnUNet_{part}", str(folder))
     monkeypatch.delenv("nnssl_pretrained_models", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def known_fingerprints():
+    """Fingerprints by the arguments of the dataset: drawing nnU-Net's 10⁸ voxels takes seconds, however small the images."""
+    return {}
+
+
+@pytest.fixture
+def tiny_dataset(nnunet_folders, known_fingerprints):
+    """Make a tiny raw dataset with its fingerprint: ``tiny_dataset(channels=2, …)``, see ``synthetic.make_dataset``."""
+    from synthetic import make_dataset
+
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.data.fingerprint import fingerprint_dataset
+    from nnssl_adapt.files import write_json
+
+    def make(**arguments) -> Path:
+        folder = make_dataset(nnunet_folders / "nnUNet_raw", **arguments)
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in known_fingerprints:
+            known_fingerprints[key] = fingerprint_dataset(RawDataset.open(folder)).to_dict()
+        write_json(
+            nnunet_folders / "nnUNet_preprocessed" / folder.name / "dataset_fingerprint.json", known_fingerprints[key]
+        )
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -64,6 +64,8 @@ def over_cases(
         OutputError: a case could not be written; there is no use in trying the others.
         PreprocessingError: a worker was killed.
     """
+    if not tasks:
+        return
     outcomes = (
         _in_this_process(function, tasks) if workers <= 1 else _in_workers(function, tasks, min(workers, len(tasks)))
     )

@@ -61,7 +61,7 @@ def verify_dataset(dataset: RawDataset, workers: int = 1, progress: bool | None 
     """Read every image and label of a dataset and report everything that is wrong.
 
     Problems: files that can't be read or are truncated; NaN or infinite voxels; channels or labels on another grid (shape,
-    or spacing beyond nnU-Net's tolerance); label values that dataset.json does not have. Warnings: another origin or
+    or spacing beyond nnU-Net's tolerance); label values that dataset.json does not have; labels without image. Warnings: another origin or
     direction; labels without foreground; images of zeros; another number of cases than ``numTraining`` says.
     """
     expected = dataset.labels.values_in_files
@@ -74,7 +74,7 @@ def verify_dataset(dataset: RawDataset, workers: int = 1, progress: bool | None 
         else:
             found[outcome.identifier] = outcome.value
     warnings = [] if (text := _count_warning(dataset)) is None else [text]
-    problems: list[Problem] = []
+    problems = _labels_without_image(dataset)
     for case in dataset.cases:
         problems += found[case.identifier][0]
         warnings += found[case.identifier][1]
@@ -95,6 +95,20 @@ def _count_warning(dataset: RawDataset) -> str | None:
     if announced is None or announced == len(dataset.cases):
         return None
     return f"{dataset.folder / 'dataset.json'}: 'numTraining' is {announced}, but there are {len(dataset.cases)} cases"
+
+
+def _labels_without_image(dataset: RawDataset) -> list[Problem]:
+    """Cases come from image files, so that a label whose image is missing would silently be left out of training."""
+    if dataset.json.dataset is not None:  # dataset.json names the files itself
+        return []
+    known = {case.identifier for case in dataset.cases}
+    folder, ending = dataset.folder / "labelsTr", dataset.file_ending
+    lonely = sorted(p for p in folder.glob(f"*{ending}") if p.name.removesuffix(ending) not in known)
+    return [
+        Problem(name, path, f"{path} has no image: {dataset.folder / 'imagesTr' / f'{name}_0000{ending}'} is missing")
+        for path in lonely
+        if not (name := path.name.removesuffix(ending)).startswith(".")
+    ]
 
 
 def _verify_case(case: RawCase, expected: tuple[int, ...]) -> tuple[list[Problem], list[str]]:

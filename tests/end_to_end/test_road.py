@@ -37,8 +37,15 @@ def folder_of(plans_name):
 
 
 @pytest.fixture
-def raw(nnunet_folders):
-    return make_dataset(nnunet_folders / "nnUNet_raw", shape=(20, 28, 24))
+def raw(tiny_dataset):
+    """A raw dataset that has its fingerprint already."""
+    return tiny_dataset(shape=(20, 28, 24))
+
+
+@pytest.fixture
+def fresh(nnunet_folders):
+    """A raw dataset of which nothing is known yet."""
+    return make_dataset(nnunet_folders / "nnUNet_raw", cases=3, shape=(20, 28, 24))
 
 
 def test_preprocess_train_predict(raw, small_resenc, tmp_path, capsys):
@@ -84,7 +91,7 @@ def test_preprocess_train_predict(raw, small_resenc, tmp_path, capsys):
     assert ours.GetSpacing() == image.GetSpacing() and ours.GetOrigin() == image.GetOrigin()
 
 
-def test_finetune_in_one_go_and_again(raw, small_resenc, capsys):
+def test_finetune_in_one_go_and_again(fresh, small_resenc, capsys):
     words = ["finetune", "-d", "Dataset991_Tiny", "-pc", str(small_resenc), "-n", "one", "-np", "1"]
     words += ["-device", "cpu", "--workers", "0", *TINY]
     assert main.main(words) == 0
@@ -212,12 +219,12 @@ def damage_gzip(raw):
         (lambda raw: (raw / "dataset.json").write_text('{"labels": {}}'), "dataset.json"),
     ],
 )
-def test_bad_datasets(raw, small_resenc, damage, expected, capsys):
-    damage(raw)
+def test_bad_datasets(fresh, small_resenc, damage, expected, capsys):
+    damage(fresh)
     assert preprocess.main(["-d", "991", "-n", "mae", "-pc", str(small_resenc), "-np", "1"]) == 1
     said = capsys.readouterr().err
     assert expected in said and ("case_01" in said or "dataset.json" in said)
-    assert not list((raw.parents[1] / "nnUNet_preprocessed").rglob("ptPlans*"))
+    assert not list((fresh.parents[1] / "nnUNet_preprocessed").rglob("ptPlans*"))
 
 
 def test_unwritable_output(raw, small_resenc, tmp_path, monkeypatch, capsys):

@@ -85,6 +85,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, kept: float) -
         read_image([path])
 
 
+def test_gzip_data_without_their_checksum_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.nii.gz"
+    write_image(path, image_of(np.random.default_rng(5), "float32"), SPACING)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CaseError, match=r"truncated.*end early"):
+        read_image([path])
+
+
 def test_a_flipped_bit_in_gzip_data_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.nii.gz"
     write_image(path, image_of(np.random.default_rng(6), "float32"), SPACING)

@@ -64,6 +64,11 @@ def test_a_bad_case_does_not_stop_the_others(helpers, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_to_do(helpers, workers: int) -> None:
+    assert list(over_cases(helpers.work, [], workers)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_what_can_not_be_written_stops_everything(helpers, workers: int) -> None:
     with pytest.raises(OutputError, match="disk full"):
         list(over_cases(helpers.fill_the_disk, [("a", (1,)), ("b", (2,)), ("c", (3,))], workers))

@@ -100,6 +100,7 @@ def test_resampling_uses_the_transposed_spacing() -> None:
 def test_inputs_are_not_changed(dtype: type, border: int) -> None:
     image, labels, geometry = arrays()
     image = (image + border).astype(dtype)  # without a border of zeros nothing is cropped, and slices might be views
+    image[0, 0, 0, 0] = 0
     image_before, labels_before = image.copy(), labels.copy()
     chosen = settings(
         spacing=(2.0, 2.0, 1.0), normalization_schemes=("ZScoreNormalization",), use_mask_for_norm=(True,)
@@ -224,6 +225,7 @@ def test_worker_processes_make_the_same_store(tmp_path: Path, dataset: RawDatase
     here = preprocess_cases(dataset, chosen, tmp_path / "here", workers=1)
     there = preprocess_cases(dataset, chosen, tmp_path / "there", workers=2)
     assert here.identifiers == there.identifiers == ALL
+    assert preprocess_cases(dataset, chosen, tmp_path / "there", workers=2).identifiers == ALL  # nothing to do
     for name in ALL:
         np.testing.assert_array_equal(here.open(name).data[:], there.open(name).data[:])
         np.testing.assert_array_equal(here.open(name).seg[:], there.open(name).seg[:])

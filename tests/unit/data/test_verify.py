@@ -81,3 +81,11 @@ def test_only_the_first_problems_are_listed(tmp_path: Path) -> None:
         verify_dataset(RawDataset.open(root)).raise_if_bad()
     assert len(str(caught.value).splitlines()) == 22
     assert "... and 3 more problems" in str(caught.value)
+
+
+def test_a_label_whose_image_is_missing_is_a_problem(tmp_path):
+    folder = make_dataset(tmp_path, cases=3)
+    (folder / "imagesTr" / "case_01_0000.nii.gz").unlink()
+    report = verify_dataset(RawDataset.open(folder))
+    assert [problem.case for problem in report.problems] == ["case_01"]
+    assert "has no image" in str(report)

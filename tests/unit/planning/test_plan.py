@@ -3,7 +3,6 @@ import json
 
 import numpy as np
 import pytest
-from synthetic import make_dataset
 
 import nnssl_adapt as na
 from nnssl_adapt.errors import ConfigurationError, PlanError
@@ -11,8 +10,8 @@ from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 
 
 @pytest.fixture
-def dataset(nnunet_folders):
-    return make_dataset(nnunet_folders / "nnUNet_raw", spacing=(2.0, 1.0, 1.3), channels=2)
+def dataset(tiny_dataset):
+    return tiny_dataset(spacing=(2.0, 1.0, 1.3), channels=2)
 
 
 @pytest.fixture
