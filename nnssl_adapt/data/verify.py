@@ -61,8 +61,8 @@ def verify_dataset(dataset: RawDataset, workers: int = 1, progress: bool | None 
     """Read every image and label of a dataset and report everything that is wrong.
 
     Problems: files that can't be read or are truncated; NaN or infinite voxels; channels or labels on another grid (shape,
-    or spacing beyond nnU-Net's tolerance); label values that dataset.json does not have; labels without image. Warnings: another origin or
-    direction; labels without foreground; images of zeros; another number of cases than ``numTraining`` says.
+    or spacing beyond nnU-Net's tolerance); label values that dataset.json does not have; labels without image. Warnings: another
+    origin or direction; labels without foreground; images of zeros; another number of cases than ``numTraining`` says.
     """
     expected = dataset.labels.values_in_files
     tasks = [(case.identifier, (case, expected)) for case in dataset.cases]

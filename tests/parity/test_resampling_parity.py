@@ -90,7 +90,9 @@ def test_labels(shape, spacing, new_spacing, order):
 def test_labels_of_any_size(values):
     labels = np.asarray(values, np.int16)[labels_of((9, 12, 11), len(values), lowest=0)]
     arguments = ((12, 10, 14), (1.0, 1.0, 1.0), (0.8, 1.2, 0.8))
-    assert np.array_equal(resample_labels(labels, *arguments), resample_data_or_seg_to_shape(labels, *arguments, True, 1))
+    assert np.array_equal(
+        resample_labels(labels, *arguments), resample_data_or_seg_to_shape(labels, *arguments, True, 1)
+    )
 
 
 small = st.integers(1, 12)
@@ -98,13 +100,25 @@ millimetres = st.floats(0.2, 6.0)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.tuples(small, small, small), st.tuples(small, small, small), st.tuples(*[millimetres] * 3), st.integers(0, 9999))
+@given(
+    st.tuples(small, small, small), st.tuples(small, small, small), st.tuples(*[millimetres] * 3), st.integers(0, 9999)
+)
 def test_random_volumes(shape, new_shape, spacing, seed):
     """Noise is the hardest: nearly every voxel lies between labels, and doubling and halving make exact ties."""
     labels = labels_of(shape, 4, seed, smooth=0)
     new_spacing = (1.0, 1.0, 1.0)
     theirs = resample_data_or_seg_to_shape(labels, new_shape, spacing, new_spacing, True, 1, 0, None)
-    assert np.array_equal(resample_labels(labels, new_shape, spacing, new_spacing), theirs)
+    ours = resample_labels(labels, new_shape, spacing, new_spacing)
+    for voxel in zip(*np.nonzero(ours != theirs), strict=True):
+        # Only where two labels have the same weight, which the last bit of scipy's sum decides.
+        weights = [
+            resample_data_or_seg_to_shape((labels == label).astype(float), new_shape, spacing, new_spacing, False, 1)[
+                voxel
+            ]
+            for label in (ours[voxel], theirs[voxel])
+        ]
+        assert weights[0] == pytest.approx(weights[1], abs=1e-12)
+    assert np.mean(ours != theirs) < 0.05
     image = image_of(shape, 1, seed)
     theirs = resample_data_or_seg_to_shape(image, new_shape, spacing, new_spacing, False, 3, 0, None)
     np.testing.assert_allclose(resample_image(image, new_shape, spacing, new_spacing), theirs, rtol=0, atol=1e-5 * 30)
@@ -127,7 +141,10 @@ def test_logits(shape, spacing, new_spacing, classes):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.tuples(*[st.sampled_from([0.5, 1.0, 1.5, 3.0, 3.01, 6.0])] * 3), st.tuples(*[st.sampled_from([1.0, 2.0, 3.5])] * 3))
+@given(
+    st.tuples(*[st.sampled_from([0.5, 1.0, 1.5, 3.0, 3.01, 6.0])] * 3),
+    st.tuples(*[st.sampled_from([1.0, 2.0, 3.5])] * 3),
+)
 def test_separate_z_axis(spacing, new_spacing):
     for force in (None, True, False):
         separate, axis = determine_do_sep_z_and_axis(force, spacing, new_spacing)
@@ -162,4 +179,6 @@ def test_median_spacing():
         planner = ExperimentPlanner.__new__(ExperimentPlanner)
         planner.overwrite_target_spacing, planner.anisotropy_threshold = None, 3
         planner.dataset_fingerprint = {"spacings": spacings.tolist(), "shapes_after_crop": shapes.tolist()}
-        assert median_spacing(spacings, shapes) == pytest.approx(tuple(planner.determine_fullres_target_spacing()), abs=0)
+        assert median_spacing(spacings, shapes) == pytest.approx(
+            tuple(planner.determine_fullres_target_spacing()), abs=0
+        )

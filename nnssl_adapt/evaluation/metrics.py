@@ -1,0 +1,243 @@
+"""How well predictions agree with reference labels: nnU-Net's numbers in nnU-Net's ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl_adapt.data.dataset import LabelOrRegion, LabelScheme
+from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_labels
+from nnssl_adapt.data.parallel import over_cases
+from nnssl_adapt.errors import CaseError
+from nnssl_adapt.files import write_json
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+"""``Dice``, ``IoU``, ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred``, ``n_ref``; all but the first two count voxels."""
+
+METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """One case's metrics: ``metrics`` has an entry for each foreground label or region."""
+
+    reference_file: str
+    prediction_file: str
+    metrics: dict[LabelOrRegion, Metrics]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Metrics of a folder of predictions.
+
+    Attributes:
+        cases: one entry a case.
+        mean: label or region → metric → mean over the cases in which it is defined. Dice and IoU of a class that is
+            in neither the reference nor the prediction are undefined (NaN), and left out.
+        class_names: names of the labels or regions in ``mean``, in its order.
+    """
+
+    cases: tuple[CaseMetrics, ...]
+    mean: dict[LabelOrRegion, Metrics]
+    class_names: tuple[str, ...]
+
+    @property
+    def foreground_mean(self) -> Metrics:
+        """Means over the classes of the means over cases; NaN if a class was in no case at all."""
+        return {name: float(np.mean([metrics[name] for metrics in self.mean.values()])) for name in METRICS}
+
+    @property
+    def foreground_mean_dice(self) -> float:
+        return self.foreground_mean["Dice"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of nnU-Net's ``summary.json``: labels and regions are text there, e.g. ``"1"`` and ``"(1, 2)"``."""
+        return {
+            "foreground_mean": self.foreground_mean,
+            "mean": {str(entry): dict(metrics) for entry, metrics in self.mean.items()},
+            "metric_per_case": [
+                {
+                    "metrics": {str(entry): dict(metrics) for entry, metrics in case.metrics.items()},
+                    "prediction_file": case.prediction_file,
+                    "reference_file": case.reference_file,
+                }
+                for case in self.cases
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write ``summary.json``. Undefined numbers are written as NaN, as nnU-Net does and reads."""
+        write_json(path, self.to_dict(), sort_keys=True)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.cases)} case(s), mean foreground Dice {self.foreground_mean_dice:.4f}"]
+        width = max((len(name) for name in self.class_names), default=0)
+        for name, metrics in zip(self.class_names, self.mean.values(), strict=True):
+            lines.append(f"  {name:<{width}}  Dice {metrics['Dice']:.4f}  IoU {metrics['IoU']:.4f}")
+        return "\n".join(lines)
+
+
+def evaluate_folder(
+    predictions: str | Path,
+    references: str | Path,
+    labels: LabelScheme,
+    file_ending: str,
+    cases: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    workers: int = 1,
+) -> Summary:
+    """Compare a folder of predictions with the reference labels of the same names.
+
+    Args:
+        predictions: folder with ``CASE<file_ending>``.
+        references: folder with the same names.
+        labels: which labels or regions to judge. Voxels that the reference leaves to ignore don't count.
+        file_ending: e.g. ``.nii.gz``.
+        cases: identifiers; None: every prediction there is.
+        output: where to write ``summary.json``, if anywhere.
+        workers: processes, one case each.
+
+    Raises:
+        CaseError: there is nothing to compare; a file is missing or unreadable; a prediction and its reference have
+            different shapes (every such case is listed).
+    """
+    predictions, references = Path(predictions), Path(references)
+    identifiers = list(cases) if cases is not None else _cases_in(predictions, file_ending)
+    if not identifiers:
+        raise CaseError(f"{predictions} has no predictions: expected names like CASE{file_ending}")
+    tasks = [
+        (name, (predictions / f"{name}{file_ending}", references / f"{name}{file_ending}", labels))
+        for name in identifiers
+    ]
+    outcomes = list(over_cases(evaluate_case, tasks, workers, "Evaluating"))
+    failed = [f"{outcome.identifier}: {outcome.complaint}" for outcome in outcomes if outcome.error is not None]
+    if failed:
+        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n  " + "\n  ".join(sorted(failed)))
+    found = {outcome.identifier: outcome.value for outcome in outcomes}
+    summary = _summarize(tuple(found[name] for name in identifiers), labels)
+    if output is not None:
+        summary.save(output)
+    return summary
+
+
+def _cases_in(folder: Path, file_ending: str) -> list[str]:
+    if not folder.is_dir():
+        raise CaseError(f"{folder}: no such folder")
+    names = (path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(name.removesuffix(file_ending) for name in names if name.endswith(file_ending))
+
+
+def evaluate_case(prediction_file: Path, reference_file: Path, labels: LabelScheme) -> CaseMetrics:
+    """Compare one prediction with its reference.
+
+    Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both).
+    """
+    reference, reference_geometry = read_labels(reference_file)
+    prediction, geometry = read_labels(prediction_file)
+    if prediction.shape != reference.shape:
+        raise CaseError(
+            f"{prediction_file} has shape {prediction.shape[1:]} (Z, Y, X), its reference {reference_file} has "
+            f"{reference.shape[1:]}; are they of the same image?"
+        )
+    for doubt in (*geometry_problems(reference_geometry, geometry), *geometry_doubts(reference_geometry, geometry)):
+        logger.warning("%s: %s than %s", prediction_file, doubt, reference_file)
+    metrics = compare_labels(prediction, reference, labels.foreground, labels.ignore_label)
+    return CaseMetrics(str(reference_file), str(prediction_file), metrics)
+
+
+def compare_labels(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    classes: Sequence[LabelOrRegion],
+    ignore_label: int | None = None,
+) -> dict[LabelOrRegion, Metrics]:
+    """Metrics of each class, a label or a region (the labels it unites).
+
+    Args:
+        prediction: int16 of any shape.
+        reference: int16 of the same shape.
+        classes: what to judge.
+        ignore_label: voxels with this reference label don't count, whatever was predicted.
+    """
+    in_reference, in_prediction = distinct_values(reference), distinct_values(prediction)
+    together = _count_pairs(reference, prediction, in_reference, in_prediction)
+    if ignore_label is not None:
+        together[[value == ignore_label for value in in_reference]] = 0
+    result = {}
+    for entry in classes:
+        values = entry if isinstance(entry, tuple) else (entry,)
+        rows, columns = np.isin(in_reference, values), np.isin(in_prediction, values)
+        result[entry] = _metrics(
+            tp=int(together[np.ix_(rows, columns)].sum()),
+            fp=int(together[np.ix_(~rows, columns)].sum()),
+            fn=int(together[np.ix_(rows, ~columns)].sum()),
+            tn=int(together[np.ix_(~rows, ~columns)].sum()),
+        )
+    return result
+
+
+def _count_pairs(
+    reference: np.ndarray, prediction: np.ndarray, in_reference: Sequence[int], in_prediction: Sequence[int]
+) -> np.ndarray:
+    """How often each pair of values meets: int64 (values in the reference, values in the prediction).
+
+    One pass over the voxels serves all classes; comparing class by class takes several passes for each.
+    """
+    rows, columns = (
+        _ranks(array, values) for array, values in ((reference, in_reference), (prediction, in_prediction))
+    )
+    pairs = rows * np.int32(len(in_prediction)) + columns
+    counts = np.bincount(pairs.reshape(-1), minlength=len(in_reference) * len(in_prediction))
+    return counts.reshape(len(in_reference), len(in_prediction))
+
+
+def _ranks(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Each voxel's place in ``values``, int32."""
+    table = np.zeros(1 << 16, np.int32)
+    table[np.asarray(values, np.int16).view(np.uint16)] = np.arange(len(values))
+    return table[array.astype(np.int16, copy=False).view(np.uint16)]
+
+
+def _metrics(tp: int, fp: int, fn: int, tn: int) -> Metrics:
+    nothing = tp + fp + fn == 0
+    return {
+        "Dice": float("nan") if nothing else 2 * tp / (2 * tp + fp + fn),
+        "IoU": float("nan") if nothing else tp / (tp + fp + fn),
+        "FP": fp,
+        "TP": tp,
+        "FN": fn,
+        "TN": tn,
+        "n_pred": fp + tp,
+        "n_ref": fn + tp,
+    }
+
+
+def _summarize(cases: tuple[CaseMetrics, ...], labels: LabelScheme) -> Summary:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN is what we want for a class that is in no case
+        mean = {
+            entry: {name: float(np.nanmean([case.metrics[entry][name] for case in cases])) for name in METRICS}
+            for entry in labels.foreground
+        }
+    names = dict(zip(labels.foreground, labels.class_names, strict=True))  # one value may have several names
+    return Summary(cases, mean, tuple(names.values()))
+
+
+def load_summary(path: str | Path) -> dict[str, Any]:
+    """Read a ``summary.json``, ours or nnU-Net's, as it is. Raises CaseError if it is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaseError(f"{path} can't be read as a summary: {error}") from error
+    if not isinstance(content, dict) or not {"mean", "metric_per_case", "foreground_mean"} <= content.keys():
+        raise CaseError(f"{path} is no summary.json of nnU-Net: mean, metric_per_case or foreground_mean is missing")
+    return content
