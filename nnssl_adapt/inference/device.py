@@ -1,0 +1,33 @@
+"""Which device the work is done on."""
+
+from __future__ import annotations
+
+import torch
+
+from nnssl_adapt.errors import DeviceUnavailable
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device (``cuda``, ``cuda:1``, ``mps``, ``cpu``) if this machine has it.
+
+    Raises DeviceUnavailable, saying what there is instead.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise DeviceUnavailable(f"device {device!r} is unknown: use cuda, cpu or mps") from None
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type == "cuda" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if (wanted.index or 0) < count:
+            return wanted
+        raise DeviceUnavailable(f"device {device} does not exist: this machine has cuda:0 to cuda:{count - 1}")
+    if wanted.type == "mps" and torch.backends.mps.is_available():
+        return wanted
+    others = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    raise DeviceUnavailable(
+        f"no {wanted.type} device on this machine (or PyTorch was installed without support for it): "
+        + (f"use {others}, or " if others else "")
+        + "run on the CPU with -device cpu, which is slow"
+    )

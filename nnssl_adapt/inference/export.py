@@ -1,0 +1,123 @@
+"""From logits on the network's grid back to the image's own: undo resampling, cropping and transposing.
+
+What preprocessing did to a case is in its ``properties`` (see :class:`nnssl_adapt.data.store.PreprocessedCase`).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.preprocess import ResamplingRule
+from nnssl_adapt.errors import PlanError
+from nnssl_adapt.files import atomic_path
+from nnssl_adapt.geometry.labels import logits_to_labels
+from nnssl_adapt.geometry.resample import resample_image, resample_logits
+from nnssl_adapt.planning.plan import FinetunePlan
+
+_FAST_RULE = ResamplingRule(order=1, order_z=0, force_separate_z=None)
+"""nnU-Net's rule for logits; the functions for logits know no other."""
+
+
+def logits_to_segmentation(
+    logits: Tensor | np.ndarray, properties: Mapping[str, Any], plan: FinetunePlan, labels: LabelScheme
+) -> np.ndarray:
+    """Turn logits into a label map on the image's own grid, as nnU-Net does.
+
+    Args:
+        logits: (K, z, y, x) on the CPU, on the grid of the preprocessed case.
+        properties: of the preprocessed case.
+        plan: with the spacing, the resampling rule and the order of axes.
+        labels: what the K outputs mean.
+
+    Returns:
+        uint8 (Z, Y, X), or uint16 where there are 255 labels or more; background where the image was cropped away.
+    """
+    shape = properties["shape_after_cropping_and_before_resampling"]
+    if not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE:
+        cropped = logits_to_labels(logits, shape, plan.spacing, _own_spacing(properties, plan))
+    else:
+        cropped = np.asarray(labels.heads_to_labels(_on_own_grid(logits, properties, plan)))
+    return _uncropped(cropped, properties, plan, _label_type(labels))
+
+
+def logits_to_probabilities(
+    logits: Tensor | np.ndarray, properties: Mapping[str, Any], plan: FinetunePlan, labels: LabelScheme
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`logits_to_segmentation`, with the probabilities that the labels were decided on.
+
+    Returns:
+        The label map (Z, Y, X), and float32 probabilities (K, Z, Y, X): softmax over labels, or a sigmoid for each
+        region. What was cropped away is background with probability 1 (regions: 0 everywhere).
+    """
+    resampled = torch.from_numpy(_on_own_grid(logits, properties, plan))
+    probabilities = torch.sigmoid(resampled) if labels.has_regions else torch.softmax(resampled, 0)
+    segmentation = np.asarray(labels.heads_to_labels(resampled.numpy()))
+    outside = [0.0 if labels.has_regions or head > 0 else 1.0 for head in range(len(probabilities))]
+    return (
+        _uncropped(segmentation, properties, plan, _label_type(labels)),
+        np.stack(
+            [
+                _uncropped(p.numpy(), properties, plan, np.float32, o)
+                for p, o in zip(probabilities, outside, strict=True)
+            ]
+        ),
+    )
+
+
+def write_probabilities(path_without_ending: Path, probabilities: np.ndarray, properties: Mapping[str, Any]) -> None:
+    """Write ``.npz`` and ``.pkl`` as nnU-Net does, for its ensembling or ours.
+
+    ``probabilities`` are (K, Z, Y, X); ``path_without_ending`` is the label file's path up to its ending.
+    """
+    name = path_without_ending.name
+    with atomic_path(path_without_ending.with_name(f"{name}.npz")) as temporary:
+        np.savez_compressed(temporary, probabilities=probabilities)
+    with atomic_path(path_without_ending.with_name(f"{name}.pkl")) as temporary:
+        temporary.write_bytes(pickle.dumps(dict(properties), protocol=4))
+
+
+def _on_own_grid(logits: Tensor | np.ndarray, properties: Mapping[str, Any], plan: FinetunePlan) -> np.ndarray:
+    """Logits (K, z, y, x) on the grid that the cropped image had before resampling; float32."""
+    shape = tuple(int(n) for n in properties["shape_after_cropping_and_before_resampling"])
+    array = logits.float().numpy() if isinstance(logits, Tensor) else np.asarray(logits, np.float32)
+    if plan.spacing is None:
+        if array.shape[1:] != shape:
+            raise PlanError(
+                f"{plan.plans_name} keeps each image's grid, but logits are {array.shape[1:]}, image {shape}"
+            )
+        return array
+    rule = plan.resampling_for_export
+    own_spacing = _own_spacing(properties, plan)
+    if rule == _FAST_RULE:
+        resampled = np.asarray(resample_logits(logits, shape, plan.spacing, own_spacing))
+    else:
+        resampled = resample_image(array, shape, plan.spacing, own_spacing, **vars(rule))
+    # nnU-Net keeps resampled logits in float16. The labels must not depend on whether probabilities were asked for.
+    return resampled.astype(np.float16).astype(np.float32)
+
+
+def _own_spacing(properties: Mapping[str, Any], plan: FinetunePlan) -> tuple[float, ...]:
+    """The image's spacing (mm) in the plan's order of axes."""
+    return tuple(float(properties["spacing"][axis]) for axis in plan.transpose_forward)
+
+
+def _uncropped(
+    cropped: np.ndarray, properties: Mapping[str, Any], plan: FinetunePlan, dtype: Any, outside: float = 0
+) -> np.ndarray:
+    """Put a map (transposed axes) back to where it was cut from, and its axes into the image's order (Z, Y, X)."""
+    whole = np.full(tuple(int(n) for n in properties["shape_before_cropping"]), outside, dtype=dtype)
+    box: Sequence[Sequence[int]] = properties["bbox_used_for_cropping"]
+    whole[tuple(slice(low, high) for low, high in box)] = cropped
+    return np.ascontiguousarray(whole.transpose(plan.transpose_backward))
+
+
+def _label_type(labels: LabelScheme) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if len(labels.foreground_labels) < 255 else np.uint16

@@ -1,0 +1,235 @@
+"""A trained model on disk, in nnU-Net's layout.
+
+``<Trainer>__<Plans>__<configuration>/{dataset.json, plans.json, fold_k/checkpoint_final.pth}``: written by our training
+or by nnU-Net 2.x. Checkpoints are read as data (``weights_only``), whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nnssl_adapt.data.dataset import DatasetJson, LabelScheme
+from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.weights.architectures import build_network
+from nnssl_adapt.weights.weight_file import read_weight_file, strip_wrappers, tensors_of
+
+Fold = int | Literal["all"]
+Which = Literal["final", "best"]
+
+_CHECKPOINTS: tuple[Which, ...] = ("final", "best")
+
+_READERS_LIKE_OURS = ("SimpleITKIO", "NibabelIO")
+"""nnU-Net's image readers that give the arrays SimpleITK gives. Others turn images into another orientation first."""
+
+
+@dataclass(frozen=True)
+class FoldWeights:
+    """One trained network.
+
+    Attributes:
+        network_weights: name → tensor on the CPU, without the prefixes of compiled or parallel training. They may be the
+            file itself, mapped into memory: copy before changing them.
+        configuration: which of the plan's configurations it was trained with.
+        trainer_name: nnU-Net's trainer class.
+        mirror_axes: axes (0 is Z) that were mirrored in training, so that predictions may be; empty: none.
+    """
+
+    network_weights: dict[str, Tensor]
+    configuration: str
+    trainer_name: str
+    mirror_axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A trained model folder. :meth:`open` checks it; the constructor only notes where it lies."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelFolder:
+        """Open a trained model.
+
+        Raises:
+            ModelFolderError: the folder is none, incomplete, or has no trained fold; or the model needs something that
+                is not supported (cascades, 2D, other image readers).
+            PlanError, DatasetJsonError: its plans.json or dataset.json is wrong.
+            CheckpointError: its checkpoint is damaged or would run code.
+        """
+        folder = cls(Path(path).expanduser())
+        folder._check_layout()
+        folder._check_supported()
+        return folder
+
+    def _check_layout(self) -> None:
+        if not self.path.is_dir():
+            raise ModelFolderError(f"{self.path} is not a folder: give the model folder, the one with plans.json")
+        missing = [name for name in ("dataset.json", "plans.json") if not (self.path / name).is_file()]
+        if missing:
+            raise ModelFolderError(f"{self.path} has no {' and no '.join(missing)}{self._models_near()}")
+        if not self.folds:
+            raise ModelFolderError(f"{self.path} has no trained fold: expected fold_0/checkpoint_final.pth or the like")
+
+    def _check_supported(self) -> None:
+        settings = self.plan.settings_of_configuration
+        if settings.get("previous_stage") is not None:
+            raise ModelFolderError(f"{self.path}: configuration {self.configuration} is a cascade, not supported yet")
+        reader = self.plan.content.get("image_reader_writer", _READERS_LIKE_OURS[0])
+        if reader not in _READERS_LIKE_OURS:
+            raise ModelFolderError(
+                f"{self.path}/plans.json: images of this model are read by nnU-Net's {reader}, which is not supported "
+                f"yet; supported are {', '.join(_READERS_LIKE_OURS)}"
+            )
+        for key in ("resampling_fn_data", "resampling_fn_probabilities"):
+            function = settings.get(key, RESAMPLE)
+            if function not in (RESAMPLE, KEEP):
+                raise ModelFolderError(
+                    f"{self.path}/plans.json: {key} is {function}, not supported yet; supported are {RESAMPLE} and {KEEP}"
+                )
+
+    def _models_near(self) -> str:
+        """Model folders below or above, for those who gave the dataset's folder or a fold's."""
+        near = [p.parent for p in self.path.glob("*/plans.json")]
+        if (self.path.parent / "plans.json").is_file():
+            near.append(self.path.parent)
+        return f"; did you mean {' or '.join(str(p) for p in sorted(near))}?" if near else ": it is not a model folder"
+
+    # -- what it says --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dataset(self) -> DatasetJson:
+        """``dataset.json``, checked. Raises DatasetJsonError."""
+        return DatasetJson.load(self.path / "dataset.json")
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        """The exact content of ``dataset.json``."""
+        return self.dataset.raw
+
+    @cached_property
+    def labels(self) -> LabelScheme:
+        return LabelScheme.from_dataset_json(self.dataset_json, self.path / "dataset.json")
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the input channels, in order."""
+        return tuple(self.dataset.channel_names.values())
+
+    @property
+    def file_ending(self) -> str:
+        return self.dataset.file_ending
+
+    @cached_property
+    def plan(self) -> FinetunePlan:
+        """The plan, seen through the configuration that was trained. Raises PlanError."""
+        return FinetunePlan.load(self.path / "plans.json", self.configuration)
+
+    @cached_property
+    def configuration(self) -> str:
+        """Name of the configuration, from a checkpoint; before there is one, from the folder's name."""
+        for fold in self.folds:
+            return self.load_weights(fold, self._checkpoints(fold)[0]).configuration
+        return self._configuration_from_name() or "3d_fullres"
+
+    def _configuration_from_name(self) -> str | None:
+        parts = self.path.resolve().name.split("__")
+        return parts[-1] if len(parts) >= 3 else None
+
+    # -- folds ---------------------------------------------------------------------------------------------------
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """Folds that have a checkpoint (final or best), numbers first, then ``"all"``."""
+        if not self.path.is_dir():
+            return ()
+        names = [p.name.removeprefix("fold_") for p in self.path.glob("fold_*") if p.is_dir()]
+        numbers: list[Fold] = [*sorted(int(name) for name in names if re.fullmatch(r"\d+", name))]
+        everything: list[Fold] = ["all"] if "all" in names else []
+        return tuple(fold for fold in numbers + everything if self._checkpoints(fold))
+
+    def folds_with(self, which: Which) -> tuple[Fold, ...]:
+        """Folds that have this checkpoint. Numbered ones only, if there are any, as nnU-Net chooses."""
+        folds = tuple(fold for fold in self.folds if which in self._checkpoints(fold))
+        return tuple(fold for fold in folds if fold != "all") or folds
+
+    def fold_folder(self, fold: int | str) -> Path:
+        return self.path / f"fold_{fold}"
+
+    def _checkpoints(self, fold: int | str) -> list[Which]:
+        return [w for w in _CHECKPOINTS if (self.fold_folder(fold) / f"checkpoint_{w}.pth").is_file()]
+
+    def checkpoint_path(self, fold: int | str, which: Which = "final") -> Path:
+        """The checkpoint's file. Raises ModelFolderError, listing what there is, if it does not exist."""
+        if which not in _CHECKPOINTS:
+            raise ModelFolderError(f"unknown checkpoint {which!r}: expected {' or '.join(_CHECKPOINTS)}")
+        path = self.fold_folder(fold) / f"checkpoint_{which}.pth"
+        if not path.is_file():
+            trained = ", ".join(f"{f} ({', '.join(self._checkpoints(f))})" for f in self.folds) or "none"
+            raise ModelFolderError(f"{self.path} has no {path.parent.name}/{path.name}; trained folds: {trained}")
+        return path
+
+    def load_weights(self, fold: int | str, which: Which = "final") -> FoldWeights:
+        """Read a checkpoint's weights and what goes with them, without running anything in it.
+
+        Raises:
+            ModelFolderError: no such checkpoint.
+            UnreadableCheckpoint, UnsafeCheckpoint: it is damaged, or loading it would run code.
+        """
+        path = self.checkpoint_path(fold, which)
+        content = read_weight_file(path)
+        weights = strip_wrappers(tensors_of(content, path), path)
+        arguments = content.get("init_args")
+        configuration = arguments.get("configuration") if isinstance(arguments, dict) else None
+        configuration = configuration or self._configuration_from_name()
+        if not isinstance(configuration, str):
+            raise ModelFolderError(
+                f"{path} does not say which configuration it was trained with (init_args.configuration), nor does the "
+                "folder's name, expected as <Trainer>__<Plans>__<configuration>"
+            )
+        return FoldWeights(
+            network_weights=weights,
+            configuration=configuration,
+            trainer_name=str(content.get("trainer_name", "")),
+            mirror_axes=tuple(int(axis) for axis in content.get("inference_allowed_mirroring_axes") or ()),
+        )
+
+    # -- the network -----------------------------------------------------------------------------------------------
+
+    def build_network(self) -> nn.Module:
+        """The plan's network, with random weights, for this dataset's channels and labels."""
+        return build_network(
+            self.plan.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
+        )
+
+    def load_into(self, network: nn.Module, weights: FoldWeights, where: str | Path) -> None:
+        """Overwrite the network's weights by a fold's; every tensor must have its match.
+
+        Raises ModelFolderError, naming ``where`` and what does not match, and leaves the network as it was.
+        """
+        own = network.state_dict()
+        theirs = weights.network_weights
+        problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]
+        problems += [f"{name} has no place in it" for name in theirs.keys() - own.keys()]
+        problems += [
+            f"{name} is {tuple(theirs[name].shape)} and not {tuple(own[name].shape)}"
+            for name in own.keys() & theirs.keys()
+            if own[name].shape != theirs[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ModelFolderError(
+                f"{where} is not of the network in plans.json ({self.plan.architecture}): "
+                f"{'; '.join(sorted(problems)[:3])}{more}. Either the files were mixed up, or the trainer "
+                f"{weights.trainer_name or '(unnamed)'} builds another network than its plan says"
+            )
+        network.load_state_dict(theirs)
+
+    def __str__(self) -> str:
+        return f"{self.path} (folds {', '.join(str(fold) for fold in self.folds) or 'none'})"

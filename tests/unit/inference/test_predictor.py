@@ -1,0 +1,287 @@
+"""From files, folders and arrays to segmentations; and what happens to images that are no good."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from synthetic import make_case, write_image
+
+from nnssl_adapt.data.images import ImageGeometry
+from nnssl_adapt.errors import (
+    CaseError,
+    ConfigurationError,
+    DeviceUnavailable,
+    ModelFolderError,
+    OutputError,
+    PredictionError,
+)
+from nnssl_adapt.inference import predictor as predictor_module
+from nnssl_adapt.inference import tasks
+from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.predictor import Predictor
+
+SPACING = (3.0, 1.2, 0.8)  # Z, Y, X
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two images of different shapes, with one channel."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, shape in (("a", (14, 30, 40)), ("b", (16, 28, 44))):
+        image, _ = make_case(np.random.default_rng(0), shape, 1, 3)
+        write_image(folder / f"{name}_0000.nii.gz", image[0].astype(np.int16), SPACING)
+    return folder
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_a_folder(model, images, tmp_path):
+    predictor = Predictor(model, device="cpu")
+    written = predictor.predict(images, tmp_path / "out")
+    assert written == [tmp_path / "out" / "a.nii.gz", tmp_path / "out" / "b.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a.nii.gz",
+        "b.nii.gz",
+        "dataset.json",
+        "plans.json",
+    ]
+    for name in "ab":
+        image, labels = (
+            sitk.ReadImage(str(path)) for path in (images / f"{name}_0000.nii.gz", tmp_path / "out" / f"{name}.nii.gz")
+        )
+        assert labels.GetSize() == image.GetSize()
+        for part in ("Spacing", "Origin", "Direction"):
+            assert getattr(labels, f"Get{part}")() == pytest.approx(getattr(image, f"Get{part}")())
+        assert labels.GetPixelID() == sitk.sitkUInt8
+        assert set(np.unique(sitk.GetArrayFromImage(labels))) == {0, 1, 2}
+    together = predictor.predict(images)
+    assert together.keys() == {"a", "b"}
+    assert np.array_equal(together["b"], read(written[1]))
+
+
+def test_every_way_to_give_an_image_gives_the_same(model, images, tmp_path):
+    predictor = Predictor(ModelFolder.open(model), device="cpu", step=1.0, tta=False)
+    file = images / "a_0000.nii.gz"
+    labels = predictor.predict(file)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(predictor.predict([str(file)]), labels)
+    array = read(file).astype(np.float64)
+    kept = array.copy()
+    assert np.array_equal(predictor.predict(array, spacing=SPACING), labels)
+    assert np.array_equal(predictor.predict_array(array[None], spacing=SPACING), labels)
+    assert np.array_equal(array, kept)
+    geometry = ImageGeometry(SPACING, (1.0, 2.0, 3.0), (1.0, 0, 0, 0, 1, 0, 0, 0, 1), array.shape)
+    named = tmp_path / "deep" / "result.nii.gz"
+    assert predictor.predict(array, named, geometry=geometry) == [named]
+    assert np.array_equal(read(named), labels) and sitk.ReadImage(str(named)).GetOrigin() == (1, 2, 3)
+    assert predictor.predict(file, tmp_path / "out") == [tmp_path / "out" / "a.nii.gz"]
+
+
+def test_folds_are_averaged_and_chosen(make_model, images):
+    model = make_model(folds=(0, 1, "all"))
+    assert Predictor(model, device="cpu").folds == (0, 1)
+    predictor = Predictor(model, device="cpu", tta=False)
+    image = torch.randn(1, 16, 24, 40, generator=torch.Generator().manual_seed(0))
+    both = predictor.predict_logits(image)
+    first, second = (Predictor(model, folds=f, device="cpu", tta=False).predict_logits(image) for f in ("0", 1))
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(both, (first + second) / 2)
+    torch.testing.assert_close(predictor.predict_logits(image), both)
+    assert Predictor(model, folds="all", device="cpu").folds == ("all",)
+    calls = []
+    predictor.predict_logits(image, progress=lambda *c: calls.append(c))
+    assert calls[0] == (1, 4) and calls[-1] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"folds": 3}, ModelFolderError, "no fold_3"),
+        ({"folds": "first"}, ConfigurationError, "'first': expected a number"),
+        ({"folds": []}, ConfigurationError, "once each"),
+        ({"folds": [0, "0"]}, ConfigurationError, "once each"),
+        ({"checkpoint": "best"}, ModelFolderError, r"checkpoint_best\.pth; trained folds: 0 \(final\)"),
+        ({"step": 0}, ConfigurationError, "0 < step <= 1"),
+        ({"device": "cuda:77"}, DeviceUnavailable, "cuda"),
+    ],
+)
+def test_impossible_wishes_are_refused_before_any_work(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        Predictor(model, **{"device": "cpu", **arguments})
+
+
+def test_mirroring_follows_the_checkpoint_and_the_caller(make_model):
+    model = make_model(mirror_axes=(0, 2))
+    assert Predictor(model, device="cpu").mirror_axes == (0, 2)
+    assert Predictor(model, device="cpu", tta=False).mirror_axes == ()
+
+
+def test_a_bad_image_is_reported_and_the_rest_goes_on(model, images, tmp_path, caplog):
+    truncated = images / "aa_0000.nii.gz"
+    truncated.write_bytes((images / "a_0000.nii.gz").read_bytes()[:2000])
+    write_image(images / "c_0000.nii.gz", np.full((14, 30, 40), np.nan, np.float32), SPACING)
+    with caplog.at_level(logging.ERROR), pytest.raises(PredictionError) as caught:
+        Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out")
+    message = str(caught.value)
+    assert "2 of 4 images could not be predicted" in message and f"the others are in {tmp_path / 'out'}" in message
+    assert str(truncated) in message and "NaN" in message and str(truncated) in caplog.text
+    assert {p.name for p in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+
+
+def test_one_bad_image_by_itself_raises_its_own_error(model, images):
+    with pytest.raises(CaseError, match="no such file"):
+        Predictor(model, device="cpu").predict(images / "z_0000.nii.gz")
+    (images / "a_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(CaseError, match=r"a_0000\.nii\.gz"):
+        Predictor(model, device="cpu").predict(images / "a_0000.nii.gz")
+
+
+def test_what_exists_is_skipped_unless_it_may_be_overwritten(model, images, tmp_path):
+    out = tmp_path / "out"
+    predictor = Predictor(model, device="cpu", tta=False)
+    out.mkdir()
+    (out / "a.nii.gz").write_bytes(b"precious")
+    assert len(predictor.predict(images, out, overwrite=False)) == 2
+    assert (out / "a.nii.gz").read_bytes() == b"precious" and read(out / "b.nii.gz").shape == (16, 28, 44)
+    predictor.predict(images, out)
+    assert read(out / "a.nii.gz").shape == (14, 30, 40)
+
+
+def test_a_segmentation_without_its_probabilities_is_not_done(model, images, tmp_path):
+    out = tmp_path / "out"
+    predictor = Predictor(model, device="cpu", tta=False)
+    predictor.predict(images, out)
+    (out / "a.nii.gz").write_bytes(b"old")
+    before = read(out / "b.nii.gz")
+    predictor.predict(images, out, overwrite=False, save_probabilities=True)
+    for name, shape in (("a", (14, 30, 40)), ("b", (16, 28, 44))):
+        probabilities = np.load(out / f"{name}.npz")["probabilities"]
+        assert probabilities.shape == (3, *shape)
+        assert np.array_equal(probabilities.argmax(0), read(out / f"{name}.nii.gz"))
+        assert (out / f"{name}.pkl").is_file()
+    assert np.array_equal(before, read(out / "b.nii.gz"))
+    (out / "a.nii.gz").write_bytes(b"old")
+    predictor.predict(images, out, overwrite=False, save_probabilities=True)
+    assert (out / "a.nii.gz").read_bytes() == b"old"  # both are there now: done
+
+
+def test_several_channels(make_model, tmp_path):
+    model = make_model(channels=2)
+    image, _ = make_case(np.random.default_rng(0), (14, 30, 40), 2, 3)
+    files = [tmp_path / f"sub_{name}.nii.gz" for name in ("t1", "t2")]
+    for channel, file in enumerate(files):
+        write_image(file, image[channel].astype(np.float32), SPACING)
+    predictor = Predictor(model, device="cpu", tta=False)
+    labels = predictor.predict(files)
+    assert np.array_equal(labels, predictor.predict(image.astype(np.float32), spacing=SPACING))
+    assert not np.array_equal(labels, predictor.predict(files[::-1]))
+    expected = "2 channel.*_0000 = MR0, _0001 = MR1"
+    with pytest.raises(CaseError, match=expected):
+        predictor.predict(files[0])
+    with pytest.raises(CaseError, match=f"got 3 files.*{expected}"):
+        predictor.predict([*files, files[0]])
+    with pytest.raises(CaseError, match=expected):
+        predictor.predict(image[:1], spacing=SPACING)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_image(folder / "a_0000.nii.gz", image[0].astype(np.float32), SPACING)
+    with pytest.raises(CaseError, match=expected) as caught:
+        predictor.predict(folder, tmp_path / "out")
+    assert "a_0001.nii.gz" in str(caught.value)
+
+
+def test_images_are_never_overwritten(model, images, tmp_path):
+    predictor = Predictor(model, device="cpu")
+    plain = tmp_path / "scan.nii.gz"
+    plain.write_bytes((images / "a_0000.nii.gz").read_bytes())
+    for output in (plain, tmp_path):  # scan.nii.gz, predicted into its own folder, would be called scan.nii.gz
+        with pytest.raises(ConfigurationError, match="is the image itself"):
+            predictor.predict(plain, output)
+    with pytest.raises(ConfigurationError, match="is the folder of the images"):
+        predictor.predict(images, images)
+    with pytest.raises(ConfigurationError, match="output must be a folder"):
+        predictor.predict(images, tmp_path / "out.nii.gz")
+
+
+def test_segmentations_may_go_into_a_dataset_without_changing_its_json(model, images, tmp_path):
+    out = tmp_path / "labelsTs"
+    out.mkdir()
+    (out / "dataset.json").write_text("somebody's")
+    Predictor(model, device="cpu", tta=False).predict(images, out)
+    assert (out / "dataset.json").read_text() == "somebody's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ConfigurationError, "needs its spacing"),
+        ({"spacing": (1, 1)}, ConfigurationError, "needs its spacing"),
+        ({"spacing": (1, 1, 0)}, ConfigurationError, "needs its spacing"),
+        ({"spacing": (1, 1, 1), "output": "out"}, ConfigurationError, "an array has no name"),
+        ({"spacing": (1, 1, 1), "save_probabilities": True}, ConfigurationError, "give an output"),
+    ],
+)
+def test_arrays_need_their_spacing_and_a_name(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        Predictor(model, device="cpu").predict(np.ones((14, 30, 40)), **arguments)
+
+
+def test_arrays_that_are_no_image(model, images):
+    predictor = Predictor(model, device="cpu")
+    geometry = ImageGeometry(SPACING, (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1, 0, 0, 0, 1), (14, 30, 41))
+    with pytest.raises(CaseError, match="NaN"):
+        predictor.predict(np.full((14, 30, 40), np.nan), spacing=SPACING)
+    with pytest.raises(CaseError, match=r"got \(30, 40\)"):
+        predictor.predict(np.ones((30, 40)), spacing=SPACING)
+    with pytest.raises(CaseError, match="of \\(14, 30, 41\\) voxels"):
+        predictor.predict(np.ones((14, 30, 40)), geometry=geometry)
+    with pytest.raises(ConfigurationError, match="files have their own"):
+        predictor.predict(images, spacing=SPACING)
+
+
+def test_a_full_disk_stops_the_work_at_once(model, images, tmp_path, monkeypatch):
+    calls = []
+
+    def full(path, *_):
+        calls.append(path)
+        raise OutputError(f"no space left while writing {path}")
+
+    monkeypatch.setattr(predictor_module, "write_labels", full)
+    with pytest.raises(OutputError, match="no space left"):
+        Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out")
+    assert len(calls) == 1
+
+
+def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkeypatch):
+    second_is_read = threading.Event()
+    read_image, predict_logits = tasks.read_image, Predictor.predict_logits
+
+    def reading(paths):
+        if paths[0].name.startswith("b"):
+            second_is_read.set()
+        return read_image(paths)
+
+    def predicting(self, *arguments):
+        assert second_is_read.wait(30)
+        return predict_logits(self, *arguments)
+
+    monkeypatch.setattr(tasks, "read_image", reading)
+    monkeypatch.setattr(Predictor, "predict_logits", predicting)
+    assert len(Predictor(model, device="cpu", tta=False).predict(images)) == 2
+
+
+def test_the_progress_bar_names_images_and_tiles(model, images, tmp_path, capsys):
+    Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out", progress=True)
+    shown = capsys.readouterr().err
+    assert "Predicting: 100%" in shown and "2/2" in shown and "tile" in shown

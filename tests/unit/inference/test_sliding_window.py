@@ -1,0 +1,177 @@
+"""Tiles, weights, padding, mirroring and blending, each against arithmetic that is simple enough to believe."""
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnssl_adapt.errors import ConfigurationError, PredictionError
+from nnssl_adapt.inference.sliding_window import gaussian_importance, sliding_window_logits, tile_positions
+
+PATCH = (8, 12, 16)
+
+
+class Pointwise(nn.Module):
+    """Logits that depend on their own voxel only, so that the tiling must not show."""
+
+    def forward(self, x):
+        assert x.shape[2:] == PATCH
+        assert not self.training
+        return torch.cat([2 * x[:, :1] - 1, x[:, 1:2] ** 2, x[:, :1] * x[:, 1:2]], dim=1)
+
+
+class Directional(nn.Module):
+    """Logits that differ from those of the mirrored image, along every axis."""
+
+    def forward(self, x):
+        ramp = sum(
+            weight * torch.arange(n, dtype=x.dtype).reshape([-1 if a == axis else 1 for a in range(5)])
+            for axis, (n, weight) in enumerate(zip(x.shape, (0, 0, 1.0, 0.1, 0.01), strict=True))
+        )
+        return x + ramp
+
+
+def image(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "step", "expected"),
+    [
+        (110, 64, 0.5, [0, 23, 46]),
+        (64, 64, 0.5, [0]),
+        (65, 64, 0.5, [0, 1]),
+        (10, 4, 1.0, [0, 3, 6]),
+        (11, 4, 0.25, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_tiles_are_even_and_reach_both_ends(size, patch, step, expected):
+    assert tile_positions((size,), (patch,), step) == [expected]
+
+
+def test_each_axis_has_its_own_tiles():
+    assert tile_positions((10, 20, 30), (8, 12, 30)) == [[0, 2], [0, 4, 8], [0]]
+
+
+@pytest.mark.parametrize("step", [0, -0.5, 1.01])
+def test_a_step_that_would_leave_gaps_is_refused(step):
+    with pytest.raises(ConfigurationError, match="0 < step <= 1"):
+        tile_positions((10,), (4,), step)
+
+
+def test_weights_peak_in_the_middle_and_are_nowhere_zero():
+    weights = gaussian_importance((10, 20, 30), scale=3)
+    assert weights.shape == (10, 20, 30)
+    assert weights.argmax() == np.ravel_multi_index((5, 10, 15), (10, 20, 30))
+    assert weights.max() == 3
+    half = gaussian_importance((10, 20, 30), dtype=torch.float16)
+    assert half.dtype == torch.float16 and half.min() > 0
+
+
+@pytest.mark.parametrize("shape", [(10, 20, 30), (8, 12, 16), (5, 20, 9)])
+@pytest.mark.parametrize("mirror_axes", [None, (0, 2)])
+def test_blending_tiles_gives_what_the_network_gives_voxel_by_voxel(shape, mirror_axes):
+    data = image(2, *shape)
+    kept = data.clone()
+    logits = sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=mirror_axes)
+    expected = torch.stack([2 * data[0] - 1, data[1] ** 2, data[0] * data[1]])
+    assert logits.dtype == torch.float32 and logits.shape == (3, *shape)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(data, kept)
+
+
+def test_small_images_lie_in_the_middle_of_zeros():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(x.clone())
+            return x
+
+    data = image(1, 5, 20, 9)
+    sliding_window_logits(Spy(), data, PATCH, 1, mirror_axes=())
+    tile = seen[0][0, 0]
+    assert torch.equal(tile[1:6, :, 3:12], data[0, :, :12])
+    assert tile.count_nonzero() == data[0, :, :12].count_nonzero()
+
+
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
+def test_mirroring_averages_every_combination_of_axes(axes):
+    data = image(1, *PATCH)
+    network = Directional()
+    flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([a + 2 for a in axes], n)]
+    batch = data[None]
+    expected = torch.stack([torch.flip(network(torch.flip(batch, f)), f) for f in flips]).mean(0)[0]
+    logits = sliding_window_logits(network, data, PATCH, 1, mirror_axes=axes)
+    torch.testing.assert_close(logits, expected)
+    assert not torch.allclose(logits, network(batch)[0])
+
+
+def test_the_finest_output_of_deep_supervision_is_taken_and_training_mode_comes_back():
+    class Deep(nn.Module):
+        def forward(self, x):
+            return [x, x[..., ::2, ::2, ::2]]
+
+    network = Deep().train()
+    data = image(1, 10, 20, 30)
+    torch.testing.assert_close(sliding_window_logits(network, data, PATCH, 1), data, rtol=1e-5, atol=1e-6)
+    assert network.training
+
+
+def test_progress_counts_tiles():
+    calls = []
+    sliding_window_logits(
+        Pointwise(), image(2, 10, 20, 16), PATCH, 3, mirror_axes=None, progress=lambda *c: calls.append(c)
+    )
+    assert calls == [(i, 6) for i in range(1, 7)]
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    with pytest.raises(PredictionError, match="NaN or infinite"):
+        sliding_window_logits(Broken(), image(1, *PATCH), PATCH, 1)
+
+
+def test_the_result_is_an_ordinary_tensor():
+    logits = sliding_window_logits(Pointwise(), image(2, 5, 12, 16), PATCH, 3)
+    assert not logits.is_inference() and logits.is_contiguous()
+    logits.add_(1)
+
+
+def test_when_the_gpu_is_too_small_sums_are_kept_in_main_memory_and_it_is_said(monkeypatch, caplog):
+    from nnssl_adapt.inference import sliding_window
+
+    blend = sliding_window._blend
+    failures = iter([torch.cuda.OutOfMemoryError("no memory")])
+
+    def failing_once(*arguments):
+        for error in failures:
+            raise error
+        return blend(*arguments)
+
+    monkeypatch.setattr(sliding_window, "_blend", failing_once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    data = image(2, 10, 20, 30)
+    with caplog.at_level(logging.WARNING):
+        logits = sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=None)
+    assert "main memory" in caplog.text
+    torch.testing.assert_close(logits[1], data[1] ** 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_cuda_agrees_with_the_cpu():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.LeakyReLU(), nn.Conv3d(8, 3, 3, padding=1))
+    data = image(2, 10, 20, 30)
+    expected = sliding_window_logits(network, data, PATCH, 3)
+    exact = sliding_window_logits(network, data, PATCH, 3, device="cuda", autocast_dtype=None)
+    fast = sliding_window_logits(network, data, PATCH, 3, device="cuda")
+    assert exact.device.type == fast.device.type == "cpu"
+    torch.testing.assert_close(exact, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fast, expected, rtol=1e-2, atol=1e-2)
