@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-am", dest="mode", default="like_pretrained", choices=preprocess.MODES, help="target spacing")
     parser.add_argument("-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm, for -am fixed")
     parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
+    parser.add_argument(
+        "--restart", action="store_true", help="train anew although there is an earlier run (it is set aside)"
+    )
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
     add_training_flags(parser)
     add_source(parser)
@@ -62,6 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
         from_scratch=arguments.from_scratch,
         workers=arguments.workers,
     )
-    model = trainer.run(resume=trainer.can_resume, save_probabilities=arguments.npz)
+    model = trainer.run(resume=trainer.can_resume and not arguments.restart, save_probabilities=arguments.npz)
     print(f"model in {model.path}\nnext:\n  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {model.path} -f {fold}")
     return EXIT_OK
