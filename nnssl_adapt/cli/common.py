@@ -99,6 +99,6 @@ def default_workers() -> int:
 
 def require_device(name: str) -> str:
     """Return the device, or raise DeviceUnavailable saying which ones there are. Checked before any long work."""
-    from nnssl_adapt.training.trainer import check_device
+    from nnssl_adapt.inference.device import check_device
 
     return str(check_device(name))

@@ -27,11 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continue", dest="keep_existing", action="store_true", help="skip segmentations that already exist"
     )
+    parser.add_argument(
+        "--float16-sums",
+        action="store_true",
+        help="add overlapping tiles up in float16 as nnU-Net does, to reproduce its labels exactly (default: float32)",
+    )
     parser.add_argument("-device", "--device", default="cuda", choices=("cuda", "cpu", "mps"))
     add_verbose(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import torch
+
     import nnssl_adapt as na
 
     predictor = na.Predictor(
@@ -41,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         step=arguments.step_size,
         tta=not arguments.no_tta,
+        accumulation_dtype=torch.float16 if arguments.float16_sums else torch.float32,
     )
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     predictor.predict(
