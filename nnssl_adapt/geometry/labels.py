@@ -7,22 +7,24 @@ to compute. That leaves the surfaces, a few voxels in a hundred.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.geometry.resample import as_array, checked_shape
 from nnssl_adapt.geometry.spacing import separate_z_axis
 from nnssl_adapt.geometry.weights import LinearTaps, linear_taps, nearest_index
 
-_CHUNK = 1 << 17
-"""Mixed voxels settled at a time; bounds the memory."""
-
-_CORNERS = tuple((z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1))
+_CHUNK = 1 << 15
+"""Mixed voxels settled at a time; bounds the memory, and keeps it in the processor's cache."""
 
 Taps = tuple[LinearTaps, LinearTaps, LinearTaps]
-Settle = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Settle = Callable[["_Blocks"], np.ndarray]
 
 
 def resample_labels(
@@ -50,7 +52,8 @@ def resample_labels(
 
     Where nothing changes the input itself is returned. Raises ConfigurationError for another order.
     """
-    shape = tuple(int(n) for n in new_shape)
+    labels = np.asarray(labels)
+    shape = checked_shape(labels, new_shape)
     axis = separate_z_axis(spacing, new_spacing, force_separate_z)
     if order not in (0, 1) or (axis is not None and order_z != 0):
         raise ConfigurationError(
@@ -65,22 +68,34 @@ def resample_labels(
 
 
 def logits_to_labels(
-    logits: Any, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+    logits: Any,
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    rounding: npt.DTypeLike | None = np.float16,
 ) -> np.ndarray:
-    """Resample logits (K, Z, Y, X), array or CPU tensor, to ``new_shape`` (Z, Y, X) and return the winning class.
+    """Resample logits (K, Z, Y, X), array or tensor, to ``new_shape`` (Z, Y, X) and return the winning class.
 
-    uint8 (uint16 from 256 classes on), (Z, Y, X). Linear interpolation, nnU-Net's separate-z rule, and resampled logits
-    rounded to float16 before the winner is taken, as nnU-Net stores them; ties go to the lowest class. The classes are
-    never all held at the new size.
+    Linear interpolation and nnU-Net's separate-z rule. The classes are never all held at the new size.
+
+    Args:
+        logits: finite; (K, Z, Y, X).
+        new_shape: voxels (Z, Y, X).
+        spacing: mm (Z, Y, X) of ``logits``; only decides whether one axis is treated apart.
+        new_spacing: of the result; likewise.
+        rounding: precision in which the classes are compared; ties go to the lowest class. nnU-Net's logits are float16
+            and stay so when resampled. None: that of ``logits``, as nnU-Net's function treats logits of another type.
+
+    Returns:
+        uint8, or uint16 from 256 classes on; (Z, Y, X).
     """
-    logits = np.asarray(logits)
-    shape = tuple(int(n) for n in new_shape)
-    axis = separate_z_axis(spacing, new_spacing)
+    logits = as_array(logits)
+    shape = checked_shape(logits, new_shape)
+    precision = np.dtype(logits.dtype if rounding is None else rounding)
     if logits.shape[1:] == shape:
-        return _winner(logits)
-    if axis is None:
-        return _resize_logits(logits, shape, flat=False)
-    return _slicewise(logits, shape, axis, lambda volume, size, flat: _resize_logits(volume, size, flat))
+        return _winner(logits, precision)[0]
+    axis = separate_z_axis(spacing, new_spacing)
+    return _slicewise(logits, shape, axis, lambda volume, size, flat: _resize_logits(volume, size, flat, precision))
 
 
 def _slicewise(
@@ -114,18 +129,20 @@ def _resize(labels: np.ndarray, shape: tuple[int, ...], flat: bool, order: int) 
         np.uint8 if span < 255 else np.uint16 if span < 65535 else np.uint32
     )
 
-    def settle(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        return _most_weight(small, taps, z, y, x)
+    def settle(blocks: _Blocks) -> np.ndarray:
+        return _most_weight(small.reshape(-1), blocks)
 
     return (_by_blocks(small, taps, flat, settle).astype(np.int64) + lowest).astype(labels.dtype)
 
 
-def _most_weight(labels: np.ndarray, taps: Taps, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The label with the largest weight in the block around each of n output voxels."""
-    corners = list(_corners(taps, z, y, x))
-    found = np.stack([labels[corner] for corner, _ in corners])  # (8, n), as the weights
-    weights = np.stack([weight for _, weight in corners])
-    nearest = labels[taps[0].nearest[z], taps[1].nearest[y], taps[2].nearest[x]]
+def _most_weight(labels: np.ndarray, blocks: _Blocks) -> np.ndarray:
+    """The label with the largest weight in each of n blocks; ``labels`` is flat."""
+    found = np.empty((8, len(blocks.nearest)), labels.dtype)
+    weights = np.empty(found.shape)
+    for corner, (index, (z, y, x)) in enumerate(blocks.corners()):
+        np.take(labels, index, out=found[corner], mode="clip")
+        np.multiply(z * y, x, out=weights[corner])
+    nearest = labels[blocks.nearest]
     low, high = found.min(axis=0), found.max(axis=0)
     # Nearly all blocks lie on the surface between two labels, which takes a quarter of the work.
     several = ~((found == low) | (found == high)).all(axis=0)
@@ -159,44 +176,95 @@ def _most_weight_of_several(found: np.ndarray, weights: np.ndarray, nearest: np.
 # -- logits ----------------------------------------------------------------------------------------------------------
 
 
-def _winner(logits: np.ndarray) -> np.ndarray:
-    """Class with the largest logit, the lowest of equals; (K, Z, Y, X) → (Z, Y, X), without a copy of all classes."""
-    winner = np.zeros(logits.shape[1:], np.uint8 if len(logits) < 256 else np.uint16)
-    best = logits[0].astype(np.float32)
-    for index in range(1, len(logits)):
-        better = logits[index] > best
-        np.copyto(best, logits[index], where=better)
-        winner[better] = index
-    return winner
+def _winner(logits: np.ndarray, precision: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Class with the largest rounded logit, the lowest of equals; (K, Z, Y, X) → (Z, Y, X). And where that is close.
+
+    Not close means: in a block that agrees on the winner, no interpolated logit rounds to the winner's. Its lead is more
+    than the distance of two floating-point numbers at its own size (at most eps times that) in every corner, so also
+    between them; four times, because the logits are rounded here already.
+    """
+    shape = logits.shape[1:]
+    winner = np.zeros(shape, np.uint8 if len(logits) < 256 else np.uint16)
+    close = np.zeros(shape, bool)
+    limits = np.finfo(precision)
+    exact = np.result_type(precision, np.float32)
+    slab = max(1, _CHUNK // max(1, shape[1] * shape[2]))
+    for start in range(0, shape[0], slab):
+        part = slice(start, start + slab)
+        best = np.full(winner[part].shape, -np.inf, exact)
+        second = best.copy()
+        for index, logit in enumerate(logits[:, part]):
+            value = logit.astype(precision, copy=False).astype(exact, copy=False)
+            np.copyto(winner[part], index, where=value > best)
+            np.maximum(second, np.minimum(value, best), out=second)
+            np.maximum(best, value, out=best)
+        np.less_equal(best - second, 4 * limits.eps * np.abs(best) + 4 * limits.smallest_subnormal, out=close[part])
+    return winner, close
 
 
-def _resize_logits(logits: np.ndarray, shape: tuple[int, ...], flat: bool) -> np.ndarray:
+def _resize_logits(logits: np.ndarray, shape: tuple[int, ...], flat: bool, precision: np.dtype[Any]) -> np.ndarray:
     """Resize logits (K, Z, Y, X) and take the winner; ``flat``: slices (along Z) don't see each other."""
-    winner = _winner(logits)
+    winner, close = _winner(logits, precision)
     if winner.shape == shape:
         return winner
-    taps = _taps(winner.shape, shape)
     by_class = np.ascontiguousarray(logits).reshape(len(logits), -1)
 
-    def settle(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        corners = [
-            (np.ravel_multi_index(corner, winner.shape), weight)
-            for corner, weight in _corners(taps, z, y, x)
-            if weight.any()
-        ]
-        best = np.full(len(z), -np.inf, np.float16)
-        chosen = np.zeros(len(z), winner.dtype)
-        for index, values in enumerate(by_class):
-            value = sum(values[where] * weight for where, weight in corners).astype(np.float16)
+    def settle(blocks: _Blocks) -> np.ndarray:
+        corners = [(index, weights) for index, weights in blocks.corners() if all(w.any() for w in weights)]
+        best = np.full(len(blocks.nearest), -np.inf, precision)
+        chosen = np.zeros(len(best), winner.dtype)
+        for number, logit in enumerate(by_class):
+            total = np.zeros(len(best))
+            for index, (z, y, x) in corners:
+                # In scipy's order: the last bit decides to which side a value halfway between two is rounded.
+                value = logit[index] * z
+                value *= y
+                value *= x
+                total += value
+            value = total.astype(precision)
             better = value > best
-            best[better] = value[better]
-            chosen[better] = index
+            np.copyto(best, value, where=better)
+            chosen[better] = number
         return chosen
 
-    return _by_blocks(winner, taps, flat, settle)
+    # Blocks with a close corner are settled like those that don't agree.
+    winner[close] = _mixed(winner)
+    return _by_blocks(winner, _taps(winner.shape, shape), flat, settle)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The 2 × 2 × 2 source voxels around each of n output voxels, as indices into the flat source.
+
+    Attributes:
+        index: for each axis, what the lower and the upper voxel contribute to the index; each (n,).
+        weight: for each axis, the weight of the lower and the upper voxel, float64; each (n,).
+        nearest: index of the nearest source voxel (n,).
+    """
+
+    index: tuple[tuple[np.ndarray, np.ndarray], ...]
+    weight: tuple[tuple[np.ndarray, np.ndarray], ...]
+    nearest: np.ndarray
+
+    @classmethod
+    def around(cls, voxels: tuple[np.ndarray, ...], taps: Taps, shape: Sequence[int]) -> _Blocks:
+        """The blocks around the output voxels ``(z, y, x)`` of a source of ``shape``."""
+        steps = (shape[1] * shape[2], shape[2], 1)
+        axes = list(zip(taps, voxels, steps, strict=True))
+        return cls(
+            tuple((tap.low[at] * step, tap.high[at] * step) for tap, at, step in axes),
+            tuple((tap.weight_low[at], tap.weight_high[at]) for tap, at, _ in axes),
+            sum((tap.nearest[at] * step for tap, at, step in axes), start=np.zeros(len(voxels[0]), np.int64)),
+        )
+
+    def corners(self) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """Index of each corner, and its three factors of weight; X runs fastest."""
+        for z, y, x in itertools.product((0, 1), repeat=3):
+            index = self.index[0][z] + self.index[1][y] + self.index[2][x]
+            yield index, (self.weight[0][z], self.weight[1][y], self.weight[2][x])
 
 
 def _taps(old: Sequence[int], new: Sequence[int]) -> Taps:
@@ -204,33 +272,28 @@ def _taps(old: Sequence[int], new: Sequence[int]) -> Taps:
     return z, y, x
 
 
-def _corners(
-    taps: Taps, z: np.ndarray, y: np.ndarray, x: np.ndarray
-) -> Iterator[tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]:
-    """Indices and weights (float64) of the eight source voxels around output voxels ``(z, y, x)``."""
-    for a, b, c in _CORNERS:
-        weight = (taps[0].weight[a][z] * taps[1].weight[b][y]) * taps[2].weight[c][x]
-        yield (taps[0].index[a][z], taps[1].index[b][y], taps[2].index[c][x]), weight
+def _mixed(labels: np.ndarray) -> int:
+    """What stands for a block with several labels. Never a label: callers leave room for it."""
+    return int(np.iinfo(labels.dtype).max)
 
 
 def _by_blocks(labels: np.ndarray, taps: Taps, flat: bool, settle: Settle) -> np.ndarray:
     """Resize a map of unsigned labels: the block's label where it has only one, ``settle`` for all other voxels."""
-    mixed = np.iinfo(labels.dtype).max  # never a label: callers leave room for it
-    result = _uniform_blocks(labels, flat, mixed)
+    result = _uniform_blocks(labels, flat)
     for axis in sorted(range(3), key=lambda a: len(taps[a].low) / labels.shape[a]):
         if len(taps[axis].low) != labels.shape[axis]:
             result = result.take(taps[axis].low, axis)
     result = np.ascontiguousarray(result)
     voxels = result.reshape(-1)
-    unsettled = np.flatnonzero(voxels == mixed)
+    unsettled = np.flatnonzero(voxels == _mixed(labels))
     for start in range(0, len(unsettled), _CHUNK):
         chunk = unsettled[start : start + _CHUNK]
-        voxels[chunk] = settle(*np.unravel_index(chunk, result.shape))
+        voxels[chunk] = settle(_Blocks.around(np.unravel_index(chunk, result.shape), taps, labels.shape))
     return result
 
 
-def _uniform_blocks(labels: np.ndarray, flat: bool, mixed: int) -> np.ndarray:
-    """For each source voxel the label of the block that starts there (edges continued), or ``mixed``."""
+def _uniform_blocks(labels: np.ndarray, flat: bool) -> np.ndarray:
+    """For each source voxel the label of the block that starts there (edges continued), or :func:`_mixed`."""
     uniform = np.ones(labels.shape, bool)
     for axis in range(1 if flat else 0, 3):
         here = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
@@ -240,4 +303,4 @@ def _uniform_blocks(labels: np.ndarray, flat: bool, mixed: int) -> np.ndarray:
         narrowed[here] &= uniform[next_]
         narrowed[here] &= labels[here] == labels[next_]
         uniform = narrowed
-    return np.where(uniform, labels, np.asarray(mixed, labels.dtype))
+    return np.where(uniform, labels, np.asarray(_mixed(labels), labels.dtype))

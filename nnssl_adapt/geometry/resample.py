@@ -39,7 +39,7 @@ def resample_image(
 
     Where nothing changes the input itself is returned (as float32). Raises ConfigurationError for another order.
     """
-    shape = _checked_shape(image, new_shape)
+    shape = checked_shape(image, new_shape)
     _check_orders(order, order_z)
     image = np.asarray(image, dtype=np.float32)
     if shape == image.shape[1:]:
@@ -54,8 +54,8 @@ def resample_image(
 def resample_logits(
     logits: Any, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> np.ndarray:
-    """Resample logits (K, Z, Y, X), array or CPU tensor, to ``new_shape``: linear, nnU-Net's separate-z rule; float32."""
-    return resample_image(np.asarray(logits), new_shape, spacing, new_spacing, order=1, order_z=0)
+    """Resample logits (K, Z, Y, X), array or tensor, to ``new_shape``: linear, nnU-Net's separate-z rule; float32."""
+    return resample_image(as_array(logits), new_shape, spacing, new_spacing, order=1, order_z=0)
 
 
 def _resample_volume(
@@ -108,7 +108,17 @@ def _along_axis(volume: np.ndarray, size: int, axis: int, order: int) -> np.ndar
     return result
 
 
-def _checked_shape(array: np.ndarray, new_shape: Sequence[int]) -> tuple[int, ...]:
+def as_array(values: Any) -> np.ndarray:
+    """An array of an array, or of a tensor on any device; float32 of bfloat16, which numpy does not have."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        if str(values.dtype) == "torch.bfloat16":
+            values = values.float()
+    return np.asarray(values)
+
+
+def checked_shape(array: np.ndarray, new_shape: Sequence[int]) -> tuple[int, ...]:
+    """``new_shape`` as integers; ValueError unless it is (Z, Y, X) and ``array`` is (C, Z, Y, X)."""
     shape = tuple(int(n) for n in new_shape)
     if array.ndim != 4 or len(shape) != 3 or min(shape) < 1:
         raise ValueError(

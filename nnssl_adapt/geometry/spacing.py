@@ -48,9 +48,12 @@ def canonical_mode(name: str) -> str:
 
 def checked_spacing(values: Sequence[float], what: str = "spacing") -> Spacing:
     """Three positive finite millimetres as floats, or a ConfigurationError that names ``what``."""
-    numbers = tuple(float(value) for value in values)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
     if len(numbers) != 3 or not all(math.isfinite(n) and n > 0 for n in numbers):
-        raise ConfigurationError(f"{what} {list(values)}: expected three positive numbers of millimetres (Z Y X)")
+        raise ConfigurationError(f"{what} {values}: expected three positive numbers of millimetres (Z Y X)")
     z, y, x = numbers
     return z, y, x
 
@@ -122,8 +125,9 @@ def median_spacing(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequenc
 def resampled_shape(
     shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> tuple[int, int, int]:
-    """Voxels an image has at another spacing; rounded half to even, as nnU-Net does."""
-    z, y, x = (round(float(old) / float(new) * int(n)) for n, old, new in zip(shape, spacing, new_spacing, strict=True))
+    """Voxels an image has at another spacing; rounded half to even, as nnU-Net does. Bad spacings: ConfigurationError."""
+    spacing, new_spacing = checked_spacing(spacing), checked_spacing(new_spacing)
+    z, y, x = (round(old / new * int(n)) for n, old, new in zip(shape, spacing, new_spacing, strict=True))
     return z, y, x
 
 

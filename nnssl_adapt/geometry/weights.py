@@ -57,13 +57,19 @@ class LinearTaps:
 
 @lru_cache(maxsize=64)
 def linear_taps(n_in: int, n_out: int) -> LinearTaps:
-    """Linear interpolation with the edge sample continued outwards."""
-    inside = np.clip(positions(n_in, n_out), 0, n_in - 1)
-    low = np.floor(inside).astype(np.int64)
-    weight_low = 1.0 - (inside - low)
-    weight_high = 1.0 - weight_low  # by subtraction, as scipy does: ties between labels depend on the last bit
-    nearest = np.floor(inside + 0.5).astype(np.int64)
-    return LinearTaps(low, np.minimum(low + 1, n_in - 1), weight_low, weight_high, nearest)
+    """Linear interpolation with the edge sample continued outwards.
+
+    Ties between labels depend on the last bit, so the weights are scipy's: the upper one by subtraction, and beyond the
+    edge two fractional weights of the same sample rather than a single 1.
+    """
+    where = positions(n_in, n_out)
+    first = np.floor(where)
+    weight_low = 1.0 - (where - first)
+    weight_high = 1.0 - weight_low
+    low, high, nearest = (
+        np.clip(index, 0, n_in - 1).astype(np.int64) for index in (first, first + 1, np.floor(where + 0.5))
+    )
+    return LinearTaps(low, high, weight_low, weight_high, nearest)
 
 
 def linear_matrix(n_in: int, n_out: int) -> np.ndarray:
