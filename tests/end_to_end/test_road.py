@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from hub_server import HubServer
 from synthetic import make_dataset
 
 import nnssl_adapt as na
@@ -154,6 +155,25 @@ def run(*words, **environment):
         text=True,
         env={**os.environ, **environment},
     )
+
+
+def test_from_the_hub_and_then_offline(raw, small_resenc, tmp_path):
+    """As on a cluster: preprocessing where there is internet, training where there is none."""
+    names = ("checkpoint_final.pth", "adaptation_plan.json")
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with HubServer() as hub:
+        hub.add("someone/small-resenc", {name: (small_resenc / name).read_bytes() for name in names})
+        words = ("preprocess", "-d", "991", "-n", "hub", "-pc", "someone/small-resenc", "-np", "1")
+        result = run(*words, HF_ENDPOINT=hub.url, **environment)
+        assert result.returncode == 0, result.stderr
+    plan = na.FinetunePlan.find("Dataset991_Tiny", "ptPlans__hub____Spacing__1.00_1.00_1.00___Norm__Z")
+    source = plan.provenance["source"]
+    assert source["repo_id"] == "someone/small-resenc" and len(source["revision"]) == 40
+    words = ("train", "-d", "991", "-f", "0", "-p", plan.plans_name, "-device", "cpu", "--workers", "0", *TINY)
+    result = run(*words, HF_HUB_OFFLINE="1", **environment)
+    assert result.returncode == 0, result.stderr
+    result = run(*words, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    assert result.returncode == 1 and "someone/small-resenc" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_errors_are_one_line_and_verbose_has_the_traceback(raw, small_resenc):
