@@ -69,9 +69,16 @@ class Checkpoint:
             f"  spacing   {spacing}",
             f"  patch     {patch}",
         ]
+        lines.append(f"  licence   {self.licence or 'not stated in the file: see where it was published'}")
         lines += [f"  cite      {name}" for name in self.citation_names]
         lines += [f"  note      {note}" for note in self.notes]
         return "\n".join(lines)
+
+    @property
+    def licence(self) -> str | None:
+        """Under which terms the weights may be used, where their plan says so (``license`` or ``licence``)."""
+        stated = self.plan.raw.get("license") or self.plan.raw.get("licence")
+        return str(stated) if stated else None
 
     @property
     def citation_names(self) -> tuple[str, ...]:

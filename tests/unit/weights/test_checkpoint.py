@@ -196,3 +196,10 @@ def test_opening_changes_neither_file_nor_plan(tmp_path):
     checkpoint = open_checkpoint(path)
     assert checkpoint.plan.raw == content
     assert path.read_bytes() == before
+
+
+def test_the_licence_is_shown_where_the_plan_states_one(tmp_path):
+    path = write_checkpoint(tmp_path, state_dict(), sidecar=plan())
+    assert "licence   not stated" in str(open_checkpoint(path))
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps({**plan(), "license": "CC-BY-4.0"}))
+    assert "licence   CC-BY-4.0" in str(open_checkpoint(path))
