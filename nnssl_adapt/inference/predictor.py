@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -198,7 +199,9 @@ class Predictor:
         with tqdm(total=len(tasks), desc="Predicting", unit="image", disable=not progress) as bar:
             for task, prepared in self._prepared(tasks):
                 bar.set_postfix_str(task.identifier)
-                tiles = _show_tiles(bar, task.identifier) if progress else None
+                tiles = (
+                    _show_tiles(bar, task.identifier) if progress and sys.stderr.isatty() else None
+                )  # not into log files
                 try:
                     labels = self._finish(task, *prepared.result(), save_probabilities, tiles)
                 except OutputError:
