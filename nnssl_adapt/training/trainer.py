@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nnssl_adapt.data.dataset import LabelScheme
-from nnssl_adapt.data.splits import load_or_make_splits, split_for_fold
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, NothingToResume, TrainingError
 from nnssl_adapt.evaluation.metrics import Summary
@@ -37,7 +36,9 @@ from nnssl_adapt.training.checkpointing import (
     restore,
     stop_on_signals,
 )
+from nnssl_adapt.training.fold import cases_of_fold
 from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice
+from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer, grad_scaler
 from nnssl_adapt.training.patches import (
     TRAINING,
     VALIDATION,
@@ -111,7 +112,7 @@ class PretrainedTrainer:
         self.labels: LabelScheme = self.plan.labels
         self.file_ending = self.plan.dataset_json.file_ending
         self.store = CaseStore(self.plan.store_folder)
-        self.fold, self.training_cases, self.validation_cases = _cases_of_fold(
+        self.fold, self.training_cases, self.validation_cases = cases_of_fold(
             self.plan, self.store, fold, self.file_ending
         )
         self.checkpoint = checkpoint
@@ -337,7 +338,7 @@ class PretrainedTrainer:
 
     def _state_of(self, network: nn.Module) -> TrainingState:
         network = network.to(self.device)
-        scaler = _grad_scaler() if self.autocast_dtype is torch.float16 else None
+        scaler = grad_scaler() if self.autocast_dtype is torch.float16 else None
         return TrainingState(network, build_optimizer(network, self.recipe, self.device), scaler)
 
     def _batches_from(self, state: TrainingState) -> Iterator[Batch]:
@@ -449,44 +450,6 @@ class PretrainedTrainer:
 # -- parts that need no trainer --------------------------------------------------------------------------------------------
 
 
-def build_optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser over all weights of ``network``, which lie on ``device``."""
-    weights = list(network.parameters())
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(
-            weights,
-            recipe.learning_rate,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=device.type == "cuda",
-        )
-    return torch.optim.SGD(
-        weights, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
-    )
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return what the network computes in on ``device``, or None for plain float32.
-
-    ``auto`` is bf16 on CUDA devices that have it in hardware, fp16 on other CUDA devices, float32 elsewhere.
-    Raises ConfigurationError for fp16 without CUDA, which needs the loss scaling that only CUDA has.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if native else torch.float16
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigurationError(f"precision fp16 needs a CUDA device, not {device.type}: use auto or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-
-
-def _grad_scaler() -> Any:
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler("cuda")
-    return torch.cuda.amp.GradScaler()  # torch before 2.3
-
-
 def _from_scratch(recipe: Recipe) -> Recipe:
     """The recipe with random weights, and a folder of its own: the pre-trained run must not be overwritten by its baseline."""
     name = recipe.trainer_name
@@ -506,36 +469,6 @@ def _adapted(plan: FinetunePlan, recipe: Recipe) -> FinetunePlan:
         if message := describe_fit(recipe.patch_size, patch, extent):
             logger.warning(message)
     return plan.replaced(patch_size=patch, batch_size=recipe.batch_size)
-
-
-def _cases_of_fold(
-    plan: FinetunePlan, store: CaseStore, fold: int | str, file_ending: str
-) -> tuple[int | str, list[str], list[str]]:
-    """The fold in its plain form, its training and its validation cases, all of them preprocessed."""
-    stored = store.identifiers
-    if not stored:
-        raise ConfigurationError(
-            f"{store.folder} has no preprocessed cases: run nnUNetv2_preprocess_like_nnssl (or, for nnU-Net's plans, "
-            "nnUNetv2_preprocess) first"
-        )
-    references = plan.dataset_folder / "gt_segmentations"
-    known = sorted(p.name.removesuffix(file_ending) for p in references.glob(f"*{file_ending}")) or stored
-    splits = load_or_make_splits(plan.dataset_folder, known)
-    fold = _checked_fold(fold, len(splits))
-    training, validation = split_for_fold(splits, fold, stored)
-    if not training or not validation:
-        raise ConfigurationError(f"fold {fold} has {len(training)} training and {len(validation)} validation cases")
-    store.require([*training, *validation])
-    return fold, training, validation
-
-
-def _checked_fold(fold: int | str, folds: int) -> int | str:
-    if fold == "all":
-        return fold
-    if str(fold).isdigit() and int(fold) < folds:
-        return int(fold)
-    known = [str(number) for number in range(folds)]
-    raise ConfigurationError(f"fold {fold} does not exist: the dataset's folds are {', '.join([*known, 'all'])}")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import re
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -121,7 +122,9 @@ def _foreign_global(path: Path) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].strip()[:120]
+    """The first sentence or so of a library's message, which may go on for pages."""
+    line = (str(error) or type(error).__name__).splitlines()[0].strip()
+    return textwrap.shorten(line.split(". ")[0], 120, placeholder=" …")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nnssl_adapt.data.dataset import LabelScheme
 from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
 from nnssl_adapt.training.checkpointing import TrainingState
 from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice
+from nnssl_adapt.training.optimizer import build_optimizer
 from nnssl_adapt.training.patches import (
     PatchSampler,
     annotated_key,
@@ -33,7 +34,7 @@ from nnssl_adapt.training.patches import (
 from nnssl_adapt.training.progress import History
 from nnssl_adapt.training.recipe import Recipe
 from nnssl_adapt.training.schedule import learning_rate
-from nnssl_adapt.training.trainer import PretrainedTrainer, build_optimizer
+from nnssl_adapt.training.trainer import PretrainedTrainer
 
 PLAIN = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
 IGNORE = {"labels": {**PLAIN["labels"], "ignore": 4}}

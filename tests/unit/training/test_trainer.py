@@ -26,8 +26,9 @@ from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.training import checkpointing, validation
 from nnssl_adapt.training import trainer as trainer_module
 from nnssl_adapt.training.checkpointing import RunIdentity, load_checkpoint, weights_on_cpu
+from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer
 from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.trainer import PretrainedTrainer, autocast_dtype, build_optimizer
+from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.architectures import Architecture
 
 
@@ -450,7 +451,7 @@ def test_bf16_trains_on_a_cpu(plan, recipe):
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch before 2.3 scales losses on CUDA only")
 def test_loss_scaling_is_resumed_exactly(plan, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "autocast_dtype", lambda precision, device: torch.float16)
-    monkeypatch.setattr(trainer_module, "_grad_scaler", lambda: torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    monkeypatch.setattr(trainer_module, "grad_scaler", lambda: torch.amp.GradScaler("cpu", init_scale=2.0**40))
     whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
     with monkeypatch.context() as patched:
         interrupt(patched, step=4)
