@@ -1,6 +1,7 @@
 """From files, folders and arrays to segmentations; and what happens to images that are no good."""
 
 import logging
+import sys
 import threading
 
 import numpy as np
@@ -281,7 +282,9 @@ def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkey
     assert len(Predictor(model, device="cpu", tta=False).predict(images)) == 2
 
 
-def test_the_progress_bar_names_images_and_tiles(model, images, tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar_names_images_and_on_a_terminal_tiles(model, images, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out", progress=True)
     shown = capsys.readouterr().err
-    assert "Predicting: 100%" in shown and "2/2" in shown and "tile" in shown
+    assert "Predicting: 100%" in shown and "2/2" in shown and ("tile" in shown) == terminal
