@@ -23,7 +23,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
-from nnssl_adapt.data.dataset import LabelScheme, RawCase
+from nnssl_adapt.data.dataset import RawCase
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule, preprocess_case
 from nnssl_adapt.data.store import CaseStore
 

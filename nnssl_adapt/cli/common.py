@@ -9,6 +9,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnssl_adapt.weights.checkpoint import Checkpoint
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -92,6 +96,20 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
     parser.add_argument("--cache-dir", help="where downloads are kept (default: the Hugging Face cache)")
     parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
+
+
+def open_source(arguments: argparse.Namespace) -> Checkpoint:
+    """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
+    from nnssl_adapt.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(
+        arguments.source,
+        revision=arguments.revision,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
+    )
+    print(checkpoint)
+    return checkpoint
 
 
 def default_workers() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnssl_adapt.cli import preprocess
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers, open_source
 from nnssl_adapt.cli.train import parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
@@ -36,13 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     fold = parse_fold(arguments.fold)
     require_device(arguments.device)
     dataset = RawDataset.open(arguments.dataset)
-    checkpoint = na.open_checkpoint(
-        arguments.source,
-        revision=arguments.revision,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-    )
-    print(checkpoint)
+    checkpoint = open_source(arguments)
     recipe = recipe_from(arguments, checkpoint.architecture.is_transformer)
     processes = arguments.processes or default_workers()
     plan = na.make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, open_source
 
 if TYPE_CHECKING:
     from nnssl_adapt.weights.checkpoint import Checkpoint
@@ -19,15 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import nnssl_adapt as na
-
-    checkpoint = na.open_checkpoint(
-        arguments.source,
-        revision=arguments.revision,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-    )
-    print(checkpoint)
+    checkpoint = open_source(arguments)
     if arguments.dataset is not None:
         _show_transfer(checkpoint, arguments.dataset)
     return EXIT_OK

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers, run_command
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers, open_source, run_command
 
 MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample")
 
@@ -51,13 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if workers < 1:
         raise ConfigurationError(f"-np {workers}: at least one process is needed")
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
-    checkpoint = na.open_checkpoint(
-        arguments.source,
-        revision=arguments.revision,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-    )
-    print(checkpoint)
+    checkpoint = open_source(arguments)
     plan = na.make_plan(
         dataset,
         checkpoint,

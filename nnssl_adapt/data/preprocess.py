@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import MAX_LISTED, LabelOrRegion, LabelScheme, RawCase, RawDataset
+from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
 from nnssl_adapt.data.images import ImageGeometry, distinct_values, geometry_problems, read_image, read_labels
+from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.data.normalize import CT_STATISTICS, SCHEMES, normalize_channel
 from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.store import CaseStore, PreprocessedCase, describe_source

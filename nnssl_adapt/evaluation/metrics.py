@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import LabelOrRegion, LabelScheme
 from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_labels
+from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import write_json

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from nnssl_adapt.data.dataset import DatasetJson, LabelScheme
+from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.architectures import build_network

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.data.dataset import DatasetJson, LabelScheme
+from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json

@@ -27,7 +27,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.patches import OUTSIDE
 
 Patch = tuple[int, int, int]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 
 SMOOTH = 1e-5
 """Added to numerator and denominator of each Dice: nnU-Net's value, so that an absent class costs next to nothing."""

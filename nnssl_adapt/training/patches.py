@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import NnsslAdaptError, TrainingError
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, NothingToResume, TrainingError
 from nnssl_adapt.evaluation.metrics import Summary

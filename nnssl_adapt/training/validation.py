@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nnssl_adapt.data.dataset import LabelScheme
 from nnssl_adapt.data.images import ImageGeometry, write_labels
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import TrainingError
 from nnssl_adapt.evaluation.metrics import Summary, evaluate_folder

@@ -14,7 +14,7 @@ pytest.importorskip("nnunetv2")
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation
 from nnssl_adapt.planning.plan import FinetunePlan
 

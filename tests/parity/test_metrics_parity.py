@@ -12,7 +12,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder, 
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.evaluation.metrics import evaluate_folder
 
 SCHEMES = {

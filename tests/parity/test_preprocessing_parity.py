@@ -13,8 +13,9 @@ from synthetic import make_dataset
 
 nnunetv2 = pytest.importorskip("nnunetv2")
 
-from nnssl_adapt.data.dataset import LabelScheme, RawDataset  # noqa: E402
+from nnssl_adapt.data.dataset import RawDataset  # noqa: E402
 from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset  # noqa: E402
+from nnssl_adapt.data.labels import LabelScheme  # noqa: E402
 from nnssl_adapt.data.preprocess import (  # noqa: E402
     PreprocessSettings,
     ResamplingRule,

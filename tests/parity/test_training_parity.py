@@ -20,7 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
 from nnssl_adapt.training.checkpointing import TrainingState
 from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice

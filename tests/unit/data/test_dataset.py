@@ -9,7 +9,8 @@ import pytest
 import torch
 from synthetic import make_dataset, write_image
 
-from nnssl_adapt.data.dataset import DatasetJson, LabelScheme, RawDataset, find_images
+from nnssl_adapt.data.dataset import DatasetJson, RawDataset, find_images
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
 
 

@@ -11,8 +11,9 @@ import SimpleITK as sitk
 from synthetic import make_dataset, write_image
 
 import nnssl_adapt.data.preprocess as preprocess_module
-from nnssl_adapt.data.dataset import LabelScheme, RawDataset
+from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import ImageGeometry
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import (
     PreprocessedCase,
     PreprocessSettings,

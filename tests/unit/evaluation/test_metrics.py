@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import write_image
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.metrics import compare_labels, evaluate_folder, load_summary
 

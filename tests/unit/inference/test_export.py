@@ -5,8 +5,8 @@ import pytest
 import torch
 from model_folders import plans_content
 
-from nnssl_adapt.data.dataset import LabelScheme
 from nnssl_adapt.data.images import ImageGeometry
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_arrays
 from nnssl_adapt.data.store import load_properties
 from nnssl_adapt.errors import PlanError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
 from nnssl_adapt.training.patches import global_random_state
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl_adapt.data.dataset import LabelScheme
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.losses import DiceBCELoss, DiceCELoss, build_loss, count_overlap, pseudo_dice, soft_dice
 
 SHAPE = (3, 4, 5)
