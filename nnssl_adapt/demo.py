@@ -7,7 +7,6 @@ and nothing about how well it would work on patients.
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.evaluation.metrics import load_summary
 from nnssl_adapt.evaluation.overlay import draw_overlay
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.inference.model_folder import ModelFolder
@@ -118,7 +118,7 @@ def _write(path: Path, array: np.ndarray, spacing: float) -> None:
 def show_result(model: ModelFolder, fold: int) -> tuple[Path, dict[str, float]]:
     """Draw the worst validation case of a fold, and return the picture's path and the mean Dice of every case."""
     validation = model.path / f"fold_{fold}" / "validation"
-    summary = json.loads((validation / "summary.json").read_text(encoding="utf-8"))
+    summary = load_summary(validation / "summary.json")
     dice = {
         Path(case["prediction_file"]).name.removesuffix(".nii.gz"): float(
             np.nanmean([metrics["Dice"] for metrics in case["metrics"].values()])

@@ -45,7 +45,10 @@ def make_folder(path: str | Path) -> Path:
     """Create a folder (and its parents) and return it; an existing one is fine."""
     path = Path(path)
     with explain_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # below /proc, say, or on a drive that is not there
+            raise OutputError(f"can't create the folder {path}: choose another one") from error
     return path
 
 

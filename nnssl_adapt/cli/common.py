@@ -118,6 +118,15 @@ def default_workers() -> int:
     return max(1, min(8, available))
 
 
+def checked_workers(wish: int | None) -> int:
+    """The processes asked for with ``-np``, or as many as make sense. Raises ConfigurationError for less than one."""
+    from nnssl_adapt.errors import ConfigurationError
+
+    if wish is not None and wish < 1:
+        raise ConfigurationError(f"-np {wish}: at least one process is needed")
+    return wish or default_workers()
+
+
 def require_device(name: str) -> str:
     """Return the device, or raise DeviceUnavailable saying which ones there are. Checked before any long work."""
     from nnssl_adapt.inference.device import check_device

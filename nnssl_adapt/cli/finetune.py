@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnssl_adapt.cli import preprocess
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers, open_source
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source
 from nnssl_adapt.cli.train import parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     dataset = RawDataset.open(arguments.dataset)
     checkpoint = open_source(arguments)
     recipe = recipe_from(arguments, checkpoint.architecture.is_transformer)
-    processes = arguments.processes or default_workers()
+    processes = checked_workers(arguments.processes)
     plan = na.make_plan(
         dataset,
         checkpoint,

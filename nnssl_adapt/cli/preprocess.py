@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, default_workers, open_source, run_command
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source, run_command
 
 MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample")
 
@@ -45,11 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.errors import ConfigurationError
 
-    workers = default_workers() if arguments.workers is None else arguments.workers
-    if workers < 1:
-        raise ConfigurationError(f"-np {workers}: at least one process is needed")
+    workers = checked_workers(arguments.workers)
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
     checkpoint = open_source(arguments)
     plan = na.make_plan(

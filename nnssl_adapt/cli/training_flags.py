@@ -60,13 +60,8 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     else:
         recipe = Recipe.load(arguments.recipe or ("primus" if is_transformer else "default"))
     overrides: dict[str, Any] = {}
-    for setting in arguments.settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key.strip():
-            raise ConfigurationError(f"--set {setting}: expected KEY=VALUE, e.g. --set weight_decay=3e-5")
-        overrides[key.strip()] = value.strip()
     for flag, field in _FIELD_OF_FLAG.items():
         value = getattr(arguments, flag)
         if value is not None:
             overrides[field] = tuple(value) if isinstance(value, list) else value
-    return recipe.override(**overrides) if overrides else recipe
+    return recipe.with_settings(arguments.settings, **overrides)

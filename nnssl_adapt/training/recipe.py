@@ -135,9 +135,12 @@ class Recipe:
         """Return a copy with other values. Strings are read as the field's own type (``"1e-4"``, ``"96,96,64"``, ``"none"``)."""
         return _make(self.to_dict(), fields, f"changes to recipe {self.name!r}")
 
-    def with_settings(self, assignments: Iterable[str]) -> Recipe:
-        """Return a copy changed by ``field=value`` strings, as ``--set`` takes them."""
-        fields: dict[str, str] = {}
+    def with_settings(self, assignments: Iterable[str], **values: Any) -> Recipe:
+        """Return a copy changed by ``field=value`` strings, as ``--set`` takes them, and by ``values``, which win.
+
+        Both at once, since fields are checked against each other.
+        """
+        fields: dict[str, Any] = {}
         mistakes = []
         for assignment in assignments:
             field, equals, value = assignment.partition("=")
@@ -146,7 +149,7 @@ class Recipe:
             else:
                 mistakes.append(f"--set {assignment}: expected field=value")
         _raise_if_any(mistakes, "settings")
-        return self.override(**fields)
+        return self.override(**{**fields, **values})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values (lists instead of tuples), fit for YAML, JSON and checkpoints."""

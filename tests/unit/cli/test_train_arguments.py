@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from nnssl_adapt.cli import finetune, main, train
+from nnssl_adapt.cli.common import checked_workers
 from nnssl_adapt.cli.training_flags import recipe_from
 from nnssl_adapt.errors import ConfigurationError
 
@@ -72,7 +73,7 @@ def test_without_a_choice_the_networks_family_decides():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--set", "weight_decay"), "expected KEY=VALUE"),
+        (("--set", "weight_decay"), "expected field=value"),
         (("--set", "wieght_decay=1"), "weight_decay"),
         (("--recipe", "nosuch"), "nosuch"),
         (("-tr", "NoSuchTrainer"), "NoSuchTrainer"),
@@ -102,3 +103,14 @@ def test_finetune_shares_the_training_flags():
     finetune.add_arguments(parser)
     arguments = parser.parse_args(["-d", "41", "-pc", "x", "--epochs", "2", "--warmup", "0"])
     assert recipe_from(arguments, is_transformer=False).epochs == 2
+
+
+def test_settings_and_flags_are_checked_together():
+    recipe = recipe_from(parse("-d", "1", "-f", "0", "--set", "epochs=9", "--warmup", "2"), is_transformer=False)
+    assert (recipe.epochs, recipe.warmup_epochs) == (9, 2)
+
+
+def test_no_process_is_too_few():
+    with pytest.raises(ConfigurationError, match="-np 0"):
+        checked_workers(0)
+    assert checked_workers(3) == 3 and checked_workers(None) >= 1
