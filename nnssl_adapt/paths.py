@@ -43,6 +43,15 @@ def pretrained_models_folder() -> Path | None:
     return Path(value).expanduser() if value else None
 
 
+def downloads_folder() -> Path:
+    """Where files fetched from plain web addresses and unpacked archives are kept: ``$XDG_CACHE_HOME/nnssl_adapt``.
+
+    What comes from the Hugging Face hub lies in its own cache.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "nnssl_adapt"
+
+
 def _from_environment(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:

@@ -88,6 +88,11 @@ class LabelScheme:
         return len(self.regions) if self.has_regions else len(self.all_labels)
 
     @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the network's outputs in order: the regions, or all labels from ``background`` on."""
+        return self.class_names if self.has_regions else ("background", *self.class_names)
+
+    @property
     def values_in_files(self) -> tuple[int, ...]:
         """Values that a label file may hold: all labels and the ignore label."""
         return self.all_labels if self.ignore_label is None else (*self.all_labels, self.ignore_label)

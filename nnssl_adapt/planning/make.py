@@ -23,6 +23,7 @@ from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
+from nnssl_adapt.weights.settings import TransferSettings
 from nnssl_adapt.weights.source import Origin
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def make_plan(
     name: str = "pretrained",
     spacing: Sequence[float] | None = None,
     base_plans: str | None = None,
+    transfer: TransferSettings | None = None,
     workers: int = 2,
     progress: bool = False,
 ) -> FinetunePlan:
@@ -64,6 +66,7 @@ def make_plan(
         spacing: millimetres (Z, Y, X) in the image's array order, for mode ``fixed`` only.
         base_plans: name of an existing nnU-Net plans file whose reader, intensity statistics and Dice setting are
             taken over; by default ``nnUNetPlans`` where it exists.
+        transfer: how the weights will be fitted to the network (by default as suits most).
         workers: processes that read images when the fingerprint has to be made.
         progress: whether to draw progress bars.
 
@@ -94,7 +97,9 @@ def make_plan(
     )
     if choice.note:
         logger.warning(choice.note)
-    return FinetunePlan(_plans_content(raw, checkpoint, fingerprint, base, choice, name))
+    return FinetunePlan(
+        _plans_content(raw, checkpoint, fingerprint, base, choice, name, transfer or TransferSettings())
+    )
 
 
 def load_or_make_fingerprint(raw: RawDataset, workers: int = 2, progress: bool = False) -> DatasetFingerprint:
@@ -159,6 +164,7 @@ def _plans_content(
     base: _BasePlans,
     choice: SpacingChoice,
     name: str,
+    settings: TransferSettings,
 ) -> dict[str, Any]:
     """The plans file, key for key as nnU-Net 2.x writes it, plus ``pretrain_info`` and ``nnssl_adapt``."""
     reference_spacing = choice.spacing or median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
@@ -219,6 +225,8 @@ def _plans_content(
         "nnssl_adapt": {
             "version": package_version(),
             "source": checkpoint.origin.to_dict(),
+            "source_choices": dict(checkpoint.choices),
+            "transfer": settings.to_dict(),
             "trainer_name": checkpoint.trainer_name,
             "spacing_mode": choice.mode,
             "architecture_preset": architecture.preset,

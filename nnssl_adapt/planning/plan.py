@@ -16,6 +16,7 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.settings import TransferSettings
 
 CONFIGURATION = "3d_fullres"
 
@@ -189,6 +190,11 @@ class FinetunePlan:
     def provenance(self) -> dict[str, Any]:
         """Our own entries: where the weights come from, their digest, the spacing mode; empty in nnU-Net's plans."""
         return dict(self.content.get("nnssl_adapt", {}))
+
+    @property
+    def transfer_settings(self) -> TransferSettings:
+        """How the weights are to be fitted to the network."""
+        return TransferSettings.from_dict(self.provenance.get("transfer", {}))
 
     # -- variations ------------------------------------------------------------------------------------------------
 

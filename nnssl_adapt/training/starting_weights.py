@@ -41,7 +41,8 @@ def fill_with_starting_weights(
     """
     if from_scratch:
         return scratch_report(network)
-    return transfer_weights(find_checkpoint(plan, checkpoint), network)
+    settings = plan.transfer_settings.to_dict()
+    return transfer_weights(find_checkpoint(plan, checkpoint), network, head_names=plan.labels.head_names, **settings)
 
 
 def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = None) -> Checkpoint:
@@ -63,8 +64,9 @@ def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = 
 
 
 def _open(plan: FinetunePlan, given: str | Path | None) -> Checkpoint:
+    choices = plan.provenance.get("source_choices", {})
     if given is not None:
-        return open_checkpoint(given)
+        return open_checkpoint(given, **choices)
     source = plan.provenance.get("source", {})
     hint = plan.pretrain_info.get("checkpoint_path")
     if not source and hint is None:
@@ -75,9 +77,9 @@ def _open(plan: FinetunePlan, given: str | Path | None) -> Checkpoint:
     if not source and hint is not None:
         return open_checkpoint(hint)
     try:
-        return open_checkpoint(source.get("repo_id") or source["source"], revision=source.get("revision"))
+        return open_checkpoint(source.get("repo_id") or source["source"], revision=source.get("revision"), **choices)
     except SourceError:
         if hint and Path(hint).exists():  # relative sources mean nothing in another folder
             logger.info("%s is not found as such; using %s", source["source"], hint)
-            return open_checkpoint(hint)
+            return open_checkpoint(hint, **choices)
         raise

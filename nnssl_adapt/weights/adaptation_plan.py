@@ -58,6 +58,11 @@ class AdaptationPlan(BaseModel):
         key_to_lpe: the learned positional embedding of a transformer.
         citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
         trainer_name: nnssl's trainer, where it is known.
+        supervised: whether the weights are a segmentation network's, so that its decoder is worth keeping.
+        transpose_forward: order in which the training's images had their array axes put (nnU-Net's key); identity for nnssl.
+        head_names: what the outputs of a supervised network stand for, in order; empty where unknown.
+        orientation: three letters such as ``RPI`` where the weights want one orientation, as the Spinal Cord Toolbox
+            writes them (the directions that the axes come from); None where any will do.
         raw: the plan exactly as found.
     """
 
@@ -76,6 +81,10 @@ class AdaptationPlan(BaseModel):
     key_to_lpe: str | None = None
     citations: tuple[dict[str, Any], ...] = ()
     trainer_name: str | None = None
+    supervised: bool = False
+    transpose_forward: tuple[int, int, int] = (0, 1, 2)
+    head_names: tuple[str, ...] = ()
+    orientation: str | None = None
     raw: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Checkpoint:
         trainer_name: nnssl's trainer, where the file or its plan says so.
         citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
         notes: what was wrong in the file or its plan, and what was done about it.
+        choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``) that were not left at
+            their defaults; opening with them gives these weights again.
     """
 
     tensors: dict[str, Tensor]
@@ -44,6 +46,7 @@ class Checkpoint:
     trainer_name: str | None = None
     citations: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> Architecture:
@@ -98,6 +101,10 @@ def open_checkpoint(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    filename: str | None = None,
+    fold: str | None = None,
+    stem: str | None = None,
+    axes: str = "auto",
 ) -> Checkpoint:
     """Open pre-trained weights from a file, a folder or the Hugging Face hub.
 
@@ -107,6 +114,11 @@ def open_checkpoint(
         revision: branch, tag or commit on the hub.
         cache_dir: the hub's cache, if not the usual one.
         local_files_only: never use the network.
+        filename: the weight file in a folder, archive or repository, if not one of nnssl's names.
+        fold: of a trained nnU-Net model folder: which fold, or ``mean`` for the average of all.
+        stem: of a network with one stem a dataset (MultiTalent): which one, or ``mean`` (the default).
+        axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
+            nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto`` to tell by the file.
 
     Returns a :class:`Checkpoint`; ``print`` it to see what it is. Nothing in the file is run.
 
@@ -116,11 +128,14 @@ def open_checkpoint(
         UnsafeCheckpoint: loading it would run code.
         AdaptationPlanError: no adaptation plan in the file or beside it, or none that fits its tensors.
     """
-    return read_checkpoint(resolve_source(source, revision, cache_dir, local_files_only))
+    resolved = resolve_source(source, revision, cache_dir, local_files_only, filename=filename, fold=fold)
+    choices = {"filename": filename, "fold": fold, "stem": stem, "axes": None if axes == "auto" else axes}
+    checkpoint = read_checkpoint(resolved, stem=stem, axes=axes)
+    return replace(checkpoint, choices={key: value for key, value in choices.items() if value is not None})
 
 
-def read_checkpoint(resolved: ResolvedSource) -> Checkpoint:
-    """Open weights that are on this machine already; raises as :func:`open_checkpoint`."""
+def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str = "auto") -> Checkpoint:
+    """Open weights that are on this machine already; arguments and errors as of :func:`open_checkpoint`."""
     path = resolved.weights
     content = read_weight_file(path)
     tensors = strip_wrappers(tensors_of(content, path), path)

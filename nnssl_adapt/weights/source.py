@@ -32,11 +32,12 @@ class Origin:
 
     Attributes:
         source: as the user typed it.
-        kind: ``file``, ``folder`` or ``huggingface``.
+        kind: ``file``, ``folder``, ``model_folder``, ``zip``, ``url`` or ``huggingface``.
         repo_id: ``owner/name`` on the hub, else None.
         revision: the commit hash that was downloaded, else None.
         filename: the weight file's name.
-        sha256: of the weight file's bytes.
+        sha256: of the weight file's bytes; of the joined digests where several folds are averaged.
+        fold: of a trained model folder: the fold taken (``0``, ``all``, …) or ``mean``; else None.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Origin:
     revision: str | None
     filename: str
     sha256: str
+    fold: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,11 +59,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """Files on this machine: the weights, the adaptation plan beside them (None when there is none), their origin."""
+    """Files on this machine.
+
+    Attributes:
+        weights: the weight file; of several folds the first.
+        sidecar: the adaptation plan beside it, None when there is none.
+        origin: what they are.
+        model_folder: the trained nnU-Net model folder (plans.json, dataset.json) that the weights lie in, or None.
+        other_folds: weight files of further folds, to be averaged with ``weights``.
+    """
 
     weights: Path
     sidecar: Path | None
     origin: Origin
+    model_folder: Path | None = None
+    other_folds: tuple[Path, ...] = ()
 
 
 def resolve_source(
@@ -70,6 +82,7 @@ def resolve_source(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     filename: str | None = None,
+    fold: str | None = None,
 ) -> ResolvedSource:
     """Find weights, downloading them if need be.
 
@@ -80,7 +93,8 @@ def resolve_source(
         revision: branch, tag or commit on the hub (default: its main branch).
         cache_dir: the hub's cache, if not the usual one.
         local_files_only: never use the network (as does ``HF_HUB_OFFLINE=1``).
-        filename: the weight file in the folder or repository, if not one of nnssl's names.
+        filename: the weight file in the folder, archive or repository, if not one of nnssl's names.
+        fold: of a trained model folder: which fold, or ``mean`` for the average of all.
 
     Raises:
         SourceNotFound: no such path, repository, revision or file.

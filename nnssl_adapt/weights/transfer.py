@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nnssl_adapt.weights.layout import (
     positions_grid,
     positions_name,
 )
+from nnssl_adapt.weights.settings import TransferSettings
 from nnssl_adapt.weights.token_order import TokenOrder, file_order, network_order
 from nnssl_adapt.weights.transfer_report import (
     ADAPTED,
@@ -42,7 +43,16 @@ from nnssl_adapt.weights.transfer_report import (
 logger = logging.getLogger(__name__)
 
 
-def transfer_weights(checkpoint: Checkpoint, network: nn.Module, *, token_order: str = "auto") -> TransferReport:
+def transfer_weights(
+    checkpoint: Checkpoint,
+    network: nn.Module,
+    *,
+    scope: str = "auto",
+    channels: str | Sequence[int | None] = "repeat",
+    token_order: str = "auto",
+    waive: Sequence[str] = (),
+    head_names: Sequence[str] = (),
+) -> TransferReport:
     """Load pre-trained encoder and stem into ``network``, whose tensors it CHANGES in place, and account for everything.
 
     Other input channels, another patch (positions of a transformer are interpolated), another precision and nnssl's
@@ -51,8 +61,9 @@ def transfer_weights(checkpoint: Checkpoint, network: nn.Module, *, token_order:
     Args:
         checkpoint: from :func:`~nnssl_adapt.weights.checkpoint.open_checkpoint`; never changed.
         network: from :func:`~nnssl_adapt.weights.architectures.build_network`, on any device, in any floating dtype.
-        token_order: the order in which a transformer checkpoint flattened its tokens: ``hwd`` (nnssl's masked
-            autoencoders), ``whd``, or ``auto`` to tell by its source and tensors.
+        scope, channels, token_order, waive: see :class:`~nnssl_adapt.weights.settings.TransferSettings`.
+        head_names: what the network's outputs stand for, in order (:attr:`LabelScheme.head_names`); heads of a
+            supervised network are taken over where names agree.
 
     Returns a :class:`TransferReport`.
 
@@ -60,8 +71,11 @@ def transfer_weights(checkpoint: Checkpoint, network: nn.Module, *, token_order:
         TransferError: a tensor of the encoder would stay fresh, or one of the checkpoint's encoder has no place, and no
             rule says so. The message has the table; the network is left as it was.
     """
+    settings = TransferSettings(
+        scope, channels if isinstance(channels, str) else tuple(channels), token_order, tuple(waive)
+    )
     network = _unwrap(network)
-    transfer = _Transfer(checkpoint, network, token_order)
+    transfer = _Transfer(checkpoint, network, settings.token_order)
     report = transfer.plan()
     transfer.apply()
     for note in report.notes:
