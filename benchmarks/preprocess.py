@@ -9,8 +9,12 @@ and intensities agree, and prints medians and ratios. Machines are noisy: read t
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,39 +25,47 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np
 import SimpleITK as sitk
-from scipy.ndimage import gaussian_filter
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.memory import reuse_freed_memory
 from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule, preprocess_case
 from nnssl_adapt.data.store import CaseStore
 
-# name: shape (Z, Y, X), spacing (mm), labels with background, what it resembles
+# name: shape (Z, Y, X), spacing (mm), labels with background, share of the body that is labelled, what it resembles
 CASES = {
-    "A": ((180, 256, 256), (1.0, 1.0, 1.0), 28, "brain at 1 mm, nothing to resample"),
-    "A2": ((150, 217, 181), (1.2, 0.94, 0.94), 29, "brain, all axes resampled"),
-    "B": ((40, 512, 512), (5.0, 0.7, 0.7), 6, "thick slices, separate z"),
-    "D": ((48, 448, 448), (3.0, 0.5, 0.5), 5, "thick slices, separate z"),
-    "C2": ((150, 512, 512), (2.0, 0.8, 0.8), 16, "CT, all axes resampled"),
-    "small": ((60, 90, 80), (1.5, 0.8, 0.9), 8, "for a quick look"),
+    "A": ((180, 256, 256), (1.0, 1.0, 1.0), 28, 0.9, "brain at 1 mm, nothing to resample"),
+    "A2": ((150, 217, 181), (1.2, 0.94, 0.94), 29, 0.9, "brain, all axes resampled"),
+    "B": ((40, 512, 512), (5.0, 0.7, 0.7), 6, 0.15, "thick slices, separate z"),
+    "D": ((48, 448, 448), (3.0, 0.5, 0.5), 5, 0.15, "thick slices, separate z"),
+    "C": ((150, 512, 512), (2.5, 0.8, 0.8), 16, 0.25, "CT, separate z in the target's eyes only"),
+    "C2": ((150, 512, 512), (2.0, 0.8, 0.8), 16, 0.25, "CT, all axes resampled"),
+    "small": ((60, 90, 80), (1.5, 0.8, 0.9), 8, 0.5, "for a quick look"),
 }
 TARGET = (1.0, 1.0, 1.0)
 PATCH = (128, 128, 128)
 
 
 def make_case(folder: Path, name: str) -> RawCase:
-    """Write an image of a smooth body with noise, and nested smooth labels in it."""
-    shape, spacing, labels, _ = CASES[name]
+    """Write an image of an ellipsoid with noise, and compact structures in it: the cells of random points, rounded off."""
+    shape, spacing, labels, labelled, _ = CASES[name]
     random = np.random.default_rng(0)
-    coarse = gaussian_filter(random.normal(size=[max(4, n // 8) for n in shape]), 1.5)
-    factors = [n / c for n, c in zip(shape, coarse.shape, strict=True)]
-    from scipy.ndimage import zoom
-
-    field = zoom(coarse, factors, order=1)[tuple(slice(n) for n in shape)]
-    field = np.pad(field, [(0, n - m) for n, m in zip(shape, field.shape, strict=True)], mode="edge")
-    body = field > np.quantile(field, 0.3)
-    edges = np.quantile(field[body], np.linspace(0.3, 1, labels)[:-1])
-    label = (np.digitize(field, edges) * body).astype(np.uint8)
+    extent = np.array(shape) * spacing
+    axes = [
+        ((np.arange(n) + 0.5) * s - e / 2).astype(np.float32) for n, s, e in zip(shape, spacing, extent, strict=True)
+    ]
+    z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
+    radii = 0.45 * extent
+    body = (z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2 < 1
+    nearest = np.full(shape, np.inf, np.float32)
+    label = np.zeros(shape, np.uint8)
+    for value in range(1, labels):
+        direction = random.normal(size=3)
+        centre = direction / np.linalg.norm(direction) * radii * random.uniform(0.1, 0.9)
+        distance = (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
+        closer = distance < nearest
+        nearest[closer], label[closer] = distance[closer], value
+    label[~body | (nearest > np.quantile(nearest[body], labelled))] = 0
     image = ((300 + 40.0 * label + random.normal(0, 20, shape)) * body).astype(np.int16)
     paths = folder / f"{name}_0000.nii.gz", folder / f"{name}.nii.gz"
     for path, array in zip(paths, (image, label), strict=True):
@@ -141,48 +153,86 @@ def theirs(case: RawCase, labels: int, folder: Path) -> Callable[[], None] | Non
     return run
 
 
-def median_seconds(run: Callable[[], None], repeats: int) -> float:
+def measured(which: str, folder: Path, name: str, repeats: int) -> tuple[list[float], float]:
+    """Seconds of each run and the peak memory above the start (MB), in a process of its own; runs only here."""
+    labels = CASES[name][2]
+    case = RawCase(name, (folder / f"{name}_0000.nii.gz",), folder / f"{name}.nii.gz")
+    run = (ours if which == "ours" else theirs)(case, labels, folder / which)
+    assert run is not None
+    small = RawCase("small", (folder / "small_0000.nii.gz",), folder / "small.nii.gz")
+    warm_up = (ours if which == "ours" else theirs)(small, CASES["small"][2], folder / f"{which}_small")
+    assert warm_up is not None
+    if which == "ours":
+        reuse_freed_memory()  # as our worker processes do
+    warm_up()  # so that libraries are loaded, and their memory is not counted
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew (Linux)
+    before = memory_in_kb("VmRSS")
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times, (memory_in_kb("VmHWM") - before) / 1024
+
+
+def memory_in_kb(what: str) -> int:
+    """Resident memory now (VmRSS) or at most (VmHWM) of this process, on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+def in_a_process(which: str, folder: Path, name: str, repeats: int) -> tuple[float, float]:
+    """Median seconds and peak megabytes of :func:`measured`."""
+    command = [sys.executable, __file__, "--measure", which, str(folder), name, str(repeats)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    times, peak = json.loads(answer)
+    return statistics.median(times), peak
 
 
 def differences(name: str, folders: tuple[Path, Path]) -> str:
     first, second = (CaseStore(folder).open(name) for folder in folders)
     image = float(np.abs(np.asarray(first.data[:]) - np.asarray(second.data[:])).max())
     labels = int((np.asarray(first.seg[:]) != np.asarray(second.seg[:])).sum())
-    return f"image {image:.1e}, labels {labels}"
+    one, other = first.properties["class_locations"], second.properties["class_locations"]
+    same = one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+    return f"image {image:.1e}, labels {labels}, class locations {'the same' if same else 'DIFFER'}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["small", "A2", "B", "D"], choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=["A", "A2", "B", "D", "C", "C2"], choices=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print(f"{'case':6s} {'ours s':>8s} {'nnunetv2 s':>11s} {'ratio':>6s}  largest differences")
-    ratios = []
+    has_peer = importlib.util.find_spec("nnunetv2") is not None
+    print(f"{'case':6s} {'ours s':>8s} {'nnunetv2 s':>11s} {'ratio':>6s} {'ours MB':>8s} {'peer MB':>8s}  differences")
+    ratios, shares = [], []
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_case(folder, "small")
         for name in arguments.cases:
-            folder = Path(temporary)
-            case, labels = make_case(folder, name), CASES[name][2]
-            own, peer = folder / "ours", folder / "theirs"
-            seconds = median_seconds(ours(case, labels, own), arguments.repeats)
-            run = theirs(case, labels, peer)
-            if run is None:
-                print(f"{name:6s} {seconds:8.2f} {'-':>11s} {'-':>6s}  nnunetv2 is not installed")
+            make_case(folder, name)
+            seconds, peak = in_a_process("ours", folder, name, arguments.repeats)
+            if not has_peer:
+                print(
+                    f"{name:6s} {seconds:8.2f} {'-':>11s} {'-':>6s} {peak:8.0f}  nnunetv2 is not installed", flush=True
+                )
                 continue
-            peer_seconds = median_seconds(run, arguments.repeats)
+            peer_seconds, peer_peak = in_a_process("theirs", folder, name, arguments.repeats)
             ratios.append(peer_seconds / seconds)
+            shares.append(peak / peer_peak)
             print(
-                f"{name:6s} {seconds:8.2f} {peer_seconds:11.2f} {ratios[-1]:6.1f}  {differences(name, (own, peer))}",
+                f"{name:6s} {seconds:8.2f} {peer_seconds:11.2f} {ratios[-1]:6.1f} {peak:8.0f} {peer_peak:8.0f}  "
+                + differences(name, (folder / "ours", folder / "theirs")),
                 flush=True,
             )
     if ratios:
-        print(f"geometric mean of the ratios: {statistics.geometric_mean(ratios):.1f}")
+        print(f"geometric mean of the ratios: {statistics.geometric_mean(ratios):.1f}, least {min(ratios):.1f}")
+        print(f"peak memory above the start, ours by theirs: at most {max(shares):.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure"]:
+        which, where, name, repeats = sys.argv[2:]
+        print(json.dumps(measured(which, Path(where), name, int(repeats))))
+    else:
+        main()

@@ -212,11 +212,14 @@ def geometry_doubts(reference: ImageGeometry, other: ImageGeometry) -> Iterator[
 
 
 def distinct_values(labels: np.ndarray) -> list[int]:
-    """Return the different values of an int16 array in ascending order. Several times faster than ``np.unique``."""
-    seen = np.zeros(1 << 16, bool)
-    for part in np.array_split(labels.reshape(-1), max(1, labels.size >> 20)):  # indexing casts to 8 bytes a voxel
-        seen[part.view(np.uint16) if part.dtype == np.int16 else part.astype(np.int16).view(np.uint16)] = True
-    return sorted(int(v) for v in np.flatnonzero(seen).astype(np.uint16).view(np.int16))
+    """Return the different values of an integer array in ascending order. Many times faster than ``np.unique``."""
+    flat = labels.reshape(-1)
+    seen = set(flat[:1].tolist())
+    for start in range(0, flat.size - 1, 1 << 20):  # pieces that stay in the processor's cache
+        part = flat[start : start + (1 << 20) + 1]
+        # Neighbours are mostly equal: all values turn up where they are not.
+        seen.update(np.unique(part[1:][part[1:] != part[:-1]]).tolist())
+    return sorted(seen)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

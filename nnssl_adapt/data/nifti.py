@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from isal import igzip_lib, isal_zlib
 
 _HEADER_BYTES = 348
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -29,6 +30,9 @@ _DTYPES = {
     1024: "i8",
     1280: "u8",
 }
+
+
+_DAMAGED_GZIP = (zlib.error, cast(type[Exception], igzip_lib.IsalError))
 
 
 class IncompleteFile(Exception):
@@ -79,10 +83,10 @@ def _unpacked(path: Path) -> bytes:
         return content
     parts = []
     while content:  # a gzip file may have several members (bgzip, concatenated files)
-        decoder = zlib.decompressobj(wbits=31)
+        decoder = isal_zlib.decompressobj(wbits=31)
         try:
             parts.append(decoder.decompress(content))
-        except zlib.error as error:
+        except _DAMAGED_GZIP as error:
             raise IncompleteFile(f"damaged gzip data: {error}") from None
         if not decoder.eof:
             raise IncompleteFile("the gzip data end early")

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from nnssl_adapt.data.memory import available_memory, give_back_freed_memory, reuse_freed_memory
 from nnssl_adapt.errors import NnsslAdaptError, OutputError, PreprocessingError
 
 logger = logging.getLogger(__name__)
+
+_USABLE_SHARE = 0.85
+_WORKER_BYTES = 300 << 20
+"""A worker with its libraries, before it has read anything."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def over_cases(
     workers: int = 1,
     title: str = "",
     progress: bool | None = None,
+    memory: Mapping[str, int] | None = None,
 ) -> Iterator[Outcome]:
     """Call ``function(*arguments)`` for every ``(identifier, arguments)`` and yield the outcomes as they come.
 
@@ -59,6 +66,8 @@ def over_cases(
         workers: processes. With 1 or 0 no process is started and the cases are done one after the other right here.
         title: of the progress bar.
         progress: whether to draw one (on stderr).
+        memory: bytes that each case will need (identifier → bytes), where known: no more cases are worked on at a time
+            than fit into what the machine or the job has, and one that needs more than that is tried alone.
 
     Raises:
         OutputError: a case could not be written; there is no use in trying the others.
@@ -67,7 +76,9 @@ def over_cases(
     if not tasks:
         return
     outcomes = (
-        _in_this_process(function, tasks) if workers <= 1 else _in_workers(function, tasks, min(workers, len(tasks)))
+        _in_this_process(function, tasks)
+        if workers <= 1
+        else _in_workers(function, tasks, min(workers, len(tasks)), _Budget.of(memory, workers))
     )
     with contextlib.closing(outcomes), tqdm(total=len(tasks), desc=title, unit="case", disable=not progress) as bar:
         for outcome in outcomes:
@@ -93,21 +104,47 @@ def _in_this_process(
             yield Outcome(identifier, value)
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """What cases need and what there is, in bytes; ``limit`` None: not known."""
+
+    needs: Mapping[str, int]
+    limit: int | None
+
+    @classmethod
+    def of(cls, needs: Mapping[str, int] | None, workers: int) -> _Budget:
+        available = available_memory() if needs else None
+        limit = None if available is None else int(_USABLE_SHARE * available) - workers * _WORKER_BYTES
+        return cls(needs or {}, limit)
+
+    def allows(self, identifier: str, running: Iterable[str]) -> bool:
+        """Whether a case may start beside the ones that are running. Alone, any may."""
+        others = list(running)
+        need = self.needs.get(identifier, 0)
+        if self.limit is None or need + sum(self.needs.get(other, 0) for other in others) <= self.limit:
+            return True
+        if not others:
+            logger.warning("%s may need %.1f GB, more than there is; trying", identifier, need / 1e9)
+            return True
+        return False
+
+
 def _in_workers(
-    function: Callable[..., Any], tasks: Sequence[tuple[str, tuple[Any, ...]]], workers: int
+    function: Callable[..., Any], tasks: Sequence[tuple[str, tuple[Any, ...]]], workers: int, budget: _Budget
 ) -> Generator[Outcome, None, None]:
     # The function goes to the initializer too: unpickling it imports its libraries, whose threads are then limited.
     executor = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker, initargs=(function,)
     )
     running: dict[Future[Any], str] = {}
-    waiting = iter(tasks)
+    waiting = deque(tasks)
     finished = False
     try:
         while True:
             # No more than one case a worker is handed out, so that we know which ones a killed worker had.
-            while len(running) < workers and (task := next(waiting, None)) is not None:
-                running[executor.submit(function, *task[1])] = task[0]
+            while len(running) < workers and waiting and budget.allows(waiting[0][0], running.values()):
+                identifier, arguments = waiting.popleft()
+                running[executor.submit(_one_case, function, arguments)] = identifier
             if not running:
                 finished = True
                 return
@@ -132,6 +169,13 @@ def _in_workers(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _one_case(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    finally:
+        give_back_freed_memory()  # the next case may be small, and other workers' cases large
+
+
 def _kill_workers(executor: ProcessPoolExecutor) -> None:
     """End workers in the middle of their cases (they leave no half-written one); they ignore an interrupt themselves."""
     for process in list((getattr(executor, "_processes", None) or {}).values()):
@@ -141,6 +185,7 @@ def _kill_workers(executor: ProcessPoolExecutor) -> None:
 def _prepare_worker(function: Callable[..., Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what to do
     threadpool_limits(1)
+    reuse_freed_memory()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     logger.debug("worker %d ready for %s", os.getpid(), function.__name__)

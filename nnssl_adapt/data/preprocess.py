@@ -11,20 +11,24 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
-from nnssl_adapt.data.images import ImageGeometry, distinct_values, geometry_problems, read_image, read_labels
+from nnssl_adapt.data.dataset import RawCase
+from nnssl_adapt.data.images import (
+    ImageGeometry,
+    distinct_values,
+    geometry_problems,
+    read_image,
+    read_labels,
+)
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.data.normalize import CT_STATISTICS, SCHEMES, normalize_channel
-from nnssl_adapt.data.parallel import over_cases
-from nnssl_adapt.data.store import CaseStore, PreprocessedCase, describe_source
+from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.data.verify import label_problem
-from nnssl_adapt.errors import CaseError, PlanError, PreprocessingError
-from nnssl_adapt.geometry.cropping import fill_holes, nonzero_box
+from nnssl_adapt.errors import CaseError, PlanError
+from nnssl_adapt.geometry.cropping import Box, fill_holes, nonzero_box
 from nnssl_adapt.geometry.labels import resample_labels
 from nnssl_adapt.geometry.resample import resample_image
 from nnssl_adapt.geometry.spacing import resampled_shape
@@ -37,6 +41,7 @@ _DIGEST_VERSION = 1
 _LOCATIONS_SEED = 1234
 _MIN_LOCATIONS = 10_000
 _MIN_LOCATED_FRACTION = 0.01
+_BEYOND_CACHE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,10 @@ class PreprocessSettings:
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of :meth:`to_dict`: equal if and only if the same voxels come out."""
-        return _digest(self.to_dict())
+        return digest_of(self.to_dict())
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -149,21 +154,30 @@ def preprocess_case(case: RawCase, settings: PreprocessSettings, label_scheme: L
         CaseError: a file is missing, unreadable, truncated, has NaN voxels; images and labels lie on different grids;
             the labels have values that dataset.json does not have; another number of channels than planned.
     """
+    # One after the other, and neither whole image nor whole labels wait in memory for what follows.
     image, geometry = read_image(case.images)
-    labels = None
-    if case.label is not None:
-        labels, label_geometry = read_labels(case.label)
-        for problem in geometry_problems(geometry, label_geometry):
-            raise CaseError(
-                f"{case.label}: {problem} than that of {case.images[0]}; labels must lie on the image's grid"
-            )
-        unknown = label_problem(case.label, distinct_values(labels), label_scheme.values_in_files)
-        if unknown is not None:
-            raise CaseError(unknown)
     try:
-        return preprocess_arrays(image, labels, geometry, settings, label_scheme)
+        cropped = _crop_image(image, settings)
     except CaseError as error:
         raise CaseError(f"{case.images[0]}: {error}") from error
+    del image
+    if case.label is not None:
+        cropped.add_labels(_checked_labels(case, geometry, label_scheme), settings)
+    try:
+        return _finish(cropped, geometry, settings, label_scheme)
+    except CaseError as error:
+        raise CaseError(f"{case.images[0]}: {error}") from error
+
+
+def _checked_labels(case: RawCase, geometry: ImageGeometry, label_scheme: LabelScheme) -> np.ndarray:
+    assert case.label is not None
+    labels, label_geometry = read_labels(case.label)
+    for problem in geometry_problems(geometry, label_geometry):
+        raise CaseError(f"{case.label}: {problem} than that of {case.images[0]}; labels must lie on the image's grid")
+    unknown = label_problem(case.label, distinct_values(labels), label_scheme.values_in_files)
+    if unknown is not None:
+        raise CaseError(unknown)
+    return labels
 
 
 def preprocess_arrays(
@@ -188,48 +202,87 @@ def preprocess_arrays(
     Raises:
         CaseError: the number of channels or the shape of the labels does not fit.
     """
-    _check_shapes(image, labels, settings)
-    order = (0, *(axis + 1 for axis in settings.transpose_forward))
-    spacing = tuple(geometry.spacing[axis] for axis in settings.transpose_forward)
-    properties = geometry.to_properties()
-    image = image.transpose(order)
-    properties["shape_before_cropping"] = image.shape[1:]
-    box = nonzero_box(image)
-    properties["bbox_used_for_cropping"] = [[int(low), int(high)] for low, high in box]
-    cut = (slice(None), *(slice(low, high) for low, high in box))
-    data = np.array(image[cut], dtype=np.float32, order="C")  # always a copy: it is normalised in place
-    seg = _cropped_labels(None if labels is None else labels.transpose(order)[cut], data)
-    properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
-    # Before resampling: afterwards the nonzero region would no longer fit the image exactly.
-    _normalize(data, seg[0] >= 0, settings)
-    if settings.spacing is not None:
-        new_shape = resampled_shape(data.shape[1:], spacing, settings.spacing)
-        data = resample_image(data, new_shape, spacing, settings.spacing, **vars(settings.resampling_data))
-        if labels is not None:
-            seg = resample_labels(seg, new_shape, spacing, settings.spacing, **vars(settings.resampling_seg))
-    if labels is None:
-        return PreprocessedCase(data, None, properties)
-    properties["class_locations"] = class_locations(seg, label_scheme.sampled_classes)
-    return PreprocessedCase(data, seg, properties)
+    cropped = _crop_image(image, settings)
+    if labels is not None:
+        if labels.shape != (1, *image.shape[1:]):
+            raise CaseError(f"labels have shape {labels.shape}, expected {(1, *image.shape[1:])} as the image")
+        cropped.add_labels(labels, settings)
+    return _finish(cropped, geometry, settings, label_scheme)
 
 
-def _check_shapes(image: np.ndarray, labels: np.ndarray | None, settings: PreprocessSettings) -> None:
+@dataclass
+class _Cropped:
+    """An image cut to its nonzero box, in transposed axes: copies, free to be changed."""
+
+    data: np.ndarray
+    shape_before: tuple[int, ...]
+    box: Box
+    labels: np.ndarray | None = None
+
+    @property
+    def cut(self) -> tuple[slice, ...]:
+        return (slice(None), *(slice(low, high) for low, high in self.box))
+
+    def add_labels(self, labels: np.ndarray, settings: PreprocessSettings) -> None:
+        """Cut out the labels (1, Z, Y, X) of the whole image."""
+        self.labels = np.array(labels.transpose(_transposed(settings))[self.cut], dtype=np.int16, order="C")
+
+    def taken(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image and labels, which are then no longer held here."""
+        data, labels = self.data, self.labels
+        self.data, self.labels = np.empty(0), None
+        return data, labels
+
+
+def _crop_image(image: np.ndarray, settings: PreprocessSettings) -> _Cropped:
     channels = len(settings.normalization_schemes)
     if image.ndim != 4:
         raise CaseError(f"expected an image (C, Z, Y, X), got {image.ndim} axes")
     if len(image) != channels:
         raise CaseError(f"the image has {len(image)} channel(s), the plan is for {channels}")
-    if labels is not None and labels.shape != (1, *image.shape[1:]):
-        raise CaseError(f"labels have shape {labels.shape}, expected {(1, *image.shape[1:])} as the image")
+    image = image.transpose(_transposed(settings))
+    cropped = _Cropped(image, image.shape[1:], nonzero_box(image))
+    cropped.data = np.array(image[cropped.cut], dtype=np.float32, order="C")
+    return cropped
 
 
-def _cropped_labels(labels: np.ndarray | None, data: np.ndarray) -> np.ndarray:
-    """Labels (int16, a copy) with -1 where there are none and the image is zero up to its border; 0 without labels."""
+def _transposed(settings: PreprocessSettings) -> tuple[int, ...]:
+    return (0, *(axis + 1 for axis in settings.transpose_forward))
+
+
+def _finish(
+    cropped: _Cropped, geometry: ImageGeometry, settings: PreprocessSettings, label_scheme: LabelScheme
+) -> PreprocessedCase:
+    """Normalise, resample and find the classes; uses up ``cropped``."""
+    spacing = tuple(geometry.spacing[axis] for axis in settings.transpose_forward)
+    data, labels = cropped.taken()
+    properties = geometry.to_properties()
+    properties["shape_before_cropping"] = cropped.shape_before
+    properties["bbox_used_for_cropping"] = [[int(low), int(high)] for low, high in cropped.box]
+    properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
+    has_labels = labels is not None
+    seg = _mark_outside(labels, data)
+    del labels
+    # Before resampling: afterwards the nonzero region would no longer fit the image exactly.
+    _normalize(data, seg[0] >= 0, settings)
+    if settings.spacing is not None:
+        new_shape = resampled_shape(data.shape[1:], spacing, settings.spacing)
+        data = resample_image(data, new_shape, spacing, settings.spacing, **vars(settings.resampling_data))
+        if has_labels:
+            seg = resample_labels(seg, new_shape, spacing, settings.spacing, **vars(settings.resampling_seg))
+    if not has_labels:
+        return PreprocessedCase(data, None, properties)
+    properties["class_locations"] = class_locations(seg, label_scheme.sampled_classes)
+    return PreprocessedCase(data, seg, properties)
+
+
+def _mark_outside(labels: np.ndarray | None, data: np.ndarray) -> np.ndarray:
+    """Labels (int16, changed in place) with -1 where there are none and the image is zero up to its border; 0 without labels."""
     nonzero = data[0] != 0
     for channel in data[1:]:
         nonzero |= channel != 0
     outside = ~fill_holes(nonzero)
-    seg = np.zeros((1, *outside.shape), np.int16) if labels is None else np.array(labels, dtype=np.int16, order="C")
+    seg = np.zeros((1, *outside.shape), np.int16) if labels is None else labels
     seg[0][outside & (seg[0] == 0)] = -1
     return seg
 
@@ -255,115 +308,41 @@ def class_locations(seg: np.ndarray, classes: Sequence[LabelOrRegion]) -> dict[L
         Class → (N, 4) int64 indices into ``seg``, 10 000 of them or a hundredth of the class's voxels if that is more, but
         never one twice; an empty list for a class that does not occur.
     """
-    wanted = sorted({value for entry in classes for value in _values(entry)})
-    flat = seg.reshape(-1)
-    places = np.flatnonzero(np.isin(flat, wanted))
-    values = flat[places]
-    # Stable, so that the voxels of a label stay in array order; NumPy sorts 16-bit integers by radix.
-    places = places[np.argsort(values.astype(np.int16, copy=False), kind="stable")]
-    counts = {value: int(np.count_nonzero(values == value)) for value in wanted}
-    ends = np.cumsum([counts[value] for value in wanted])
-    starts = {value: int(end) - counts[value] for value, end in zip(wanted, ends, strict=True)}
+    places, values = _labelled_voxels(seg.reshape(-1), sorted({value for entry in classes for value in _values(entry)}))
     random = np.random.RandomState(_LOCATIONS_SEED)
     result: dict[LabelOrRegion, Any] = {}
     for entry in classes:
-        present = [value for value in _values(entry) if counts[value]]
-        total = sum(counts[value] for value in present)
-        if total == 0:
+        # A draw counts through the region's labels one after the other.
+        members = [np.flatnonzero(values == value) for value in _values(entry)]
+        ranks = members[0] if len(members) == 1 else np.concatenate(members)
+        if len(ranks) == 0:
             result[entry] = []
             continue
-        number = max(min(_MIN_LOCATIONS, total), math.ceil(total * _MIN_LOCATED_FRACTION))
-        drawn = random.choice(total, number, replace=False)
-        # A draw counts through the region's labels one after the other; each label's voxels lie together in `places`.
-        bounds = np.cumsum([counts[value] for value in present])
-        which = np.searchsorted(bounds, drawn, side="right")
-        shift = np.array([starts[value] for value in present]) - np.concatenate(([0], bounds[:-1]))
-        chosen = places[drawn + shift[which]]
+        number = max(min(_MIN_LOCATIONS, len(ranks)), math.ceil(len(ranks) * _MIN_LOCATED_FRACTION))
+        chosen = places[ranks[_drawn(random, len(ranks), number)]]
         result[entry] = np.stack(np.unravel_index(chosen, seg.shape), axis=1).astype(np.int64, copy=False)
     return result
 
 
+def _labelled_voxels(flat: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and labels of all voxels with a wanted label, in array order."""
+    lowest, highest = wanted[0], wanted[-1]
+    if len(wanted) == highest - lowest + 1 and lowest == 1 and flat.max(initial=0) <= highest:
+        places = np.flatnonzero(flat > 0)
+    else:
+        places = np.flatnonzero(np.isin(flat, wanted))
+    # Small numbers are looked through fastest.
+    small = np.int8 if lowest >= -128 and highest <= 127 else np.int16
+    return places, flat.take(places).astype(small, copy=False)
+
+
+def _drawn(random: np.random.RandomState, total: int, number: int) -> np.ndarray:
+    """``random.choice(total, number, replace=False)``, draw for draw."""
+    # Shuffling jumps about in memory: beyond the cache, numbers of half the size are done in two thirds of the time.
+    everything = np.arange(total, dtype=np.int32 if _BEYOND_CACHE < total <= np.iinfo(np.int32).max else np.int64)
+    random.shuffle(everything)
+    return everything[:number]
+
+
 def _values(entry: LabelOrRegion) -> tuple[int, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
-
-
-# -- a dataset ---------------------------------------------------------------------------------------------------------
-
-
-def preprocess_cases(
-    dataset: RawDataset,
-    settings: PreprocessSettings,
-    store_folder: str | Path,
-    workers: int = 2,
-    overwrite: bool = False,
-    progress: bool | None = None,
-) -> CaseStore:
-    """Preprocess every training case into a store. A case that is there, whole and unchanged is kept.
-
-    Unchanged means: the same settings and labels, and source files of the same size and time. Cases that the dataset no
-    longer has are removed from the store.
-
-    Args:
-        dataset: what to preprocess.
-        settings: how.
-        store_folder: where to; see :class:`CaseStore`.
-        workers: processes, one case each; 1 works in this process.
-        overwrite: do every case again.
-        progress: whether to draw a progress bar with the cases' names.
-
-    Returns:
-        The store, with every case of the dataset.
-
-    Raises:
-        PreprocessingError: some cases failed, each named with its reason (the others are done), or a worker was killed.
-        OutputError: the folder can't be written, or the disk is full.
-    """
-    store = CaseStore(store_folder)
-    purpose = {
-        "dataset": dataset.name,
-        "settings": settings.to_dict(),
-        "classes": [list(entry) if isinstance(entry, tuple) else entry for entry in dataset.labels.sampled_classes],
-    }
-    digest = _digest({key: purpose[key] for key in ("settings", "classes")})
-    store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest})
-    _remove_strangers(store, dataset)
-    tasks = []
-    for case in dataset.cases:
-        sources = [describe_source(path) for path in case.files]
-        if overwrite or not store.is_complete(case.identifier, digest, sources):
-            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
-    if len(tasks) < len(dataset.cases):
-        logger.info("%d of %d cases are already preprocessed", len(dataset.cases) - len(tasks), len(dataset.cases))
-    failures = [
-        f"{outcome.identifier}: {outcome.complaint}"
-        for outcome in over_cases(_preprocess_into_store, tasks, workers, "Preprocessing", progress)
-        if outcome.error is not None
-    ]
-    if failures:
-        more = f"\n  ... and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
-        raise PreprocessingError(
-            f"{len(failures)} of {len(dataset.cases)} cases could not be preprocessed; the others are done. Correct these "
-            "and run the same command again:\n  " + "\n  ".join(sorted(failures)[:MAX_LISTED]) + more
-        )
-    return store
-
-
-def _preprocess_into_store(
-    case: RawCase,
-    settings: PreprocessSettings,
-    label_scheme: LabelScheme,
-    folder: Path,
-    digest: str,
-    sources: Sequence[Mapping[str, Any]],
-) -> None:
-    preprocessed = preprocess_case(case, settings, label_scheme)
-    CaseStore(folder).write(case.identifier, preprocessed, settings.patch_size, digest, sources)
-
-
-def _remove_strangers(store: CaseStore, dataset: RawDataset) -> None:
-    """A case that left the dataset must not stay in a store that "all cases" are trained from."""
-    known = {case.identifier for case in dataset.cases}
-    for identifier in store.recorded():
-        if identifier not in known:
-            logger.warning("%s is no longer in %s: removed from %s", identifier, dataset.name, store.folder)
-            store.remove(identifier)

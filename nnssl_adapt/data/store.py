@@ -103,13 +103,15 @@ class CaseStore:
         """What :meth:`begin` noted: the exact settings of this folder; empty where nnU-Net made it."""
         return _read_json(self._records / "settings.json")
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
+    def begin(self, settings: Mapping[str, Any], alone: bool = True) -> None:
         """Note what the folder is for before any case is written; ``settings["digest"]`` tells its cases from others.
 
-        Also removes what interrupted runs left half-written. Raises OutputError if the folder can't be written.
+        ``alone``: no other process is writing into the folder, so that what is half-written was left by an interrupted
+        run and can be removed. Raises OutputError if the folder can't be written.
         """
         make_folder(self._records / "cases")
-        shutil.rmtree(self._records / "unfinished", ignore_errors=True)
+        if alone:
+            shutil.rmtree(self._records / "unfinished", ignore_errors=True)
         if self.settings != json.loads(json.dumps(settings)):
             write_json(self._records / "settings.json", settings)
 
@@ -292,6 +294,7 @@ def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
         np.ascontiguousarray(array),
         chunks=chunks,
         blocks=blocks,
+        contiguous=True,  # then its bytes need not be put together first
         cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
     return packed.to_cframe()

@@ -125,14 +125,21 @@ def _resize(labels: np.ndarray, shape: tuple[int, ...], flat: bool, order: int) 
         return labels[np.ix_(*nearest)]
     lowest = int(labels.min())
     span = int(labels.max()) - lowest
-    small = (labels.astype(np.int64) - lowest).astype(
-        np.uint8 if span < 255 else np.uint16 if span < 65535 else np.uint32
-    )
+    small = np.empty(labels.shape, np.uint8 if span < 255 else np.uint16 if span < 65535 else np.uint32)
+    _shifted(labels, -lowest, small)
 
     def settle(blocks: _Blocks) -> np.ndarray:
         return _most_weight(small.reshape(-1), blocks)
 
-    return (_by_blocks(small, taps, flat, settle).astype(np.int64) + lowest).astype(labels.dtype)
+    result = np.empty(shape, labels.dtype)
+    _shifted(_by_blocks(small, taps, flat, settle), lowest, result)
+    return result
+
+
+def _shifted(labels: np.ndarray, by: int, out: np.ndarray) -> None:
+    """``out = labels + by`` slice by slice, since whole volumes of the 64-bit numbers in between would not fit any cache."""
+    for source, target in zip(labels, out, strict=True):
+        target[...] = source.astype(np.int64) + by
 
 
 def _most_weight(labels: np.ndarray, blocks: _Blocks) -> np.ndarray:

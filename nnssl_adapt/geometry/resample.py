@@ -45,6 +45,8 @@ def resample_image(
     if shape == image.shape[1:]:
         return image
     axis = separate_z_axis(spacing, new_spacing, force_separate_z)
+    if len(image) == 1:  # nothing to put together
+        return np.ascontiguousarray(_resample_volume(image[0], shape, axis, order, order_z))[None]
     result = np.empty((image.shape[0], *shape), dtype=np.float32)
     for source, target in zip(image, result, strict=True):
         target[...] = _resample_volume(source, shape, axis, order, order_z)

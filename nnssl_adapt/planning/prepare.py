@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.preprocess import preprocess_cases
+from nnssl_adapt.data.preprocess_cases import preprocess_cases
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.planning.make import copy_dataset_json
+from nnssl_adapt.planning.naming import refuse_to_replace_stranger
 from nnssl_adapt.planning.plan import FinetunePlan
 
 logger = logging.getLogger(__name__)
@@ -51,15 +52,33 @@ def preprocess_dataset(
 
 def _refuse_to_replace_another(plan: FinetunePlan, overwrite: bool) -> None:
     """A plan of the same name but of other weights or settings belongs to runs that may still need it."""
+    refuse_to_replace_stranger(plan.plans_file)
     if overwrite or not plan.plans_file.is_file():
         return
-    old = FinetunePlan.load(plan.plans_file)
-    same_weights = old.provenance.get("source", {}).get("sha256") == plan.provenance.get("source", {}).get("sha256")
-    if not same_weights or old.settings.digest() != plan.settings.digest():
-        what = "other preprocessing settings" if same_weights else "other pre-trained weights"
+    difference = _difference(FinetunePlan.load(plan.plans_file), plan)
+    if difference is not None:
         raise PlanError(
-            f"{plan.plans_file} exists and was made for {what}: choose another name (-n), or --overwrite_pp to replace it"
+            f"{plan.plans_file} exists and was made for {difference}: choose another name (-n), or --overwrite_pp to "
+            "replace it"
         )
+
+
+def _difference(old: FinetunePlan, new: FinetunePlan) -> str | None:
+    """In what two plans differ that a training would notice, if in anything."""
+
+    def weights(plan: FinetunePlan) -> tuple[object, object]:
+        provenance = plan.provenance
+        return provenance.get("source", {}).get("sha256"), provenance.get("source_choices", {})
+
+    if weights(old) != weights(new):
+        return "other pre-trained weights"
+    if old.settings.digest() != new.settings.digest():
+        return "other preprocessing settings"
+    if old.transfer_settings != new.transfer_settings:
+        return "another way of fitting the weights (--scope, --channels, --token-order, --waive)"
+    if (old.architecture, old.patch_size) != (new.architecture, new.patch_size):
+        return "another network or patch"
+    return None
 
 
 def _copy_reference_labels(raw: RawDataset, folder: Path) -> None:

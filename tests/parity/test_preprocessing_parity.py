@@ -21,8 +21,8 @@ from nnssl_adapt.data.preprocess import (  # noqa: E402
     ResamplingRule,
     class_locations,
     preprocess_case,
-    preprocess_cases,
 )
+from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
 from nnssl_adapt.data.splits import crossval_splits, split_for_fold  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
 

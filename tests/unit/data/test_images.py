@@ -246,3 +246,8 @@ def test_distinct_values() -> None:
     labels = np.random.default_rng(10).choice([-1, 0, 3, 7, 32767], (3, 4, 5)).astype(np.int16)
     assert distinct_values(labels) == sorted(np.unique(labels).tolist())
     assert distinct_values(labels.transpose(2, 0, 1)) == sorted(np.unique(labels).tolist())
+    assert distinct_values(np.zeros((0, 3), np.int16)) == [] and distinct_values(np.full((1, 2), 5)) == [5]
+    long = np.zeros((1 << 20) + 3, np.int16)
+    long[1 << 20] = 4
+    long[-1] = -2
+    assert distinct_values(long) == [-2, 0, 4]

@@ -1,30 +1,23 @@
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from synthetic import make_dataset, write_image
 
-import nnssl_adapt.data.preprocess as preprocess_module
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import (
-    PreprocessedCase,
     PreprocessSettings,
     ResamplingRule,
     class_locations,
     preprocess_arrays,
     preprocess_case,
-    preprocess_cases,
 )
-from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.errors import CaseError, OutputError, PlanError, PreprocessingError
+from nnssl_adapt.errors import CaseError, PlanError
 
 LABELS = LabelScheme.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2}})
 SHAPE = (8, 12, 10)
@@ -194,136 +187,3 @@ def test_a_cases_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(CaseError, match=r"case_02_0000\.nii\.gz: the image has 1 channel"):
         two = settings(normalization_schemes=("NoNormalization",) * 2, use_mask_for_norm=(False,) * 2)
         preprocess_case(dataset.cases[2], two, dataset.labels)
-
-
-# -- datasets ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> RawDataset:
-    return RawDataset.open(make_dataset(tmp_path / "raw", cases=4, shape=SHAPE, spacing=SPACING))
-
-
-@pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the cases that are really preprocessed (in this process)."""
-    names: list[str] = []
-    original = preprocess_module.preprocess_case
-
-    def noting(case: Any, *rest: Any) -> PreprocessedCase:
-        names.append(case.identifier)
-        return original(case, *rest)
-
-    monkeypatch.setattr(preprocess_module, "preprocess_case", noting)
-    return names
-
-
-ALL = ["case_00", "case_01", "case_02", "case_03"]
-
-
-def test_worker_processes_make_the_same_store(tmp_path: Path, dataset: RawDataset) -> None:
-    chosen = settings(spacing=(1.5, 1.1, 1.2))
-    here = preprocess_cases(dataset, chosen, tmp_path / "here", workers=1)
-    there = preprocess_cases(dataset, chosen, tmp_path / "there", workers=2)
-    assert here.identifiers == there.identifiers == ALL
-    assert preprocess_cases(dataset, chosen, tmp_path / "there", workers=2).identifiers == ALL  # nothing to do
-    for name in ALL:
-        np.testing.assert_array_equal(here.open(name).data[:], there.open(name).data[:])
-        np.testing.assert_array_equal(here.open(name).seg[:], there.open(name).seg[:])
-    assert here.settings == there.settings
-    assert here.settings["settings"]["spacing"] == [1.5, 1.1, 1.2]
-    assert here.settings["settings_digest"] == chosen.digest()
-
-
-def test_a_second_run_does_only_what_is_missing_or_changed(
-    tmp_path: Path, dataset: RawDataset, done: list[str]
-) -> None:
-    folder = tmp_path / "store"
-    preprocess_cases(dataset, settings(), folder, workers=1)
-    assert done == ALL
-    done.clear()
-    preprocess_cases(dataset, settings(), folder, workers=1)
-    assert done == []
-    (folder / "case_01.pkl").unlink()
-    with open(folder / "case_02_seg.b2nd", "ab") as stream:
-        stream.write(b"x")
-    os.utime(dataset.cases[3].label or "", ns=(5, 5))
-    preprocess_cases(dataset, settings(patch_size=(4, 4, 4)), folder, workers=1)
-    assert done == ALL[1:]
-    done.clear()
-    preprocess_cases(dataset, settings(), folder, workers=1, overwrite=True)
-    assert done == ALL
-
-
-def test_other_settings_never_mix(
-    tmp_path: Path, dataset: RawDataset, done: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "store"
-    store = preprocess_cases(dataset, settings(), folder, workers=1)
-    done.clear()
-
-    class Killed(BaseException):
-        pass
-
-    write = CaseStore.write
-
-    def dying(self: CaseStore, identifier: str, *rest: Any) -> None:
-        if identifier == "case_02":
-            raise Killed
-        write(self, identifier, *rest)
-
-    monkeypatch.setattr(CaseStore, "write", dying)
-    with pytest.raises(Killed):
-        preprocess_cases(dataset, settings(spacing=(2.0, 2.0, 2.0)), folder, workers=1)
-    assert store.identifiers == ["case_00", "case_01"]
-    monkeypatch.setattr(CaseStore, "write", write)
-    done.clear()
-    preprocess_cases(dataset, settings(spacing=(2.0, 2.0, 2.0)), folder, workers=1)
-    assert done == ["case_02", "case_03"]
-    assert store.identifiers == ALL
-
-
-def test_other_regions_are_other_settings(tmp_path: Path, dataset: RawDataset, done: list[str]) -> None:
-    """They change which class locations are remembered."""
-    preprocess_cases(dataset, settings(), tmp_path / "store", workers=1)
-    path = dataset.folder / "dataset.json"
-    content = json.loads(path.read_text())
-    content["labels"] = {"background": 0, "whole": [1, 2], "rim": 2}
-    content["regions_class_order"] = [1, 2]
-    path.write_text(json.dumps(content))
-    done.clear()
-    store = preprocess_cases(RawDataset.open(dataset.folder), settings(), tmp_path / "store", workers=1)
-    assert done == ALL
-    assert list(store.open("case_00").properties["class_locations"]) == [(1, 2), 2]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_bad_cases_are_listed_and_the_others_done(tmp_path: Path, dataset: RawDataset, workers: int) -> None:
-    images = dataset.folder / "imagesTr"
-    (images / "case_01_0000.nii.gz").write_text("no image")
-    broken = sitk.GetArrayFromImage(sitk.ReadImage(str(images / "case_03_0000.nii.gz"))).astype(np.float32)
-    broken[3, 4, 5] = np.inf
-    write_image(images / "case_03_0000.nii.gz", broken, SPACING)
-    with pytest.raises(PreprocessingError) as caught:
-        preprocess_cases(dataset, settings(), tmp_path / "store", workers=workers)
-    message = str(caught.value)
-    assert message.startswith("2 of 4 cases could not be preprocessed")
-    assert "case_01_0000.nii.gz can't be read" in message and "case_03_0000.nii.gz: 0 voxels are NaN and 1" in message
-    assert CaseStore(tmp_path / "store").identifiers == ["case_00", "case_02"]
-
-
-def test_cases_that_left_the_dataset_leave_the_store(
-    tmp_path: Path, dataset: RawDataset, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = preprocess_cases(dataset, settings(), tmp_path / "store", workers=1)
-    (dataset.folder / "imagesTr" / "case_03_0000.nii.gz").unlink()
-    preprocess_cases(RawDataset.open(dataset.folder), settings(), tmp_path / "store", workers=1)
-    assert store.identifiers == ALL[:3]
-    assert not list((tmp_path / "store").glob("case_03*"))
-    assert "case_03 is no longer in" in caplog.text
-
-
-def test_an_unwritable_place(tmp_path: Path, dataset: RawDataset) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="a file stands where a folder is needed"):
-        preprocess_cases(dataset, settings(), tmp_path / "file" / "store", workers=1)

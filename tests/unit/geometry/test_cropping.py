@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import binary_fill_holes
 
+from nnssl_adapt.geometry import cropping
 from nnssl_adapt.geometry.cropping import fill_holes, nonzero_box
 
 
@@ -18,13 +19,28 @@ def test_an_empty_image_is_kept_whole():
     assert nonzero_box(np.zeros((1, 4, 5, 6), np.float32)) == ((0, 4), (0, 5), (0, 6))
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.tuples(*[st.integers(1, 9)] * 3), st.floats(0.3, 1.0), st.integers(0, 9999))
-def test_holes_are_scipys(shape, density, seed):
+@pytest.mark.parametrize("few", [0.0, 1.0], ids=["by labelling", "by neighbours"])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=st.tuples(*[st.integers(1, 9)] * 3), density=st.floats(0.0, 1.0), seed=st.integers(0, 9999))
+def test_holes_are_scipys(few, shape, density, seed, monkeypatch):
+    monkeypatch.setattr(cropping, "_FEW", few)
     mask = np.random.default_rng(seed).random(shape) < density
     before = mask.copy()
     assert np.array_equal(fill_holes(mask), binary_fill_holes(mask))
     assert np.array_equal(mask, before)
+
+
+def test_caves_stay_open_and_bubbles_are_filled():
+    """A ball with a bubble, a bent cave that starts at its surface, and a pit that is open along the first axis only."""
+    z, y, x = np.ogrid[-12:13, -16:17, -20:21]
+    ball = (z / 12) ** 2 + (y / 16) ** 2 + (x / 20) ** 2 <= 1
+    mask = ball.copy()
+    mask[10:13, 14:17, 16:20] = False  # bubble
+    mask[12, :20, 24] = mask[12, 19, 24:30] = mask[12:16, 19, 29] = False  # cave
+    mask[:9, 18, 14] = False  # pit
+    filled = fill_holes(mask)
+    assert np.array_equal(filled, binary_fill_holes(mask))
+    assert filled[11, 15, 17] and not filled[15, 19, 29] and not filled[8, 18, 14]
 
 
 @pytest.mark.parametrize("value", [False, True])

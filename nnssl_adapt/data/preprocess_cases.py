@@ -1,0 +1,162 @@
+"""From a raw dataset to a store of preprocessed cases: in parallel, resumable, in parts if need be."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
+from nnssl_adapt.data.images import read_geometry
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.parallel import over_cases
+from nnssl_adapt.data.preprocess import PreprocessSettings, digest_of, preprocess_case
+from nnssl_adapt.data.store import CaseStore, describe_source
+from nnssl_adapt.errors import CaseError, ConfigurationError, PreprocessingError
+from nnssl_adapt.geometry.spacing import resampled_shape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` of ``total`` (from 1) of a dataset's cases, for arrays of cluster jobs that fill one store.
+
+    Raises ConfigurationError unless 1 ≤ number ≤ total.
+    """
+
+    number: int = 1
+    total: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise ConfigurationError(
+                f"shard {self.number}/{self.total}: expected 1/{self.total} to {self.total}/{self.total}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``2/5``."""
+        number, slash, total = text.partition("/")
+        if not slash or not number.strip().isdigit() or not total.strip().isdigit():
+            raise ConfigurationError(f"shard {text!r}: expected I/N, for instance 1/4 (the first of four parts)")
+        return cls(int(number), int(total))
+
+    def part_of(self, cases: Sequence[RawCase]) -> list[RawCase]:
+        """Every ``total``-th case, so that each part of a list sorted by size has its share of large ones."""
+        return list(cases[self.number - 1 :: self.total])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+
+WHOLE = Shard()
+
+
+def preprocess_cases(
+    dataset: RawDataset,
+    settings: PreprocessSettings,
+    store_folder: str | Path,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    shard: Shard = WHOLE,
+) -> CaseStore:
+    """Preprocess every training case into a store. A case that is there, whole and unchanged is kept.
+
+    Unchanged means: the same settings and labels, and source files of the same size and time. Cases that the dataset no
+    longer has are removed from the store.
+
+    Args:
+        dataset: what to preprocess.
+        settings: how.
+        store_folder: where to; see :class:`CaseStore`.
+        workers: processes, one case each; 1 works in this process.
+        overwrite: do every case again.
+        progress: whether to draw a progress bar with the cases' names.
+        shard: which part of the cases to do; several processes, on several machines, may each do one at the same time.
+
+    Returns:
+        The store, with every case of the dataset (of the shard).
+
+    Raises:
+        PreprocessingError: some cases failed, each named with its reason (the others are done), or a worker was killed.
+        OutputError: the folder can't be written, or the disk is full.
+    """
+    store = CaseStore(store_folder)
+    purpose = {
+        "dataset": dataset.name,
+        "settings": settings.to_dict(),
+        "classes": [list(entry) if isinstance(entry, tuple) else entry for entry in dataset.labels.sampled_classes],
+    }
+    digest = digest_of({key: purpose[key] for key in ("settings", "classes")})
+    store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest}, alone=shard == WHOLE)
+    _remove_strangers(store, dataset)
+    needs = {case.identifier: memory_needed(case, settings) for case in dataset.cases}
+    # The largest first: they would otherwise keep one process busy when all others have finished.
+    mine = shard.part_of(sorted(dataset.cases, key=lambda case: (-needs[case.identifier], case.identifier)))
+    tasks = []
+    for case in mine:
+        sources = [describe_source(path) for path in case.files]
+        if overwrite or not store.is_complete(case.identifier, digest, sources):
+            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
+    if len(tasks) < len(mine):
+        logger.info("%d of %d cases are already preprocessed", len(mine) - len(tasks), len(mine))
+    failures = [
+        f"{outcome.identifier}: {outcome.complaint}"
+        for outcome in over_cases(_preprocess_into_store, tasks, workers, "Preprocessing", progress, needs)
+        if outcome.error is not None
+    ]
+    if failures:
+        more = f"\n  ... and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
+        raise PreprocessingError(
+            f"{len(failures)} of {len(mine)} cases could not be preprocessed; the others are done. Correct these "
+            "and run the same command again:\n  " + "\n  ".join(sorted(failures)[:MAX_LISTED]) + more
+        )
+    return store
+
+
+def memory_needed(case: RawCase, settings: PreprocessSettings) -> int:
+    """Bytes that preprocessing a case takes at most, from its header alone; 0 where that can't be read (reading will tell).
+
+    The sum of the arrays that :func:`preprocess_case` holds at its three widest moments, as if nothing were cropped.
+    """
+    try:
+        geometry = read_geometry(case.images[0])
+    except CaseError:
+        return 0
+    channels = len(settings.normalization_schemes)
+    source = math.prod(geometry.size)
+    target = source
+    if settings.spacing is not None:
+        spacing = [geometry.spacing[axis] for axis in settings.transpose_forward]
+        size = [geometry.size[axis] for axis in settings.transpose_forward]
+        target = math.prod(resampled_shape(size, spacing, settings.spacing))
+    reading = source * (8 * channels + 6)
+    resampling = source * 4 * channels + target * (4 * channels + 10)
+    locating = target * (4 * channels + 14)
+    return max(reading, resampling, locating)
+
+
+def _preprocess_into_store(
+    case: RawCase,
+    settings: PreprocessSettings,
+    label_scheme: LabelScheme,
+    folder: Path,
+    digest: str,
+    sources: Sequence[Mapping[str, Any]],
+) -> None:
+    preprocessed = preprocess_case(case, settings, label_scheme)
+    CaseStore(folder).write(case.identifier, preprocessed, settings.patch_size, digest, sources)
+
+
+def _remove_strangers(store: CaseStore, dataset: RawDataset) -> None:
+    """A case that left the dataset must not stay in a store that "all cases" are trained from."""
+    known = {case.identifier for case in dataset.cases}
+    for identifier in store.recorded():
+        if identifier not in known:
+            logger.warning("%s is no longer in %s: removed from %s", identifier, dataset.name, store.folder)
+            store.remove(identifier)
