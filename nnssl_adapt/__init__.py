@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.preprocess import preprocess_case
+    from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
     from nnssl_adapt.inference.model_folder import ModelFolder
     from nnssl_adapt.inference.predictor import Predictor
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nnssl_adapt.training.trainer import PretrainedTrainer
     from nnssl_adapt.weights.architectures import Architecture, build_network
     from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
+    from nnssl_adapt.weights.prove import Proof, prove_transfer
+    from nnssl_adapt.weights.settings import TransferSettings
     from nnssl_adapt.weights.transfer import TransferReport, transfer_weights
 
 _HOME = {
@@ -31,13 +34,17 @@ _HOME = {
     "ModelFolder": "nnssl_adapt.inference.model_folder",
     "Predictor": "nnssl_adapt.inference.predictor",
     "PretrainedTrainer": "nnssl_adapt.training.trainer",
+    "Proof": "nnssl_adapt.weights.prove",
     "Recipe": "nnssl_adapt.training.recipe",
     "TransferReport": "nnssl_adapt.weights.transfer",
+    "TransferSettings": "nnssl_adapt.weights.settings",
     "build_network": "nnssl_adapt.weights.architectures",
     "make_plan": "nnssl_adapt.planning.make",
     "open_checkpoint": "nnssl_adapt.weights.checkpoint",
     "preprocess_case": "nnssl_adapt.data.preprocess",
     "preprocess_dataset": "nnssl_adapt.planning.prepare",
+    "prove_transfer": "nnssl_adapt.weights.prove",
+    "reorient_dataset": "nnssl_adapt.data.reorient",
     "transfer_weights": "nnssl_adapt.weights.transfer",
 }
 
@@ -49,13 +56,17 @@ __all__ = [
     "ModelFolder",
     "Predictor",
     "PretrainedTrainer",
+    "Proof",
     "Recipe",
     "TransferReport",
+    "TransferSettings",
     "build_network",
     "make_plan",
     "open_checkpoint",
     "preprocess_case",
     "preprocess_dataset",
+    "prove_transfer",
+    "reorient_dataset",
     "transfer_weights",
 ]
 

@@ -1,4 +1,5 @@
-"""A Hugging Face hub on 127.0.0.1 that speaks enough of the protocol for huggingface_hub to download for real."""
+"""Servers on 127.0.0.1: a Hugging Face hub that speaks enough of the protocol for huggingface_hub to download for real,
+and a plain web server that can misbehave."""
 
 from __future__ import annotations
 
@@ -8,6 +9,13 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_args: object) -> None:
+        """Clients that hang up are what some tests are about."""
 
 
 @dataclass
@@ -31,8 +39,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def add(self, repo_id: str, files: dict[str, bytes], **options) -> Repository:
@@ -97,7 +104,7 @@ class HubServer:
                     return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": repository.commit})
                 content = repository.files[name]
                 headers = {"X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
-                if name.endswith((".pth", ".safetensors")):  # large files: named by their SHA-256
+                if name.endswith((".pth", ".safetensors", ".zip")):  # large files: named by their SHA-256
                     headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
                     headers["X-Linked-Size"] = str(len(content))
                 headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
@@ -118,5 +125,78 @@ class HubServer:
                 if self.command == "GET":
                     self.wfile.write(content[start : len(content) // 2 if half else None])
                     self.close_connection = half
+
+        return Handler
+
+
+@dataclass
+class Page:
+    """What a web server has at one path.
+
+    Attributes:
+        content: its bytes.
+        status: of the answer.
+        headers: more of them, or others than usual.
+        breaks: for each request in turn: after how many bytes of its answer the connection breaks.
+        says_length: whether Content-Length is sent.
+        resumable: whether ranges are served.
+    """
+
+    content: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    breaks: list[int] = field(default_factory=list)
+    says_length: bool = True
+    resumable: bool = True
+
+
+class WebServer:
+    """``with WebServer() as web: web.pages["/x.zip"] = Page(b"…")``, then ``web.url + "/x.zip"``.
+
+    ``web.requests`` is the list of (path, Range header) asked for so far.
+    """
+
+    def __init__(self) -> None:
+        self.pages: dict[str, Page] = {}
+        self.requests: list[tuple[str, str | None]] = []
+        self._server = _Server(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> WebServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    stop = __exit__
+
+    def _handler(web):  # noqa: N805 - the request handler below has its own self
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                wanted = self.headers.get("Range")
+                web.requests.append((self.path, wanted))
+                page = web.pages.get(urlsplit(self.path).path, Page(status=404))
+                headers = {"ETag": f'"{hashlib.sha1(page.content).hexdigest()}"', **page.headers}
+                content, status = page.content, page.status
+                if wanted and page.resumable and self.headers.get("If-Range") == headers["ETag"]:
+                    start = int(wanted.removeprefix("bytes=").partition("-")[0])
+                    headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                    content, status = content[start:], 206
+                if page.says_length:
+                    headers["Content-Length"] = str(len(content))
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                broken = page.breaks.pop(0) if page.breaks else None
+                self.wfile.write(content[:broken])
+                self.close_connection = broken is not None or not page.says_length
 
         return Handler

@@ -93,9 +93,38 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
-    parser.add_argument("--cache-dir", help="where downloads are kept (default: the Hugging Face cache)")
-    parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
+    """Flags about the checkpoint; the command itself adds ``source``."""
+    group = parser.add_argument_group("about the checkpoint")
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
+    group.add_argument(
+        "--file",
+        dest="source_file",
+        metavar="NAME",
+        help="the weight file in a folder, zip or repository that holds several (or which of several trained models)",
+    )
+    group.add_argument(
+        "--fold-of-source",
+        dest="source_fold",
+        metavar="FOLD",
+        help="of a trained nnU-Net model: 0, 1, …, all, or mean for the average of its folds",
+    )
+    group.add_argument(
+        "--stem",
+        dest="source_stem",
+        metavar="ID",
+        help="of a network with a stem for every dataset: which one, or mean",
+    )
+    group.add_argument(
+        "--axes",
+        dest="source_axes",
+        choices=("auto", "zyx", "xyz"),
+        default="auto",
+        help="order of the image axes in training: zyx as nnssl and nnU-Net, xyz as MONAI (default: told by the file)",
+    )
+    group.add_argument(
+        "--cache-dir", help="where downloads and unpacked zips are kept (default: the usual cache folders)"
+    )
+    group.add_argument("--local-files-only", action="store_true", help="never touch the network")
 
 
 def open_source(arguments: argparse.Namespace) -> Checkpoint:
@@ -107,6 +136,10 @@ def open_source(arguments: argparse.Namespace) -> Checkpoint:
         revision=arguments.revision,
         cache_dir=arguments.cache_dir,
         local_files_only=arguments.local_files_only,
+        filename=arguments.source_file,
+        fold=arguments.source_fold,
+        stem=arguments.source_stem,
+        axes=arguments.source_axes,
     )
     print(checkpoint)
     return checkpoint

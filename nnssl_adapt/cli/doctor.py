@@ -23,7 +23,12 @@ _PACKAGES = (
     "scipy",
     "nnunetv2",
 )
-_COMMANDS = ("nnUNetv2_preprocess_like_nnssl", "nnUNetv2_train_pretrained", "nnssl-adapt")
+_COMMANDS = (
+    "nnUNetv2_preprocess_like_nnssl",
+    "nnUNetv2_plan_like_dynamic",
+    "nnUNetv2_train_pretrained",
+    "nnssl-adapt",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from nnssl_adapt.cli import preprocess
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source
+from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 from nnssl_adapt.cli.train import parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name")
-    parser.add_argument("-pc", dest="source", required=True, help="checkpoint: file, folder, Hugging Face id or URL")
+    add_planning_flags(parser)
     parser.add_argument(
         "-n", dest="name", default="pretrained", help="short name of the pre-training (default: pretrained)"
     )
-    parser.add_argument("-am", dest="mode", default="like_pretrained", choices=preprocess.MODES, help="target spacing")
-    parser.add_argument("-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm, for -am fixed")
     parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
     parser.add_argument(
         "--restart", action="store_true", help="train anew although there is an earlier run (it is set aside)"
@@ -39,15 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_source(arguments)
     recipe = recipe_from(arguments, checkpoint.architecture.is_transformer)
     processes = checked_workers(arguments.processes)
-    plan = na.make_plan(
-        dataset,
-        checkpoint,
-        mode=arguments.mode,
-        name=arguments.name,
-        spacing=arguments.spacing,
-        workers=processes,
-        progress=True,
-    )
+    plan = plan_from(arguments, dataset, checkpoint, processes)
     print(plan)
     na.preprocess_dataset(plan, workers=processes)
     trainer = na.PretrainedTrainer(

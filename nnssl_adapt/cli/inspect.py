@@ -1,36 +1,116 @@
-"""Say what a checkpoint is; with a dataset, also what of it a network for that dataset would get."""
+"""Say what a checkpoint is, and what a network would get of it: that of a dataset, or the pre-training's own.
+
+With --prove both encoders compute the same image and are compared stage by stage; the exit code is 1 if they differ.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, open_source
+from nnssl_adapt.cli.common import EXIT_FAILED, EXIT_OK, add_source, add_verbose, open_source
+from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings_from
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nnssl_adapt.weights.checkpoint import Checkpoint
+    from nnssl_adapt.weights.settings import TransferSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="checkpoint: file, folder, Hugging Face id (owner/name[@revision]) or URL")
-    parser.add_argument("-d", dest="dataset", help="dataset id or name: show what would be transferred for it")
+    parser.add_argument("source", help="checkpoint: file, folder, zip, Hugging Face id (owner/name[@revision]) or URL")
+    parser.add_argument("-d", dest="dataset", help="dataset id or name: show what its network would get")
+    parser.add_argument("--prove", action="store_true", help="run both encoders and compare what they compute")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the network, coloured by what became of each part")
+    parser.add_argument("--json", metavar="FILE", help="write everything shown, tensor by tensor")
+    add_transfer_flags(parser)
     add_source(parser)
     add_verbose(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    checkpoint = open_source(arguments)
-    if arguments.dataset is not None:
-        _show_transfer(checkpoint, arguments.dataset)
-    return EXIT_OK
-
-
-def _show_transfer(checkpoint: Checkpoint, dataset: str) -> None:
     import nnssl_adapt as na
-    from nnssl_adapt.data.dataset import RawDataset
 
-    raw = RawDataset.open(dataset)
-    patch = checkpoint.plan.patch_size
-    network = na.build_network(checkpoint.architecture, raw.num_channels, raw.labels.num_heads, patch)
-    print(f"\nFor {raw.name} ({raw.num_channels} channels, {raw.labels.num_heads} outputs) at patch {tuple(patch)}:")
-    print(na.transfer_weights(checkpoint, network))
+    checkpoint = open_source(arguments)
+    # What the transfer logs is in its report, which is printed whole.
+    logging.getLogger("nnssl_adapt.weights.transfer").setLevel(logging.WARNING)
+    network, settings, heads, whose = _target(checkpoint, arguments)
+    report = na.transfer_weights(checkpoint, network, **_as_arguments(settings), head_names=heads)
+    print(f"\n{whose}:\n{report}")
+    content: dict[str, Any] = {"checkpoint": describe(checkpoint), "transfer": report.to_dict()}
+    passed = True
+    if arguments.prove:
+        from nnssl_adapt.weights.prove import prove_transfer
+
+        proof = prove_transfer(checkpoint, network, scope=settings.scope, channels=settings.channels)
+        passed = proof.passed
+        content["proof"] = proof.to_dict()
+        print(f"\n{proof}")
+    if arguments.plot:
+        report.plot(arguments.plot)
+        print(f"\npicture: {arguments.plot}")
+    if arguments.json:
+        from nnssl_adapt.files import write_json
+
+        write_json(arguments.json, content)
+        print(f"\ndetails: {arguments.json}")
+    return EXIT_OK if passed else EXIT_FAILED
+
+
+def _target(
+    checkpoint: Checkpoint, arguments: argparse.Namespace
+) -> tuple[nn.Module, TransferSettings, tuple[str, ...], str]:
+    """The network to fill, how, what its outputs stand for, and a line that says whose it is."""
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.weights.architectures import build_network, nearest_patch
+
+    plan = checkpoint.plan
+    patch = nearest_patch(checkpoint.architecture, plan.patch_size)
+    size = " × ".join(map(str, patch))
+    if arguments.dataset is None:
+        names: tuple[str, ...] = tuple(str(index) for index in range(plan.num_input_channels))
+        heads = plan.head_names
+        outputs = len(heads) or 2
+        whose = f"A new network of the same kind ({len(names)} channel(s), {outputs} outputs, patch {size}) would get"
+    else:
+        raw = RawDataset.open(arguments.dataset)
+        names, heads, outputs = tuple(raw.channel_names), raw.labels.head_names, raw.labels.num_heads
+        whose = f"The network of {raw.name} ({len(names)} channel(s), {outputs} outputs, patch {size}) would get"
+    settings = transfer_settings_from(arguments, names if arguments.dataset is not None else ())
+    return build_network(checkpoint.architecture, len(names), outputs, patch), settings, heads, whose
+
+
+def _as_arguments(settings: TransferSettings) -> dict[str, Any]:
+    return {
+        "scope": settings.scope,
+        "channels": settings.channels,
+        "token_order": settings.token_order,
+        "waive": settings.waive,
+    }
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is printed of a checkpoint, as plain content for JSON."""
+    plan, architecture = checkpoint.plan, checkpoint.architecture
+    return {
+        "origin": checkpoint.origin.to_dict(),
+        "choices": dict(checkpoint.choices),
+        "architecture": {
+            "class": architecture.class_name,
+            "preset": architecture.preset,
+            "kwargs": dict(architecture.kwargs),
+        },
+        "numbers_stored": checkpoint.num_parameters,
+        "trainer_name": checkpoint.trainer_name,
+        "supervised": plan.supervised,
+        "channels": plan.num_input_channels,
+        "normalization_schemes": list(plan.normalization_schemes),
+        "spacing": list(plan.spacing) if plan.spacing else None,
+        "patch_size": list(plan.patch_size),
+        "recommended_patch_size": list(plan.recommended_patch_size) if plan.recommended_patch_size else None,
+        "licence": checkpoint.licence,
+        "citations": list(checkpoint.citations),
+        "notes": list(checkpoint.notes),
+    }

@@ -6,14 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nnssl_adapt.cli import demo, doctor, finetune, inspect, predict, preprocess, train
+from nnssl_adapt.cli import demo, doctor, fetch, finetune, inspect, predict, preprocess, reorient, train
 from nnssl_adapt.cli.common import run_command
 
 _COMMANDS = {
     "finetune": (finetune, "raw dataset + checkpoint -> validated model, in one go"),
+    "fetch": (fetch, "download a checkpoint beforehand, for a machine without internet"),
     "inspect": (inspect, "what a checkpoint is, and what a dataset would get of it"),
     "preprocess": (preprocess, "plan and preprocess a dataset (as nnUNetv2_preprocess_like_nnssl)"),
     "train": (train, "fine-tune one fold (as nnUNetv2_train_pretrained)"),
+    "reorient": (reorient, "copies of a dataset whose images all lie the same way"),
     "predict": (predict, "segment images with a trained model"),
     "demo": (demo, "the whole road on an embedded example, in minutes on a CPU"),
     "doctor": (doctor, "versions, devices, folders, and who owns which command"),

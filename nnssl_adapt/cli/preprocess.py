@@ -7,33 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source, run_command
+from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 
-MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
+def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:
+    """Add the flags; with ``dynamic`` those of ``nnUNetv2_plan_like_dynamic``."""
     parser.add_argument("-n", dest="name", required=True, help="short name of the pre-training, e.g. mae")
-    parser.add_argument(
-        "-pc",
-        dest="source",
-        required=True,
-        help="checkpoint: file, folder, Hugging Face id (owner/name[@revision]) or URL",
-    )
-    parser.add_argument(
-        "-am",
-        dest="mode",
-        default="like_pretrained",
-        choices=MODES,
-        help="target spacing: the pre-training's (default), the dataset's median (median = default_nnunet), "
-        "fixed (with -os), or every image's own (no_resample)",
-    )
-    parser.add_argument(
-        "-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="spacing in mm for -am fixed"
-    )
-    parser.add_argument(
-        "-pl", dest="base_plans", help="existing nnU-Net plans to start from (default: nnUNetPlans if there)"
-    )
+    add_planning_flags(parser, dynamic)
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
@@ -49,16 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     workers = checked_workers(arguments.workers)
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
     checkpoint = open_source(arguments)
-    plan = na.make_plan(
-        dataset,
-        checkpoint,
-        mode=arguments.mode,
-        name=arguments.name,
-        spacing=arguments.spacing,
-        base_plans=arguments.base_plans,
-        workers=workers,
-        progress=True,
-    )
+    plan = plan_from(arguments, dataset, checkpoint, workers)
     print(plan)
     store = na.preprocess_dataset(plan, workers=workers, overwrite=arguments.overwrite_pp)
     print(f"\n{len(store.identifiers)} cases preprocessed in {store.folder}")

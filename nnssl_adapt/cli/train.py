@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", dest="plans", required=True, help="plan, e.g. ptPlans__mae____Spacing__1.00_1.00_1.00___Norm__Z"
     )
+    parser.add_argument(
+        "-pretrained_weights",
+        "-pc",
+        dest="source",
+        help="the pre-trained weights, for a plan that names none, or where they lie now (they must be the plan's own)",
+    )
     parser.add_argument("-num_gpus", type=int, default=1, help="GPUs (only 1 so far)")
     parser.add_argument("--c", dest="resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--val", action="store_true", help="only validate checkpoint_final")
@@ -41,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     dataset, configuration, fold = _dataset_configuration_fold(arguments)
     if arguments.num_gpus != 1:
         raise ConfigurationError(f"-num_gpus {arguments.num_gpus}: training on several GPUs is not there yet; use 1")
+    if arguments.source and arguments.from_scratch:
+        raise ConfigurationError("-pretrained_weights and --from_scratch contradict each other: give one of them")
     require_device(arguments.device)
     plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
     trainer = na.PretrainedTrainer(
@@ -48,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         fold=fold,
         recipe=recipe_from(arguments, plan.architecture.is_transformer),
         device=arguments.device,
+        checkpoint=arguments.source,
         from_scratch=arguments.from_scratch,
         workers=arguments.workers,
         disable_checkpointing=arguments.disable_checkpointing,

@@ -145,7 +145,7 @@ def _parsed_labels(content: Any, where: str | Path) -> dict[str, LabelOrRegion]:
         try:
             if not entries or any(isinstance(e, bool) or int(e) != float(e) or int(e) < 0 for e in entries):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DatasetJsonError(
                 f"{where}: 'labels': {name!r} must be a whole number ≥ 0 or a list of them, got {value!r}"
             ) from None

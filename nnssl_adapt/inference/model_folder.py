@@ -19,7 +19,8 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.weight_file import read_weight_file, strip_wrappers, tensors_of
+from nnssl_adapt.weights.state_dict import strip_wrappers, tensors_of
+from nnssl_adapt.weights.weight_file import read_weight_file
 
 Fold = int | Literal["all"]
 Which = Literal["final", "best"]

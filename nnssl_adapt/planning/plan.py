@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,16 @@ from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.planning.plans_json import read_plans, refuse_ignored_keys
 from nnssl_adapt.weights.architectures import Architecture
 from nnssl_adapt.weights.settings import TransferSettings
 
+logger = logging.getLogger(__name__)
+
 CONFIGURATION = "3d_fullres"
+
+COPY_IN_MODEL_FOLDER = "plans"
+"""What nnU-Net calls the copy of a plan in a model folder (without ``.json``)."""
 
 RESAMPLE = "resample_data_or_seg_to_shape"
 """Name of nnU-Net's resampling function, written into plans so that nnU-Net finds it."""
@@ -56,21 +62,31 @@ class FinetunePlan:
     def load(cls, path: str | Path, configuration: str = CONFIGURATION) -> FinetunePlan:
         """Read a plans file, ours or nnU-Net's. Raises PlanError naming the file and the key that is wrong."""
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"no plans file {path}{_plans_beside(path)}") from None
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{path} is not a plans file: {error}") from error
-        return cls(content, configuration, path)
+        return cls(read_plans(path), configuration, path)
 
     @classmethod
     def find(cls, dataset_name: str, plans: str, configuration: str = CONFIGURATION) -> FinetunePlan:
-        """Read the plan called ``plans`` (with or without ``.json``, or a path) of a preprocessed dataset."""
-        if Path(plans).is_file():
-            return cls.load(plans, configuration)
+        """Read the plan called ``plans`` (with or without ``.json``, or a path) of a preprocessed dataset, for training.
+
+        A copied file goes by its own name, whatever plan it was copied from, so that their runs have different folders.
+
+        Raises PlanError naming the file and the key that is wrong, also for keys that would be ignored where they stand.
+        """
         name = plans.removesuffix(".json")
-        return cls.load(preprocessed_folder() / dataset_name / f"{name}.json", configuration)
+        path = Path(plans)
+        if not path.is_file():
+            path = preprocessed_folder() / dataset_name / f"{name}.json"
+        plan = cls.load(path, configuration)
+        refuse_ignored_keys(plan.settings_of_configuration, configuration, path)
+        if path.stem in (plan.plans_name, COPY_IN_MODEL_FOLDER):
+            return plan
+        logger.warning(
+            "%s calls itself %s inside, as the plan it was copied from: it goes by its file's name, so that their runs "
+            "don't share a folder",
+            path,
+            plan.plans_name,
+        )
+        return cls({**plan.content, "plans_name": path.stem}, configuration, path)
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write the plans file (by default to :attr:`plans_file`), whole or not at all, and return its path."""
@@ -287,12 +303,3 @@ def _check(content: Any, configuration: str, path: Path | None) -> None:
             problems = [f"configuration {configuration!r} is not 3D (patch {chosen['patch_size']})"]
     if problems:
         raise PlanError(f"{where} is not a usable plans file: {'; '.join(problems)}")
-
-
-def _plans_beside(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f": the folder {folder} does not exist; run nnUNetv2_preprocess_like_nnssl first"
-    ignored = {"dataset.json", "dataset_fingerprint.json", "splits_final.json"}
-    names = sorted(p.stem for p in folder.glob("*.json") if p.name not in ignored)
-    return f"; plans there: {', '.join(names) or 'none, run nnUNetv2_preprocess_like_nnssl first'}"

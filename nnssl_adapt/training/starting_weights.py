@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceError
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
+from nnssl_adapt.planning.checks import find_other_orientations
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.weights.architectures import build_network
 from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
@@ -41,8 +43,45 @@ def fill_with_starting_weights(
     """
     if from_scratch:
         return scratch_report(network)
+    found = find_checkpoint(plan, checkpoint)
+    if "source" not in plan.provenance:  # nobody has compared the plan with the weights yet
+        _compare_axes(plan, found)
     settings = plan.transfer_settings.to_dict()
-    return transfer_weights(find_checkpoint(plan, checkpoint), network, head_names=plan.labels.head_names, **settings)
+    return transfer_weights(found, network, head_names=plan.labels.head_names, **settings)
+
+
+def _compare_axes(plan: FinetunePlan, checkpoint: Checkpoint) -> None:
+    """Warn where a plan made by hand or by nnU-Net shows the weights other axes than they were trained on."""
+    pretraining = checkpoint.plan
+    mend = "nnUNetv2_preprocess_like_nnssl makes a plan that agrees"
+    if pretraining.supervised and plan.transpose_forward != pretraining.transpose_forward:
+        logger.warning(
+            "plan %s puts the images' axes in the order %s, the weights were trained with %s: %s",
+            plan.plans_name,
+            list(plan.transpose_forward),
+            list(pretraining.transpose_forward),
+            mend,
+        )
+    if pretraining.orientation is None:
+        return
+    try:
+        others = find_other_orientations(RawDataset.open(plan.dataset_name), pretraining.orientation)
+    except NnsslAdaptError as error:
+        logger.warning(
+            "the weights were trained on %s images; whether these are can't be checked (%s)",
+            pretraining.orientation,
+            error,
+        )
+        return
+    if others:
+        logger.warning(
+            "the weights were trained on %s images, but %d files of %s are not (%s: %s, …): %s (with --reorient)",
+            pretraining.orientation,
+            len(others),
+            plan.dataset_name,
+            *next(iter(others.items())),
+            mend,
+        )
 
 
 def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = None) -> Checkpoint:
@@ -66,20 +105,27 @@ def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = 
 def _open(plan: FinetunePlan, given: str | Path | None) -> Checkpoint:
     choices = plan.provenance.get("source_choices", {})
     if given is not None:
+        path = Path(given)
+        if path.is_file() and path.suffix.lower() != ".zip":  # the file itself: nothing is left to choose in it
+            choices = {key: value for key, value in choices.items() if key not in ("filename", "fold")}
         return open_checkpoint(given, **choices)
     source = plan.provenance.get("source", {})
     hint = plan.pretrain_info.get("checkpoint_path")
     if not source and hint is None:
         raise ConfigurationError(
-            f"plan {plan.plans_name} names no pre-trained weights: train with --from_scratch, or make a plan with "
-            "nnUNetv2_preprocess_like_nnssl"
+            f"plan {plan.plans_name} names no pre-trained weights: give them with -pretrained_weights, train with "
+            "--from_scratch, or make a plan with nnUNetv2_preprocess_like_nnssl"
         )
     if not source and hint is not None:
         return open_checkpoint(hint)
-    try:
-        return open_checkpoint(source.get("repo_id") or source["source"], revision=source.get("revision"), **choices)
-    except SourceError:
-        if hint and Path(hint).exists():  # relative sources mean nothing in another folder
-            logger.info("%s is not found as such; using %s", source["source"], hint)
-            return open_checkpoint(hint, **choices)
-        raise
+    problems: list[SourceError] = []
+    for name in dict.fromkeys((source["source"], source.get("repo_id"))):  # as typed: an address may name a file
+        try:
+            if name:
+                return open_checkpoint(name, revision=source.get("revision"), **choices)
+        except SourceError as error:
+            problems.append(error)
+    if hint and Path(hint).exists():  # relative sources mean nothing in another folder
+        logger.info("%s is not found as such; using %s", source["source"], hint)
+        return open_checkpoint(hint, **choices)
+    raise problems[0]

@@ -20,7 +20,7 @@ from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
 from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.planning.make import package_version
+from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms

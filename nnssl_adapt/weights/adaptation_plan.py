@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +99,7 @@ class AdaptationPlan(BaseModel):
         try:
             architecture = Architecture.from_adaptation(architecture_plans)
         except ArchitectureError as error:
-            raise AdaptationPlanError(f"{where}: {error}") from error
+            raise AdaptationPlanError(f"{where}: {in_one_line(error)}") from error
         configuration = _configuration(content, where)
         fields = {
             "architecture": architecture,
@@ -119,14 +120,14 @@ class AdaptationPlan(BaseModel):
         try:
             return cls.model_validate({**given, "raw": dict(content)})
         except ValidationError as error:
-            raise AdaptationPlanError(f"{where}: the adaptation plan is wrong at {_first_problem(error)}") from error
+            raise AdaptationPlanError(f"{where}: the adaptation plan is wrong at {first_problem(error)}") from error
 
     @classmethod
     def load(cls, path: Path) -> AdaptationPlan:
         """Read an ``adaptation_plan.json``. Raises AdaptationPlanError naming the file and what is wrong."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AdaptationPlanError(f"{path} is not readable as JSON: {error}") from error
         return cls.parse(content, str(path))
 
@@ -176,7 +177,13 @@ def _configuration(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return configuration
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Where pydantic found the first thing wrong, what, and what stands there, in one line."""
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"]) or "the top"
-    return f"{path}: {problem['msg']}, got {problem['input']!r}"
+    return in_one_line(f"{path}: {problem['msg']}, got {problem['input']!r}")
+
+
+def in_one_line(message: object) -> str:
+    """A message that quotes a stranger's file, which may hold anything at any length."""
+    return textwrap.shorten(str(message), 400, placeholder=" …")

@@ -72,6 +72,17 @@ _PRIMUS_PRETRAINING_ONLY = {
 }
 
 
+_MOST_OF_ANYTHING = 2**16
+_MOST = {
+    "n_stages": 32,
+    "n_blocks_per_stage": 512,
+    "n_conv_per_stage": 512,
+    "n_conv_per_stage_decoder": 512,
+    "eva_depth": 512,
+}
+"""No network is larger, and a damaged plan must not make us build one: layers take time and memory even without weights."""
+
+
 def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a U-Net with one entry a stage, in the order that nnU-Net writes them."""
     blocks_key = BLOCKS_PER_STAGE[class_name]
@@ -101,8 +112,7 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
     for key in ("norm_op", "dropout_op", "nonlin"):
         spelled[key] = _operation_name(class_name, key, kwargs.get(key))
-        options = kwargs.get(f"{key}_kwargs")
-        spelled[f"{key}_kwargs"] = dict(options) if options is not None else None
+        spelled[f"{key}_kwargs"] = _options(class_name, f"{key}_kwargs", kwargs.get(f"{key}_kwargs"))
     spelled.update(_spell_out_cnn_options(class_name, kwargs))
     return spelled
 
@@ -142,10 +152,12 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "patch_embed_size": _triple(class_name, "patch_embed_size", values["patch_embed_size"]),
         "eva_depth": _positive_int(class_name, "eva_depth", values["eva_depth"]),
         "eva_numheads": heads,
-        "init_values": None if init_values is None else float(init_values),
+        "init_values": None if init_values is None else _number(class_name, "init_values", init_values),
         "scale_attn_inner": bool(values["scale_attn_inner"]),
     }
     # What is left at its default stays out: stock trainers and older plans then compare equal.
+    for key in ("drop_path_rate", "attn_drop_rate", "proj_drop_rate", "mlp_ratio"):
+        _number(class_name, key, values[key])
     for key, default in _PRIMUS_DEFAULTS.items():
         if key not in spelled and (key == "drop_path_rate" or (values[key] and values[key] != default)):
             spelled[key] = values[key]
@@ -160,7 +172,7 @@ def _check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str]
     for key in _GIVEN_WHEN_BUILT & kwargs.keys():
         del kwargs[key]
     missing = [key for key in required if kwargs.get(key) is None]
-    unknown = sorted(set(kwargs) - set(required) - optional)
+    unknown = sorted(str(key) for key in set(kwargs) - set(required) - optional)
     if missing:
         raise ArchitectureError(f"{class_name}: missing {', '.join(missing)} in the architecture's arguments")
     if unknown:
@@ -168,8 +180,13 @@ def _check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str]
 
 
 def _positive_int(class_name: str, key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or value < 1:
         raise ArchitectureError(f"{class_name}: {key} has the entry {value!r}, expected a positive whole number")
+    if value > _MOST.get(key, _MOST_OF_ANYTHING):
+        raise ArchitectureError(
+            f"{class_name}: {key} has the entry {value:.4g}, and no network is that large: the plan is damaged"
+        )
     return int(value)
 
 
@@ -180,6 +197,20 @@ def _triple(class_name: str, key: str, value: Any) -> list[int]:
             f"{class_name}: {key} has the entry {value!r}, expected three numbers (only 3D networks)"
         )
     return [_positive_int(class_name, key, entry) for entry in values]
+
+
+def _options(class_name: str, key: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected a mapping")
+    return dict(value)
+
+
+def _number(class_name: str, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6:
+        raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected a number")
+    return float(value)
 
 
 def _operation_name(class_name: str, key: str, value: Any) -> str | None:

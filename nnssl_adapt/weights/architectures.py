@@ -251,12 +251,12 @@ def build_network(
         kwargs["deep_supervision"] = deep_supervision
     try:
         network = architecture.network_class(input_channels=in_channels, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
+        if not architecture.is_transformer:  # Primus initialises itself
+            initialise: Any = network.initialize
+            network.apply(initialise)
+    except (TypeError, ValueError, AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise ArchitectureError(f"{architecture} can't be built: {reason}") from error
-    if not architecture.is_transformer:  # Primus initialises itself
-        initialise: Any = network.initialize
-        network.apply(initialise)
     return network
 
 

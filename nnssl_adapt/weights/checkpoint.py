@@ -1,4 +1,4 @@
-"""A pre-trained checkpoint: its tensors, its plan, and where both are from.
+"""A checkpoint: its tensors, its plan, and where both are from.
 
 Files from strangers are data here: pickles are read without running code (``weights_only``), and what needs code is
 refused. What the plan says is checked against the tensors, which are right where the two disagree.
@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nnssl_adapt.errors import AdaptationPlanError
-from nnssl_adapt.weights.adaptation_plan import EMBEDDED_KEY, SIDECAR_NAME, AdaptationPlan
+from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.architectures import Architecture
-from nnssl_adapt.weights.layout import Tensors
-from nnssl_adapt.weights.reconcile import reconcile
+from nnssl_adapt.weights.axes import check_axes, exchange_axes
+from nnssl_adapt.weights.find_plan import find_plan
+from nnssl_adapt.weights.folds import average_folds
 from nnssl_adapt.weights.source import Origin, ResolvedSource, resolve_source
-from nnssl_adapt.weights.weight_file import read_weight_file, strip_wrappers, tensors_of
+from nnssl_adapt.weights.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
+from nnssl_adapt.weights.stems import choose_stem
+from nnssl_adapt.weights.weight_file import read_weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Checkpoint:
         tensors: name → tensor on the CPU, wrappers' prefixes stripped; treat them as read-only (they may be the file).
         plan: how they were pre-trained, with the keys, patch and channels that the tensors really have.
         origin: where they are from, and their digest.
-        trainer_name: nnssl's trainer, where the file or its plan says so.
+        trainer_name: nnssl's or nnU-Net's trainer, where the file or its plan says so.
         citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
         notes: what was wrong in the file or its plan, and what was done about it.
         choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``) that were not left at
@@ -59,16 +61,19 @@ class Checkpoint:
 
     def __str__(self) -> str:
         plan = self.plan
-        spacing = f"{_times(plan.spacing)} mm" if plan.spacing else "each image's own"
+        unknown = "not known" if plan.supervised else "each image's own"
+        spacing = f"{_times(plan.spacing)} mm" if plan.spacing else unknown
         recommended = plan.recommended_patch_size
         patch = f"{_times(plan.patch_size)} voxels"
         if recommended and recommended != plan.patch_size:
             patch += f" (recommended {_times(recommended)})"
+        fold = f", fold {self.origin.fold}" if self.origin.fold else ""
         lines = [
-            f"{self.origin}: {self.origin.filename}, sha256 {self.origin.sha256[:12]}",
-            f"  network   {self.architecture}, {self.num_parameters / 1e6:.1f} M numbers stored",
-            f"  trained   by {self.trainer_name or 'an unnamed trainer'}, {plan.num_input_channels} channel(s), "
-            f"{', '.join(plan.normalization_schemes)}",
+            f"{self.origin}: {self.origin.filename}{fold}, sha256 {self.origin.sha256[:12]}",
+            f"  network   {self.architecture}, {_millions(self.num_parameters)} numbers stored",
+            f"  trained   by {self.trainer_name or 'an unnamed trainer'}{_purpose(plan)}",
+            f"  images    {plan.num_input_channels} channel(s), {', '.join(plan.normalization_schemes)}"
+            + (f", orientation {plan.orientation}" if plan.orientation else ""),
             f"  spacing   {spacing}",
             f"  patch     {patch}",
         ]
@@ -92,6 +97,17 @@ class Checkpoint:
         )
 
 
+def _purpose(plan: AdaptationPlan) -> str:
+    if not plan.supervised:
+        return ""
+    shown = ", ".join(plan.head_names[:8]) + (", …" if len(plan.head_names) > 8 else "")
+    return f" for segmentation (labels: {shown or 'not named in the file'})"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 50_000 else f"{count:,}"
+
+
 def _times(numbers: tuple[float, ...]) -> str:
     return " × ".join(f"{number:g}" for number in numbers)
 
@@ -106,11 +122,11 @@ def open_checkpoint(
     stem: str | None = None,
     axes: str = "auto",
 ) -> Checkpoint:
-    """Open pre-trained weights from a file, a folder or the Hugging Face hub.
+    """Open pre-trained weights, self-supervised (nnssl) or of a segmentation network (nnU-Net, MONAI).
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file, a folder with one, ``owner/name``, ``owner/name@revision`` or
-            ``https://huggingface.co/owner/name``; see :func:`nnssl_adapt.weights.source.resolve_source`.
+        source: a ``.pth``, ``.ckpt`` or ``.safetensors`` file, a folder or zip with one, a trained nnU-Net model folder, or
+            a repository or address; see :func:`nnssl_adapt.weights.source.resolve_source`.
         revision: branch, tag or commit on the hub.
         cache_dir: the hub's cache, if not the usual one.
         local_files_only: never use the network.
@@ -118,7 +134,8 @@ def open_checkpoint(
         fold: of a trained nnU-Net model folder: which fold, or ``mean`` for the average of all.
         stem: of a network with one stem a dataset (MultiTalent): which one, or ``mean`` (the default).
         axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
-            nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto`` to tell by the file.
+            nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
+            Lightning's or hold the contrast-agnostic network, else ``zyx``.
 
     Returns a :class:`Checkpoint`; ``print`` it to see what it is. Nothing in the file is run.
 
@@ -126,7 +143,9 @@ def open_checkpoint(
         SourceError: it can't be found or fetched.
         UnreadableCheckpoint: the file is truncated or no checkpoint.
         UnsafeCheckpoint: loading it would run code.
-        AdaptationPlanError: no adaptation plan in the file or beside it, or none that fits its tensors.
+        AdaptationPlanError: no plan in the file or beside it that fits its tensors, and none can be read off them.
+        ModelFolderError: the model folder's plans.json or dataset.json can't be read.
+        ConfigurationError: ``stem`` or ``axes`` make no sense for these weights.
     """
     resolved = resolve_source(source, revision, cache_dir, local_files_only, filename=filename, fold=fold)
     choices = {"filename": filename, "fold": fold, "stem": stem, "axes": None if axes == "auto" else axes}
@@ -136,10 +155,16 @@ def open_checkpoint(
 
 def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str = "auto") -> Checkpoint:
     """Open weights that are on this machine already; arguments and errors as of :func:`open_checkpoint`."""
+    check_axes(axes)
     path = resolved.weights
     content = read_weight_file(path)
-    tensors = strip_wrappers(tensors_of(content, path), path)
-    plan, notes = _choose_plan(content, resolved, tensors)
+    state = state_dict_of(content, path)
+    tensors, stem_notes = choose_stem(_all_folds(resolved, state), stem, str(path))
+    found = find_plan(content, resolved, tensors)
+    plan, notes = found.plan, [*state.notes, *stem_notes, *found.notes]
+    if axes == "xyz" or (axes == "auto" and found.from_tensors and _is_from_monai(state, plan)):
+        tensors, plan = exchange_axes(tensors, plan, str(path))
+        notes.append(_exchanged(axes, state.key))
     citations, citation_notes = _citations(content.get("citations"), plan)
     trainer_name = content.get("trainer_name")
     checkpoint = Checkpoint(
@@ -155,66 +180,34 @@ def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str
     return checkpoint
 
 
+def _all_folds(resolved: ResolvedSource, first: StateDict) -> dict[str, Tensor]:
+    """The weights, averaged where several folds are asked for."""
+    if not resolved.other_folds:
+        return first.tensors
+    others = [(path, state_dict_of(read_weight_file(path), path).tensors) for path in resolved.other_folds]
+    return average_folds([(resolved.weights, first.tensors), *others])
+
+
+def _is_from_monai(state: StateDict, plan: AdaptationPlan) -> bool:
+    """Whether a file without a plan was trained on (x, y, z) arrays: Lightning's are, and the contrast-agnostic network."""
+    return not plan.architecture.is_transformer and (state.key == LIGHTNING_KEY or plan.orientation is not None)
+
+
+def _exchanged(axes: str, key: str | None) -> str:
+    if axes == "xyz":
+        return "its axes were exchanged, (x, y, z) → (z, y, x), as asked for; exact for a convolutional network"
+    why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "the contrast-agnostic network was"
+    return (
+        f"taken as trained on (x, y, z) arrays, as {why}: kernels, strides and patch were turned to (z, y, x), exactly; "
+        "--axes zyx leaves them as they are"
+    )
+
+
 def _citations(found: Any, plan: AdaptationPlan) -> tuple[tuple[dict[str, Any], ...], list[str]]:
     """The file's own citations, else the plan's; what is not ``{type, name, …}`` is left out and noted."""
-    if not found:
+    entries = found if isinstance(found, (list, tuple)) else [found] if found is not None else []
+    if not entries or found == {}:
         return plan.citations, []
-    entries = found if isinstance(found, (list, tuple)) else [found]
     good = tuple(dict(entry) for entry in entries if isinstance(entry, Mapping))
     bad = len(entries) - len(good)
     return good, [f"{bad} of its citations can't be read"] if bad else []
-
-
-def _choose_plan(
-    content: Mapping[str, Any], resolved: ResolvedSource, tensors: Tensors
-) -> tuple[AdaptationPlan, list[str]]:
-    """The plan that fits the tensors, of the one in the file and the one beside it; equal fits: the one in the file."""
-    found: dict[str, AdaptationPlan] = {}
-    errors: list[AdaptationPlanError] = []
-    embedded, sidecar = content.get(EMBEDDED_KEY), resolved.sidecar
-    try:
-        if embedded is not None:
-            found["in the file"] = AdaptationPlan.parse(embedded, str(resolved.weights))
-    except AdaptationPlanError as error:
-        errors.append(error)
-    try:
-        if sidecar is not None:
-            found[f"in {SIDECAR_NAME}"] = AdaptationPlan.load(sidecar)
-    except AdaptationPlanError as error:
-        errors.append(error)
-    if not found:
-        raise errors[0] if errors else _no_plan(resolved)
-    fits: dict[str, tuple[AdaptationPlan, list[str]]] = {}
-    for name, candidate in found.items():
-        try:
-            fits[name] = reconcile(candidate, tensors, f"{resolved.weights}, plan {name}")
-        except AdaptationPlanError as error:
-            errors.append(error)
-    if not fits:
-        raise errors[-1]
-    where = min(fits, key=lambda name: len(fits[name][1]))
-    plan, notes = fits[where]
-    notes = [*(str(error) for error in errors), *notes]
-    for other in fits.keys() - {where}:
-        differing = found[where].differences(found[other])
-        if differing:
-            better = "fits the tensors better" if len(fits[other][1]) > len(fits[where][1]) else "fits no worse"
-            notes.append(
-                f"the plans {where} and {other} disagree on {', '.join(differing)}: took that {where}, which {better}"
-            )
-        plan = plan.model_copy(
-            update={
-                "citations": plan.citations or found[other].citations,
-                "trainer_name": plan.trainer_name or found[other].trainer_name,
-            }
-        )
-    return plan, notes
-
-
-def _no_plan(resolved: ResolvedSource) -> AdaptationPlanError:
-    origin = resolved.origin
-    beside = f"{SIDECAR_NAME} in the repository {origin}" if origin.repo_id else resolved.weights.parent / SIDECAR_NAME
-    return AdaptationPlanError(
-        f"{resolved.weights} has no adaptation plan: looked for '{EMBEDDED_KEY}' in it and for {beside}. "
-        f"Copy the {SIDECAR_NAME} that nnssl wrote during pre-training beside it"
-    )

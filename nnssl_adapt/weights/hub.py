@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the only code of the package that touches the network.
+"""The Hugging Face hub. With ``download.py`` the only code of the package that touches the network.
 
 huggingface_hub does the downloading, so that its cache, its ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
 ``HF_TOKEN`` mean what they mean elsewhere; here its many errors become our four. ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -92,15 +92,24 @@ class Hub:
         return Path(path)
 
     def list_files(self) -> list[str]:
-        """Names of all files in the repository, from the hub. Raises one of our SourceErrors."""
+        """Names of all files in the repository; without the network, of those in the cache.
+
+        Raises NotCached when there are none there, or one of our SourceErrors.
+        """
         with self._our_errors("the list of files"):
-            return sorted(HfApi(endpoint=endpoint()).list_repo_files(self.repo_id, revision=self.revision))
+            if not self.local_files_only:
+                return sorted(HfApi(endpoint=endpoint()).list_repo_files(self.repo_id, revision=self.revision))
+            snapshot = Path(
+                snapshot_download(self.repo_id, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True)
+            )
+        return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
 
     def unavailable(self, filename: str) -> SourceUnavailable:
         """The error for a file that is not cached and can't be downloaded."""
         return SourceUnavailable(
             f"{filename} of {self} is not in the Hugging Face cache, and {self.address} {self.why_unreachable}: "
-            f"run 'hf download {self.repo_id}' where there is internet and share the cache (HF_HOME), or give a local path"
+            f"run 'nnssl-adapt fetch {self} --to FOLDER' where there is internet and set nnssl_pretrained_models=FOLDER "
+            "here, share the cache (HF_HOME), or give a local path"
         )
 
     @contextmanager

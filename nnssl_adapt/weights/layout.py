@@ -18,7 +18,7 @@ from nnssl_adapt.weights.surgery import Grid, find_token_grid
 
 Tensors = Mapping[str, Tensor]
 
-_COPIES = ("teacher", "ema", "momentum", "target", "decoder", "spark_weights")
+COPIES = ("teacher", "ema", "momentum", "target", "decoder", "spark_weights")
 """Parts of names that mark a second copy of an encoder, to be taken only when there is no other."""
 
 
@@ -107,7 +107,7 @@ def find_prefix(parts: NetworkParts, target_prefix: str, source: Tensors, named:
 
     def fitting(prefix: str) -> int:
         return sum(
-            _fits(parts, tensor, find_source(tensor, target_prefix, prefix, source), source) for tensor in members
+            fits(parts, tensor, find_source(tensor, target_prefix, prefix, source), source) for tensor in members
         )
 
     named_count = fitting(named) if named is not None else 0
@@ -123,7 +123,7 @@ def find_prefix(parts: NetworkParts, target_prefix: str, source: Tensors, named:
 def _preference(prefix: str) -> tuple[int, int, list[int]]:
     """Among equals: no second copy, then the shortest name, then the first in the alphabet."""
     words = prefix.split(".")
-    return -sum(word in words for word in _COPIES), -len(prefix), [-ord(letter) for letter in prefix]
+    return -sum(word in words for word in COPIES), -len(prefix), [-ord(letter) for letter in prefix]
 
 
 def _candidate_prefixes(members: Iterable[TargetTensor], target_prefix: str, source: Tensors) -> set[str]:
@@ -135,8 +135,8 @@ def _candidate_prefixes(members: Iterable[TargetTensor], target_prefix: str, sou
     return found
 
 
-def _fits(parts: NetworkParts, target: TargetTensor, names: Sequence[str], source: Tensors) -> bool:
-    """Same shape, up to the input channels of the stem and the number of positions."""
+def fits(parts: NetworkParts, target: TargetTensor, names: Sequence[str], source: Tensors) -> bool:
+    """Whether the checkpoint's tensor of these names fits: same shape, up to the stem's channels and the positions."""
     if not names:
         return False
     here, there = list(target.tensor.shape), list(source[names[0]].shape)
@@ -151,14 +151,15 @@ def _fits(parts: NetworkParts, target: TargetTensor, names: Sequence[str], sourc
 
 
 def positions_name(parts: NetworkParts, source: Tensors, plan: AdaptationPlan) -> str | None:
-    """The checkpoint's name of the learned positions, from the plan's encoder if the plan's own name is wrong."""
+    """The checkpoint's name of the learned positions: those of the plan's encoder, else what the plan names.
+
+    The encoder's go first, since the second transformer of a masked autoencoder has positions too.
+    """
     if parts.positions is None:
         return None
-    if plan.key_to_lpe in source:
-        return plan.key_to_lpe
     relative = below(parts.positions, parts.encoder)
     name = join(plan.key_to_encoder or "", relative) if relative is not None else None
-    return name if name in source else None
+    return next((candidate for candidate in (name, plan.key_to_lpe) if candidate in source), None)
 
 
 def positions_grid(positions: Tensor, source: Tensors, plan: AdaptationPlan) -> tuple[int, Grid | None]:
@@ -167,6 +168,8 @@ def positions_grid(positions: Tensor, source: Tensors, plan: AdaptationPlan) -> 
     The grid comes from the number of tokens; the plan's patch, then its recommended patch, say how it is cut, and without
     either it is a cube. None: no grid fits.
     """
+    if positions.ndim != 3:
+        return 0, None
     recommended = plan.recommended_patch_size
     candidates = [plan.token_grid, token_grid(plan.architecture, recommended) if recommended else None]
     special = sum(tensor.shape[1] for name, tensor in source.items() if is_special_token(name) and tensor.ndim == 3)

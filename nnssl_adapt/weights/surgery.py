@@ -12,37 +12,168 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 Grid = tuple[int, int, int]
 
 TOKEN_ORDERS = ("whd", "hwd")
 
 
-def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Make an input convolution (out, in, Z, Y, X) take another number of channels.
+def adapt_input_channels(weight: Tensor, channels: int, rule: str = "repeat") -> Tensor:
+    """Return an input convolution (out, in, Z, Y, X) that takes another number of channels.
 
-    Channel ``i`` of the new kernel is channel ``i mod in`` of the old one, scaled so that what an old channel did is
-    shared among its copies: copies of one image through the new stem give what the image (in the first channel, cycled)
-    gave through the old. Fewer channels: the kernels of all old channels are averaged into the new ones and scaled to keep
-    their sum, so that an image that used to be given in every channel still gives the same.
-
-    Sums are taken in float32 (or better); the result has the input's dtype.
+    Args:
+        channels: how many the new one takes.
+        rule: ``repeat``: channel ``i`` of the new kernel is channel ``i mod in`` of the old one, scaled so that what an old
+            channel did is shared among its copies: copies of one image (the channels, cycled) give what they gave before.
+            Fewer channels: as ``mean``. ``mean``: every channel gets the sum of all old kernels divided by ``channels``, so
+            that an image given in every channel does the same as before. ``zero``: the leading channels as they are, new
+            ones zero, and what is too many is left out.
     """
     old = weight.shape[1]
     if channels < 1:
         raise ValueError(f"a network needs at least one input channel, not {channels}")
-    if channels == old:
-        return weight.clone()
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if channels < old:
-        adapted = exact.sum(dim=1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
-    else:
-        origin = torch.arange(channels, device=weight.device) % old
-        copies = torch.bincount(origin, minlength=old).to(exact.dtype)
-        scale = (1 / copies)[origin].reshape(1, channels, *([1] * (weight.ndim - 2)))
-        adapted = exact[:, origin] * scale
-    return adapted.to(weight.dtype)
+    if rule == "zero":
+        kept = min(old, channels)
+        return torch.cat(
+            [weight[:, :kept], weight.new_zeros(weight.shape[0], channels - kept, *weight.shape[2:])], dim=1
+        )
+    if rule == "repeat" and channels >= old:
+        return map_input_channels(weight, [index % old for index in range(channels)])
+    if rule not in ("repeat", "mean"):
+        raise ValueError(f"unknown channel rule {rule!r}")
+    summed = _exactly(weight).sum(dim=1, keepdim=True)
+    return summed.expand(-1, channels, *weight.shape[2:]) / channels
+
+
+def map_input_channels(weight: Tensor, chosen: Sequence[int | None]) -> Tensor:
+    """Return an input convolution (out, len(chosen), Z, Y, X) whose channels are the chosen ones of the old one.
+
+    A channel that is chosen several times is divided among its copies; None gives a kernel of zeros.
+    """
+    origin = [-1 if channel is None else channel for channel in chosen]
+    if max(origin) >= weight.shape[1] or min(origin) < -1:
+        raise ValueError(f"channels {list(chosen)} of a kernel with {weight.shape[1]} channels")
+    scale = [0.0 if channel < 0 else 1 / origin.count(channel) for channel in origin]
+    exact = _exactly(weight)[:, [max(channel, 0) for channel in origin]]
+    factors = torch.tensor(scale, dtype=exact.dtype, device=weight.device)
+    return exact * factors.reshape(1, -1, *([1] * (weight.ndim - 2)))
+
+
+def _exactly(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def resize_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a convolution's kernel (out, in, Z, Y, X) with other widths ``size`` (Z, Y, X).
+
+    An axis grows by zeros around the kernel, its middle staying the middle as dynamic_network_architectures pads
+    ((width - 1) // 2 voxels before): the convolution computes what it did. It shrinks by averaging over area with the sum
+    kept: on images that don't change along that axis it computes what it did.
+    """
+    for axis, new in enumerate(size, start=2):
+        old = weight.shape[axis]
+        if new > old:
+            before = (new - 1) // 2 - (old - 1) // 2
+            padding = [0, 0] * (weight.ndim - 1 - axis) + [before, new - old - before]
+            weight = pad(weight, padding)
+        elif new < old:
+            weight = _along(weight, axis, _area(old, new) * (old / new))
+    return weight.clone()
+
+
+def resize_patch_embedding(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a patch embedding (out, in, Z, Y, X), a convolution with steps as wide as its kernel, for another patch size.
+
+    The kernel that gives for a resized patch the token that the old one gave for the patch itself, as close as least
+    squares come: with patches up-sampled linearly exactly; smaller ones stand for themselves with every voxel repeated.
+    (Resizing by the pseudo-inverse is due to FlexiViT, arXiv 2212.08013.)
+    """
+    for axis, new in enumerate(size, start=2):
+        old = weight.shape[axis]
+        if new != old:
+            resizing = _linear(old, new) if new > old else _area(old, new)
+            weight = _along(weight, axis, torch.linalg.pinv(resizing.T))
+    return weight.clone()
+
+
+def resize_upsampling(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a transposed convolution (in, out, Z, Y, X), whose steps are as wide as its kernel, for another step.
+
+    Every voxel is painted as a block. A larger block is the old one with its voxels repeated, a smaller one its average
+    over area: either way the output is the old one resized by area.
+    """
+    for axis, new in enumerate(size, start=2):
+        if new != weight.shape[axis]:
+            weight = _along(weight, axis, _area(weight.shape[axis], new))
+    return weight.clone()
+
+
+def _along(weight: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """Every line of the tensor along ``axis`` multiplied by a matrix (new, old), in float64."""
+    lines = weight.to(torch.float64).movedim(axis, -1)
+    result = (lines @ matrix.to(weight.device).T).movedim(-1, axis)
+    return result.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _area(old: int, new: int) -> Tensor:
+    """Matrix (new, old) that resizes a line by averaging over area: each row is one new cell's shares of the old ones."""
+    starts, ends = torch.arange(new, dtype=torch.float64), torch.arange(1, new + 1, dtype=torch.float64)
+    step = old / new
+    cells = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(ends[:, None] * step, cells + 1) - torch.maximum(starts[:, None] * step, cells)
+    return overlap.clamp(min=0) / step
+
+
+def _linear(old: int, new: int) -> Tensor:
+    """Matrix (new, old) that resizes a line linearly."""
+    lines = torch.eye(old, dtype=torch.float64)[None]
+    return interpolate(lines, size=new, mode="linear", align_corners=False)[0].T
+
+
+# -- widths ----------------------------------------------------------------------------------------------------------
+
+
+def copy_leading(
+    value: Tensor, into: Tensor, out_axis: int = 0, in_axis: int | None = 1, parts: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """Return ``into`` with the leading features replaced by those of ``value``, as far as both have them.
+
+    Args:
+        value: trained weights; ``into``: those of a wider or narrower network.
+        out_axis: axis of the features computed. Further ones stay as ``into`` has them.
+        in_axis: axis of the features used, None where there is none (a bias). What the leading features get from further
+            ones is zero, so that they compute exactly what they did.
+        parts: how many inputs of equal width are joined along ``in_axis`` in ``value`` and in ``into`` (two in a U-Net's
+            decoder); each part's features lead within it.
+    """
+    result = into.clone()
+    out = min(value.shape[out_axis], into.shape[out_axis])
+    rows, trained = result.narrow(out_axis, 0, out), value.narrow(out_axis, 0, out)
+    if in_axis is None:
+        rows.copy_(trained)
+        return result
+    rows.zero_()
+    old, new = value.shape[in_axis] // parts[0], into.shape[in_axis] // parts[1]
+    width = min(old, new)
+    for part in range(min(parts)):
+        rows.narrow(in_axis, part * new, width).copy_(trained.narrow(in_axis, part * old, width))
+    return result
+
+
+def copy_rows(value: Tensor, into: Tensor, origin: Sequence[int | None], axis: int = 0) -> Tensor:
+    """Return ``into`` with place ``i`` along ``axis`` taken from place ``origin[i]`` of ``value``, left alone where None."""
+    result = into.clone()
+    for place, source in enumerate(origin):
+        if source is not None:
+            result.select(axis, place).copy_(value.select(axis, source))
+    return result
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def resample_positions(
@@ -56,15 +187,14 @@ def resample_positions(
 
     The source is read on its own grid (in its own order), interpolated trilinearly there if the grids differ, and
     flattened in the target's order. Interpolating tokens in the wrong order would mix two axes, hence one function.
-    Computed in float32 or better; the result has the input's dtype and shape (1, M, C).
+    The result is (1, M, C).
     """
     if tokens.ndim != 3 or tokens.shape[0] != 1 or tokens.shape[1] != math.prod(source_grid):
         raise ValueError(f"positions of shape {tuple(tokens.shape)} don't fill a grid of {source_grid}")
     volume = _to_volume(tokens, source_grid, source_order)
     if target_grid != source_grid:
-        exact = volume.to(torch.promote_types(volume.dtype, torch.float32))
-        volume = interpolate(exact, size=target_grid, mode="trilinear", align_corners=False)
-    return _to_tokens(volume, target_order).to(tokens.dtype)
+        volume = interpolate(_exactly(volume), size=target_grid, mode="trilinear", align_corners=False)
+    return _to_tokens(volume, target_order)
 
 
 def _to_volume(tokens: Tensor, grid: Grid, order: str) -> Tensor:

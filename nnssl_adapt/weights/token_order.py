@@ -3,7 +3,8 @@
 nnssl's masked-autoencoder networks (``EvaMAE``, under every Primus method but SimMIM) flatten (h w d). The Primus of
 dynamic_network_architectures did so up to 0.4.2 and flattens (w h d) since 0.4.3. Positions in such a file then arrive
 with their first two axes exchanged: nothing fails, but the encoder no longer computes what it was trained to (nnUNet
-issue 2962). The network's order is probed, since versions can't be trusted; the file's is known by its family.
+issue 2962). The network's order is probed, since versions can't be trusted; the file's is known by its family, and measured
+where it can be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint import Checkpoint
+from nnssl_adapt.weights.token_order_measured import measure_order
 
 _PROBE_GRID = (2, 3, 4)
 
@@ -94,11 +96,26 @@ def _recognise(volume: Tensor, tokens: Tensor) -> str:
 
 
 def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
-    """Token order that a checkpoint was trained with, and the reason: as asked for, or by what is known of it."""
+    """Token order that a checkpoint was trained with, and the reason.
+
+    In this order: what is asked for; what is known of the repository or the trainer; what the tensors' names say. Where the
+    file holds the whole masked autoencoder, its order is measured too, and a clear measurement has the last word: tables
+    tell how networks of a kind were trained, it tells how this one was.
+    """
     if asked in ("hwd", "whd"):
         return asked, "as asked for"
     if asked != "auto":
         raise TransferError(f"unknown token order {asked!r}: auto, hwd or whd")
+    known, reason = _known_order(checkpoint)
+    measured = measure_order(checkpoint)
+    if measured is None:
+        return known, reason
+    if measured.order is None or measured.order == known:
+        return known, f"{reason}; {measured}"
+    return measured.order, f"{measured}, which outweighs that {reason} and would be {known}"
+
+
+def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
     named = [checkpoint.origin.repo_id, checkpoint.trainer_name]
     for name in filter(None, named):
         if _SIMMIM.search(name):

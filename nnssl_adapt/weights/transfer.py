@@ -1,16 +1,15 @@
 """Moving pre-trained weights into a new network, with an account of every tensor on both sides.
 
 Each tensor of the network ends as exactly one of copied, adapted (and how) or fresh (and why); each tensor of the
-checkpoint as used or dropped (and why). What belongs to the encoder and finds no place is an error: a network that
-looks pre-trained and is not costs days.
+checkpoint as used or dropped (and why). What belongs to the encoder and finds no place is an error, unless a rule or the
+user says so: a network that looks pre-trained and is not costs days.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,12 @@ from torch import Tensor, nn
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights import surgery
 from nnssl_adapt.weights.checkpoint import Checkpoint
-from nnssl_adapt.weights.layout import (
-    NetworkParts,
-    TargetTensor,
-    below,
-    find_source,
-    is_special_token,
-    positions_grid,
-    positions_name,
-)
+from nnssl_adapt.weights.decoder_fit import DecoderFit
+from nnssl_adapt.weights.encoder_fit import EncoderFit
+from nnssl_adapt.weights.fitting import Decision
+from nnssl_adapt.weights.layout import NetworkParts, TargetTensor, below, is_special_token
 from nnssl_adapt.weights.settings import TransferSettings
-from nnssl_adapt.weights.token_order import TokenOrder, file_order, network_order
+from nnssl_adapt.weights.stems import is_other_stem
 from nnssl_adapt.weights.transfer_report import (
     ADAPTED,
     COPIED,
@@ -38,9 +32,13 @@ from nnssl_adapt.weights.transfer_report import (
     SourceRow,
     TargetRow,
     TransferReport,
+    percent,
 )
 
 logger = logging.getLogger(__name__)
+
+LITTLE = 0.5
+"""Below this fraction of the encoder, a transfer is told loudly to be a small one."""
 
 
 def transfer_weights(
@@ -53,10 +51,10 @@ def transfer_weights(
     waive: Sequence[str] = (),
     head_names: Sequence[str] = (),
 ) -> TransferReport:
-    """Load pre-trained encoder and stem into ``network``, whose tensors it CHANGES in place, and account for everything.
+    """Load pre-trained weights into ``network``, whose tensors it CHANGES in place, and account for everything.
 
-    Other input channels, another patch (positions of a transformer are interpolated), another precision and nnssl's
-    token order are adapted to; the decoder and the segmentation heads stay as they were initialised.
+    Other input channels, another patch (positions of a transformer are interpolated), other kernels, widths, numbers of
+    stages and blocks, another precision and nnssl's token order are adapted to by fixed rules; the report says which.
 
     Args:
         checkpoint: from :func:`~nnssl_adapt.weights.checkpoint.open_checkpoint`; never changed.
@@ -68,26 +66,43 @@ def transfer_weights(
     Returns a :class:`TransferReport`.
 
     Raises:
-        TransferError: a tensor of the encoder would stay fresh, or one of the checkpoint's encoder has no place, and no
-            rule says so. The message has the table; the network is left as it was.
+        TransferError: a tensor that both sides ought to have is missing, or has no place, and no rule says so; or the
+            channel map or a waiver fits nothing. The first line says it all, the table follows; the network is left as
+            it was.
     """
     settings = TransferSettings(
         scope, channels if isinstance(channels, str) else tuple(channels), token_order, tuple(waive)
     )
     network = _unwrap(network)
-    transfer = _Transfer(checkpoint, network, settings.token_order)
+    if settings.scope == "none":
+        return _nothing_wanted(checkpoint, network)
+    transfer = _Transfer(checkpoint, network, settings, head_names)
     report = transfer.plan()
     transfer.apply()
     for note in report.notes:
         logger.info("%s: %s", checkpoint.origin, note)
+    for warning in report.warnings:
+        logger.warning("%s: %s", checkpoint.origin, warning)
     return report
 
 
-def scratch_report(network: nn.Module) -> TransferReport:
+def scratch_report(network: nn.Module, reason: str = "training from scratch") -> TransferReport:
     """The same account for training from scratch: every tensor of the network is fresh, and nothing is changed."""
     parts = NetworkParts.of(_unwrap(network))
-    rows = [row for target in parts.tensors for row in _rows(parts, target, FRESH, "training from scratch")]
+    rows = [row for target in parts.tensors for row in _rows(parts, target, Decision.fresh(reason), {})]
     return TransferReport(tuple(rows), title="From scratch: nothing is pre-trained")
+
+
+def _nothing_wanted(checkpoint: Checkpoint, network: nn.Module) -> TransferReport:
+    reason = "not asked for (scope none)"
+    sources = (SourceRow(name, DROPPED, reason, tuple(value.shape)) for name, value in checkpoint.tensors.items())
+    return TransferReport(
+        rows=scratch_report(network, reason).rows,
+        source_rows=tuple(sources),
+        notes=checkpoint.notes,
+        origin=checkpoint.origin.to_dict(),
+        title=f"Nothing of {checkpoint.origin}: scope none",
+    )
 
 
 def _unwrap(network: nn.Module) -> nn.Module:
@@ -99,18 +114,26 @@ def _unwrap(network: nn.Module) -> nn.Module:
 
 
 def _rows(
-    parts: NetworkParts,
-    target: TargetTensor,
-    fate: str,
-    reason: str,
-    source: str | None = None,
-    source_shape: tuple[int, ...] | None = None,
+    parts: NetworkParts, target: TargetTensor, decision: Decision, source: dict[str, Tensor], reason: str | None = None
 ) -> list[TargetRow]:
-    part = parts.part_of(target) or "rest"
-    shape = tuple(target.tensor.shape)
+    """One row for every name of a tensor."""
+    fitted, shape = decision.fitted, tuple(target.tensor.shape)
+    fate = FRESH if fitted is None else ADAPTED if fitted.rules else COPIED
+    why = reason if reason is not None else ", ".join(fitted.rules) if fitted is not None else decision.reason
+    origin = decision.names[0] if decision.names else None
     first = target.names[0]
     return [
-        TargetRow(name, fate, reason, source, source_shape, shape, part, None if name == first else first)
+        TargetRow(
+            name,
+            fate,
+            why,
+            origin,
+            tuple(source[origin].shape) if origin is not None and fitted is not None else None,
+            shape,
+            parts.part_of(target) or "rest",
+            None if name == first else first,
+            0 if fitted is None else fitted.fresh_numbers,
+        )
         for name in target.names
     ]
 
@@ -118,154 +141,100 @@ def _rows(
 class _Transfer:
     """One transfer: decides the fate of all tensors first, then writes, so that an error leaves the network as it was."""
 
-    def __init__(self, checkpoint: Checkpoint, network: nn.Module, token_order: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, head_names: Sequence[str]
+    ) -> None:
         self.checkpoint = checkpoint
         self.source = checkpoint.tensors
+        self.settings = settings
         self.parts = NetworkParts.of(network)
         self.notes = list(checkpoint.notes)
-        self.rows: list[TargetRow] = []
+        self.warnings: list[str] = []
         self.problems: list[str] = []
+        self.rows: list[TargetRow] = []
         self.used: dict[str, str] = {}
         self.dropped: dict[str, str] = {}
         self.writes: list[tuple[Tensor, Tensor]] = []
-        self.order: TokenOrder | None = None
-        self.heads = 0
-        if self.parts.positions is not None:
-            self._prepare_transformer(network, token_order)
-
-    def _prepare_transformer(self, network: nn.Module, asked: str) -> None:
-        file, reason = file_order(self.checkpoint, asked)
-        self.order = TokenOrder(file, network_order(network), reason)
-        self.notes.append(str(self.order))
-        eva: Any = network.get_submodule(self.parts.encoder)
-        self.rotary = getattr(eva, "rope", None) is not None
-        self.heads = int(eva.blocks[0].attn.num_heads)
-        trained = self.checkpoint.architecture.kwargs.get("eva_numheads", self.heads)
-        if trained != self.heads:  # every shape would fit, and every head would be another
-            self.problems.append(f"the network has {self.heads} attention heads, the checkpoint {trained}")
-        self.grid = tuple(eva.rope.feat_shape) if self.rotary and eva.rope.feat_shape else None
+        self._check_waivers()
+        self.encoder = EncoderFit(checkpoint, network, self.parts, settings)
+        self.decoder: DecoderFit | None = None
+        wanted = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
+        if wanted:
+            self.decoder = DecoderFit(checkpoint, self.parts, head_names)
+            if not self.decoder.is_there:
+                self.warnings.append("the decoder was asked for and the checkpoint has none: it stays fresh")
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     def plan(self) -> TransferReport:
-        """Decide everything, and raise TransferError if something of the encoder is left over on either side."""
+        """Decide everything, and raise TransferError if something is left over on either side that should not be."""
         for target in self.parts.tensors:
-            self._decide(target)
-        source_rows = [self._source_row(name, tensor) for name, tensor in self.source.items()]
-        report = TransferReport(
-            rows=tuple(self.rows),
-            source_rows=tuple(source_rows),
-            notes=tuple(self.notes),
-            origin=self.checkpoint.origin.to_dict(),
-            title=f"{self.checkpoint.architecture} from {self.checkpoint.origin}",
-        )
-        if self.problems:
-            shown = "; ".join(self.problems[:3])
-            more = f"; and {len(self.problems) - 3} more" if len(self.problems) > 3 else ""
+            self._record(target, self._decide(target))
+        source_rows = tuple(self._source_row(name, tensor) for name, tensor in self.source.items())
+        report = self._report(source_rows)
+        problems = self.encoder.problems or self.problems
+        if problems:
+            shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             raise TransferError(
-                f"the weights of {self.checkpoint.origin} don't fit the network: {shown}{more}. "
-                f"Build the network from the checkpoint's own architecture ({self.checkpoint.architecture})\n{report}"
+                f"the weights of {self.checkpoint.origin} don't fit the network: {shown}. Build the network from the "
+                f"checkpoint's own architecture ({self.checkpoint.architecture}), or waive tensors by name (--waive)\n{report}"
             )
         if report.coverage == 0:
             raise TransferError(f"nothing of {self.checkpoint.origin} was loaded\n{report}")
         return report
 
-    def _decide(self, target: TargetTensor) -> None:
-        part = self.parts.part_of(target)
-        if part is None:
-            self.rows += _rows(self.parts, target, FRESH, _why_fresh(target.names[0]))
-            return
-        plan = self.checkpoint.plan
-        prefixes = (self.parts.stem, plan.key_to_stem) if part == "stem" else (self.parts.encoder, plan.key_to_encoder)
-        names = find_source(target, prefixes[0], prefixes[1] or "", self.source)
-        if self.parts.is_positions(target):
-            name = positions_name(self.parts, self.source, plan)
-            names = [name] if name else []
-        if not names:
-            self._fail(target, f"{target.names[0]} is not in the checkpoint")
-            return
-        self._account_for_aliases(names)
-        self._fit(target, names[0])
-
-    def _fit(self, target: TargetTensor, name: str) -> None:
-        """Make the checkpoint's tensor fit the network's, or record the problem."""
-        value, rules = self.source[name], []
-        shape = tuple(target.tensor.shape)
-        if self.parts.is_in_proj(target) and value.ndim == len(shape) and value.shape[1] != shape[1]:
-            rules.append(f"input channels {value.shape[1]} → {shape[1]}")
-            value = surgery.adapt_input_channels(value, shape[1])
-        if self.parts.is_positions(target):
-            value, more = self._fit_positions(value, target)
-            rules += more
-        elif self._is_rotated(target) and tuple(value.shape) == shape:
-            value = surgery.swap_rotary_axes(value, self.heads)
-            rules.append("rotary axes exchanged (token order)")
-        if tuple(value.shape) != shape:
-            self._fail(
-                target, f"{target.names[0]} is {_shape(shape)} but {name} is {_shape(self.source[name].shape)}", name
+    def _report(self, source_rows: tuple[SourceRow, ...]) -> TransferReport:
+        report = TransferReport(tuple(self.rows), source_rows)
+        if report.coverage < LITTLE:
+            self.warnings.append(
+                f"ONLY {percent(report.coverage, 0)} OF THE ENCODER'S NUMBERS ARE PRE-TRAINED: "
+                "this is closer to training from scratch"
             )
-            return
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            self._fail(
-                target, f"{name} has NaN or infinite values: the pre-training diverged or the file is damaged", name
-            )
-            return
-        self.writes.append((target.tensor, value))
-        self.used[name] = f"as {target.names[0]}"
-        fate, reason = (ADAPTED, ", ".join(rules)) if rules else (COPIED, "")
-        self.rows += _rows(self.parts, target, fate, reason, name, tuple(self.source[name].shape))
+        return TransferReport(
+            rows=report.rows,
+            source_rows=source_rows,
+            notes=(*self.notes, *self.encoder.notes),
+            origin=self.checkpoint.origin.to_dict(),
+            title=f"{self.checkpoint.architecture} from {self.checkpoint.origin}",
+            warnings=(*self.encoder.warnings, *self.warnings),
+        )
 
-    def _fail(self, target: TargetTensor, problem: str, name: str | None = None) -> None:
-        self.problems.append(problem)
-        if name is not None:
-            self.used.setdefault(name, "does not fit")
-        self.rows += _rows(self.parts, target, FRESH, "PROBLEM: not loaded", name)
+    def _decide(self, target: TargetTensor) -> Decision:
+        if self.parts.part_of(target) is not None:
+            return self.encoder.decide(target)
+        if self.decoder is not None and self.decoder.owns(target):
+            return self.decoder.decide(target)
+        return Decision.fresh(_why_fresh(target.names[0], self.checkpoint.plan.supervised))
 
-    def _account_for_aliases(self, names: list[str]) -> None:
-        """Other names of the tensor in the checkpoint: the same tensor again, or an untrained twin (Spark)."""
-        truth = self.source[names[0]]
-        for other in names[1:]:
-            if surgery.same_values([truth, self.source[other]]):
+    def _record(self, target: TargetTensor, decision: Decision) -> None:
+        """Note a decision on both sides. Values that are not finite are a problem whatever they fit."""
+        if decision.fitted is not None and not _is_finite(self.source[decision.names[0]] if decision.names else None):
+            text = f"{decision.names[0]} has NaN or infinite values: the pre-training diverged or the file is damaged"
+            decision = Decision.problem(text, decision.names)
+        reason = None
+        if decision.is_problem:
+            waiver = self._waiver(*target.names, *decision.names)
+            reason = f"waived by {waiver!r}" if waiver else "PROBLEM: not loaded"
+            if not waiver:
+                self.problems.append(decision.reason)
+        self.rows += _rows(self.parts, target, decision, self.source, reason)
+        if decision.names:
+            self._account_for_names(target, decision, reason)
+        if decision.fitted is not None:
+            self.writes.append((target.tensor, decision.fitted.value))
+
+    def _account_for_names(self, target: TargetTensor, decision: Decision, reason: str | None) -> None:
+        """The checkpoint's tensor under all its names: one tensor again, or an untrained twin (Spark)."""
+        first, *others = decision.names
+        if decision.fitted is None:
+            self.dropped.update(dict.fromkeys(decision.names, reason or decision.reason))
+            return
+        self.used[first] = f"as {target.names[0]}"
+        for other in others:
+            if surgery.same_values([self.source[first], self.source[other]]):
                 self.used[other] = "second name of a used tensor"
             else:
                 self.dropped[other] = "untrained second name; all_modules is what was trained"
-
-    # -- transformers ------------------------------------------------------------------------------------------------
-
-    def _is_rotated(self, target: TargetTensor) -> bool:
-        """Whether it makes queries or keys, whose rows are rotated by position, and the axes must be exchanged."""
-        if self.order is None or not self.order.differs or not self.rotary:
-            return False
-        return any(name.endswith(_ROTATED) for name in target.below(self.parts.encoder))
-
-    def _fit_positions(self, value: Tensor, target: TargetTensor) -> tuple[Tensor, list[str]]:
-        """Learned positions on the network's grid and in its order, and the rules that took; or a recorded problem."""
-        order = self.order
-        leading, grid = positions_grid(value, self.source, self.checkpoint.plan)
-        target_grid = self._target_grid(target.tensor.shape[1])
-        if order is None or grid is None or target_grid is None:
-            self.problems.append(f"the grid of {value.shape[1]} → {target.tensor.shape[1]} positions can't be told")
-            return value, []
-        rules = []
-        if leading:
-            rules.append(f"{leading} class or register positions dropped")
-        if order.differs:
-            rules.append("token order")
-            if self.rotary and grid[0] != grid[1]:
-                self.notes.append(
-                    f"the pre-training grid {_shape(grid)} is not square in its first two axes: learned positions are "
-                    "exact, rotary ones can't be (nnssl's own were distorted on such a grid)"
-                )
-        if grid != target_grid:
-            rules.append(f"positions {_shape(grid)} → {_shape(target_grid)}")
-        value = surgery.drop_prefix_tokens(value, leading)
-        return surgery.resample_positions(value, grid, target_grid, order.file, order.network), rules
-
-    def _target_grid(self, tokens: int) -> surgery.Grid | None:
-        if self.grid is not None and math.prod(self.grid) == tokens:
-            z, y, x = self.grid
-            return z, y, x
-        return surgery.find_token_grid(tokens, [])
 
     # -- the checkpoint's side ---------------------------------------------------------------------------------------
 
@@ -273,12 +242,12 @@ class _Transfer:
         shape = tuple(tensor.shape)
         if name in self.used:
             return SourceRow(name, USED, "" if self.used[name].startswith("as ") else self.used[name], shape)
-        if name in self.dropped:
-            return SourceRow(name, DROPPED, self.dropped[name], shape)
-        reason = self._why_dropped(name)
+        reason = self.dropped.get(name) or self._why_dropped(name)
         if reason is None:
-            self.problems.append(f"{name} belongs to the checkpoint's encoder and the network has no place for it")
-            reason = "PROBLEM: no place in the network"
+            waiver = self._waiver(name)
+            reason = f"waived by {waiver!r}" if waiver else "PROBLEM: no place in the network"
+            if not waiver:
+                self.problems.append(self.encoder.without_a_place(name))
         return SourceRow(name, DROPPED, reason, shape)
 
     def _why_dropped(self, name: str) -> str | None:
@@ -288,14 +257,33 @@ class _Transfer:
             return "class or register token"
         if "rope" in name.split("."):
             return "rotary table, computed anew"
-        in_encoder = below(name, plan.key_to_encoder or "") is not None
-        in_stem = below(name, plan.key_to_stem or "") is not None
-        if in_encoder or in_stem:
-            return None
+        if is_other_stem(name):
+            return "another dataset's stem"
+        if below(name, plan.key_to_encoder or "") is not None or below(name, plan.key_to_stem or "") is not None:
+            return self.encoder.why_dropped(name)
         twin = name.removeprefix("decoder.")
-        if twin != name and (twin in self.used or twin in self.dropped):
+        if twin != name and (twin in self.used or twin in self.dropped or below(twin, plan.key_to_encoder or "")):
             return "the encoder again, under the decoder"
-        return _pretraining_part(name)
+        if self.decoder is not None:
+            reason = self.decoder.why_dropped(name)
+            if reason is not None or self.decoder.is_part(name):
+                return reason
+        return _pretraining_part(name, plan.supervised)
+
+    # -- waivers -----------------------------------------------------------------------------------------------------
+
+    def _check_waivers(self) -> None:
+        everything = [*self.source, *(name for target in self.parts.tensors for name in target.names)]
+        for pattern in self.settings.waive:
+            if not fnmatch.filter(everything, pattern):
+                raise TransferError(
+                    f"the waiver {pattern!r} fits no tensor of the network or of {self.checkpoint.origin}: mend its "
+                    "spelling, or leave it out"
+                )
+
+    def _waiver(self, *names: str) -> str | None:
+        fitting = (p for p in self.settings.waive if any(fnmatch.fnmatchcase(name, p) for name in names))
+        return next(fitting, None)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +294,11 @@ class _Transfer:
                 target.copy_(value)
 
 
-_ROTATED = ("attn.q_proj.weight", "attn.q_proj.bias", "attn.k_proj.weight", "attn.k_proj.bias")
+def _is_finite(value: Tensor | None) -> bool:
+    return value is None or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+# -- reasons ---------------------------------------------------------------------------------------------------------
 
 _PRETRAINING_PARTS = (
     (("mask_token", "mask_tokens"), "mask token"),
@@ -317,23 +309,17 @@ _PRETRAINING_PARTS = (
 """Words in names, the first that fits, and what they say."""
 
 
-def _pretraining_part(name: str) -> str:
+def _pretraining_part(name: str, supervised: bool) -> str:
     words = name.split(".")
-    if "stem" in words:
-        return "another dataset's stem"
     for markers, reason in _PRETRAINING_PARTS:
         if any(word in markers for word in words):
-            return reason
+            return "decoder (the scope is the encoder)" if supervised and reason == "pre-training decoder" else reason
     return f"pre-training head {words[0]!r}"
 
 
-def _why_fresh(name: str) -> str:
+def _why_fresh(name: str, supervised: bool) -> str:
     if "seg_layers" in name.split("."):
         return "segmentation head"
     if name == "mask_token":
         return "not used without patch dropping"
-    return "decoder, not pre-trained for segmentation"
-
-
-def _shape(numbers: Iterable[int]) -> str:
-    return "×".join(str(number) for number in numbers)
+    return "decoder (the scope is the encoder)" if supervised else "decoder, not pre-trained for segmentation"

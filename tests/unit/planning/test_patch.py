@@ -35,3 +35,33 @@ def test_every_fitted_patch_can_be_used(wanted, divisors, median):
 def test_describe_fit_speaks_only_of_changes():
     assert describe_fit((32, 32, 32), (32, 32, 32), (40, 40, 40)) is None
     assert "160 × 160 × 160 fitted to 64 × 96 × 32" in describe_fit((160, 160, 160), (64, 96, 32), (50.0, 80, 30))
+
+
+@pytest.mark.parametrize(
+    ("last", "wanted", "median", "expected"),
+    [
+        # The published patches, for images that are large enough in every axis (array order SI, AP, RL; then reversed).
+        ([1, 2, 2], (64, 192, 320), (900, 320, 320), (64, 192, 320)),
+        ([2, 2, 1], (320, 192, 64), (320, 320, 900), (320, 192, 64)),
+        # A sagittal spine of few slices: the thin axis shrinks to what the strides allow, never to one voxel at the bottom.
+        ([1, 2, 2], (64, 192, 320), (400, 300, 15), (64, 192, 64)),
+        ([2, 2, 1], (320, 192, 64), (400, 300, 15), (320, 192, 32)),
+        # Tiny images.
+        ([1, 2, 2], (64, 192, 320), (5, 6, 7), (32, 64, 64)),
+        ([2, 2, 1], (320, 192, 64), (5, 6, 7), (64, 64, 32)),
+    ],
+)
+def test_the_contrast_agnostic_patch(contrast_agnostic_strides, last, wanted, median, expected):
+    import torch
+
+    from nnssl_adapt.weights.architectures import build_network, check_patch
+
+    network = contrast_agnostic_strides(last)
+    patch = fit_patch(wanted, network.total_stride, median)
+    assert patch == expected
+    assert check_patch(network, patch) == patch
+    bottleneck = [size // step for size, step in zip(patch, network.total_stride, strict=True)]
+    assert min(bottleneck) > 1
+    if max(patch) <= 64:  # and the network takes it in training, where instance normalisation needs two voxels
+        built = build_network(network, 1, 2, patch).train()
+        assert built(torch.zeros(1, 1, *patch)).shape == (1, 2, *patch)

@@ -3,9 +3,11 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from model_folders import write_model_folder
 from synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFound
@@ -65,10 +67,71 @@ def test_nnunets_own_nnssl_plans_have_only_the_hint(plan):
 
 def test_plans_without_weights_need_from_scratch(plan):
     bare = without(plan, "nnssl_adapt", "pretrain_info")
-    with pytest.raises(ConfigurationError, match="names no pre-trained weights: train with --from_scratch"):
+    with pytest.raises(
+        ConfigurationError, match="names no pre-trained weights: give them with -pretrained_weights, train with --from"
+    ):
         find_checkpoint(bare)
     network = build_initial_network(bare, 3, seed=1)
     assert fill_with_starting_weights(network, bare, None, from_scratch=True).coverage == 0
+
+
+def test_weights_for_a_plan_that_names_none(plan, weights):
+    bare = without(plan, "nnssl_adapt", "pretrain_info")
+    network = build_initial_network(bare, 3, seed=1)
+    preprocess_dataset(plan, workers=1, progress=False)  # for dataset.json, which names the heads
+    report = fill_with_starting_weights(network, bare, weights, from_scratch=False)
+    assert report.coverage == 1
+    assert report.origin["sha256"] == plan.provenance["source"]["sha256"]
+
+
+def test_a_plan_from_a_model_folder_takes_the_file_itself(nnunet_folders, tmp_path):
+    make_dataset(nnunet_folders / "nnUNet_raw", spacing=(1.0, 1.0, 1.0), cases=5)
+    folder = write_model_folder(tmp_path / "models", folds=(0, 3))
+    plan = make_plan(991, open_checkpoint(folder, fold="3"), name="supervised", workers=1)
+    assert plan.provenance["source_choices"] == {"fold": "3"}
+    moved = shutil.copy(folder / "fold_3" / "checkpoint_final.pth", tmp_path / "alone.pth")
+    assert find_checkpoint(plan, moved).origin.sha256 == plan.provenance["source"]["sha256"]
+    assert find_checkpoint(plan).origin.fold == "3"
+    with pytest.raises(DigestMismatch):
+        find_checkpoint(plan, folder / "fold_0" / "checkpoint_final.pth")
+
+
+@pytest.fixture
+def bare(plan):
+    """A plan that somebody made by hand, its dataset at hand; its images are RAI."""
+    preprocess_dataset(plan, workers=1, progress=False)
+    return without(plan, "nnssl_adapt", "pretrain_info")
+
+
+def told(checkpoint, **entries):
+    return replace(checkpoint, plan=checkpoint.plan.model_copy(update={"supervised": True, **entries}))
+
+
+def test_other_axes_than_the_weights_know_are_worth_a_word(bare, plan, weights, caplog):
+    checkpoint = open_checkpoint(weights)
+
+    def words(plan, **entries):
+        caplog.clear()
+        fill_with_starting_weights(build_initial_network(plan, 3, seed=1), plan, told(checkpoint, **entries), False)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    (said,) = words(bare, orientation="RPI")
+    assert (
+        "trained on RPI images, but 10 files of Dataset991_Tiny are not (imagesTr/case_00_0000.nii.gz: RAI, …)" in said
+    )
+    assert "--reorient" in said
+    assert not words(bare, orientation="RAI")
+    (said,) = words(bare, transpose_forward=(2, 0, 1))
+    assert "in the order [0, 1, 2], the weights were trained with [2, 0, 1]" in said
+    assert not words(plan, orientation="RPI")  # planning has asked already
+
+
+def test_images_that_are_not_there_can_not_be_checked(bare, weights, caplog, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "empty"))
+    checkpoint = told(open_checkpoint(weights), orientation="RPI")
+    fill_with_starting_weights(build_initial_network(bare, 3, seed=1), bare, checkpoint, False)
+    assert any("whether these are can't be checked" in message for message in caplog.messages)
 
 
 def test_random_weights_follow_the_seed(plan):

@@ -1,7 +1,24 @@
-"""A hub on this machine, and caches in temporary folders."""
+"""A hub and a web server on this machine, and caches in temporary folders."""
 
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, WebServer
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Downloads and unpacked zips of a test are its own, wherever they are kept by default."""
+    folder = tmp_path_factory.mktemp("cache_home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "nnssl_adapt"
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A running web server; ``web.pages["/name"] = Page(content)`` publishes."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "nnssl_pretrained_models"):
+        monkeypatch.delenv(variable, raising=False)
+    with WebServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 from nnssl_adapt.weights.architectures import build_network
 from nnssl_adapt.weights.checkpoint import open_checkpoint
+from nnssl_adapt.weights.pretrained import pretrained_network, pretrained_token_features
+from nnssl_adapt.weights.prove import prove_transfer
+from nnssl_adapt.weights.token_order import file_order
 from nnssl_adapt.weights.transfer import transfer_weights
 
 DATA = Path(__file__).parents[2] / "data" / "nnssl_checkpoints"
@@ -97,3 +100,30 @@ def test_the_bundled_demo_checkpoint_opens_and_moves():
     assert checkpoint.trainer_name == "BaseMAETrainer"
     assert len(checkpoint.citation_names) == 2
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_transfer_is_proven_against_is_what_nnssl_computed(name):
+    """The other side of :func:`prove_transfer`: the file's own tensors, run without any rule of a transfer."""
+    image, expected = golden(name)
+    checkpoint = open_checkpoint(DATA / name)
+    with torch.no_grad():
+        if checkpoint.architecture.is_transformer:
+            order, _ = file_order(checkpoint, "auto")
+            found = pretrained_token_features(checkpoint, image, checkpoint.plan.token_grid, order, [])
+            computed = {"features": found["last norm"]}
+        else:
+            network = pretrained_network(checkpoint, image.shape[2:])
+            computed = {f"features_{i}": skip for i, skip in enumerate(network.encoder(image))}
+    for key, features in expected.items():
+        assert (computed[key] - features).norm() / features.norm() < 1e-5, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_transfer_of_a_real_file_is_proven(name):
+    checkpoint = open_checkpoint(DATA / name)
+    network = build_network(checkpoint.architecture, 3, 2, (32, 32, 32))
+    transfer_weights(checkpoint, network)
+    proof = prove_transfer(checkpoint, network)
+    assert proof.passed, str(proof)
+    assert len(proof.stages) >= 4

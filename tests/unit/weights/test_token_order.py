@@ -1,16 +1,21 @@
 """Token order: probed in the network, told by family in the file, and repaired exactly."""
 
+import dataclasses
+
 import pytest
+import tiny_autoencoder
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from nnssl_files import PRIMUS, architecture, plan, state_dict
+from tiny_autoencoder import trained
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.architectures import build_network
+from nnssl_adapt.weights.architectures import Architecture, build_network
 from nnssl_adapt.weights.checkpoint import Checkpoint
 from nnssl_adapt.weights.source import Origin
 from nnssl_adapt.weights.token_order import file_order, network_order
+from nnssl_adapt.weights.token_order_measured import measure_order
 from nnssl_adapt.weights.transfer import transfer_weights
 
 
@@ -132,3 +137,74 @@ def test_what_is_asked_for_wins_and_nonsense_is_refused():
     assert file_order(checkpoint, "whd") == ("whd", "as asked for")
     with pytest.raises(TransferError, match="auto, hwd or whd"):
         file_order(checkpoint, "dhw")
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def autoencoders():
+    """Masked autoencoders that have learned waves, one in each order."""
+    return {order: trained(order, steps=300) for order in ("hwd", "whd")}
+
+
+def autoencoder_checkpoint(tensors, **named):
+    checkpoint = checkpoint_of(tensors, tiny_autoencoder.PATCH, **named)
+    kwargs = {**PRIMUS, "embed_dim": tiny_autoencoder.WIDTH, "patch_embed_size": tiny_autoencoder.KERNEL}
+    changed = checkpoint.plan.model_copy(update={"architecture": Architecture("Primus", kwargs)})
+    return dataclasses.replace(checkpoint, plan=changed)
+
+
+@pytest.mark.parametrize("order", ["hwd", "whd"])
+def test_a_trained_autoencoder_tells_its_own_order(autoencoders, order):
+    measured = measure_order(autoencoder_checkpoint(autoencoders[order]))
+    assert measured.order == order
+    assert getattr(measured, order) < 0.8
+    other = {"hwd": "whd", "whd": "hwd"}[order]
+    assert getattr(measured, other) > 1.2 * getattr(measured, order)
+
+
+def test_measuring_is_repeatable_and_changes_nothing(autoencoders):
+    before = {name: tensor.clone() for name, tensor in autoencoders["hwd"].items()}
+    checkpoint = autoencoder_checkpoint(autoencoders["hwd"])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = measure_order(checkpoint)
+    assert measure_order(checkpoint) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in autoencoders["hwd"].items())
+
+
+def test_a_clear_measurement_outweighs_the_table_and_both_are_told(autoencoders):
+    order, reason = file_order(autoencoder_checkpoint(autoencoders["whd"], trainer_name="BaseEvaMAETrainer"), "auto")
+    assert order == "whd"
+    assert "measured: reconstruction error" in reason
+    assert "outweighs that BaseEvaMAETrainer" in reason
+    order, reason = file_order(autoencoder_checkpoint(autoencoders["hwd"], trainer_name="BaseEvaMAETrainer"), "auto")
+    assert order == "hwd"
+    assert reason.startswith("BaseEvaMAETrainer trains nnssl's EvaMAE; measured")
+    assert file_order(autoencoder_checkpoint(autoencoders["whd"]), "hwd") == ("hwd", "as asked for")
+
+
+def test_an_autoencoder_that_has_learned_nothing_has_no_say(autoencoders):
+    generator = torch.Generator().manual_seed(5)
+    noise = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in autoencoders["whd"].items()}
+    checkpoint = autoencoder_checkpoint(noise)
+    assert measure_order(checkpoint).order is None
+    order, reason = file_order(checkpoint, "auto")
+    assert order == "hwd"
+    assert "second transformer; not told by measuring" in reason
+
+
+@pytest.mark.parametrize(
+    "missing", ["mask_token", "decoder.pos_embed", "decoder.norm.weight", "up_projection.decode.0.0.weight"]
+)
+def test_without_the_whole_autoencoder_nothing_is_measured(autoencoders, missing):
+    tensors = {name: tensor for name, tensor in autoencoders["hwd"].items() if name != missing}
+    assert measure_order(autoencoder_checkpoint(tensors)) is None
+
+
+def test_values_that_are_not_finite_are_not_measured(autoencoders):
+    tensors = dict(autoencoders["hwd"])
+    tensors["mask_token"] = torch.full_like(tensors["mask_token"], float("nan"))
+    assert measure_order(autoencoder_checkpoint(tensors)) is None

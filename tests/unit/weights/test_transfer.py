@@ -123,6 +123,71 @@ def test_any_number_of_channels_becomes_any_other(tmp_path, class_name, old, new
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+def stem_of(checkpoint, channels, rule):
+    """The stem's kernel before and after a transfer, and the network's own kernel from before."""
+    network = network_for(checkpoint, channels)
+    key = f"{network.keys_to_in_proj[0]}.weight"
+    own = network.get_parameter(key).detach().clone()
+    report = transfer_weights(checkpoint, network, channels=rule)
+    (source,) = {row.source for row in report.rows if row.name == key}
+    return checkpoint.tensors[source], network.get_parameter(key).detach(), own, report
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_a_map_of_channels_by_hand(tmp_path, class_name):
+    before, after, own, report = stem_of(opened(tmp_path, class_name, channels=3), 4, (1, None, 1, 0))
+    torch.testing.assert_close(after[:, 0], before[:, 1] / 2)
+    torch.testing.assert_close(after[:, 2], before[:, 1] / 2)
+    torch.testing.assert_close(after[:, 3], before[:, 0])
+    assert torch.equal(after[:, 1], own[:, 1])
+    assert "pre-training channel(s) 2 not used" in report.notes
+    (row,) = [row for row in report.rows if row.fate == "adapted" and row.alias_of is None and row.part == "stem"]
+    assert row.reason == "input channels 3 → 4 (1, new, 1, 0)"
+    assert row.fresh_numbers * 4 == row.numbers
+    assert report.coverage < 1
+
+
+def test_a_map_applies_to_equal_numbers_of_channels_too(tmp_path):
+    checkpoint = opened(tmp_path, channels=2)
+    before, after, _, _ = stem_of(checkpoint, 2, (1, 0))
+    assert torch.equal(after, before[:, [1, 0]])
+    before, after, _, report = stem_of(checkpoint, 2, [0, 1])
+    assert torch.equal(after, before)
+    assert {row.fate for row in report.rows if row.part == "stem"} == {"copied"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new", "expected"),
+    [
+        ("mean", 2, 3, lambda k: [(k[0] + k[1]) / 3] * 3),
+        ("mean", 2, 2, lambda k: [(k[0] + k[1]) / 2] * 2),
+        ("zero", 1, 3, lambda k: [k[0], 0 * k[0], 0 * k[0]]),
+        ("zero", 3, 2, lambda k: [k[0], k[1]]),
+        ("repeat", 2, 3, lambda k: [k[0] / 2, k[1], k[0] / 2]),
+        ("repeat", 3, 2, lambda k: [(k[0] + k[1] + k[2]) / 2] * 2),
+    ],
+)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_rules_of_channels_by_hand(tmp_path, class_name, rule, old, new, expected):
+    before, after, _, report = stem_of(opened(tmp_path, class_name, channels=old), new, rule)
+    torch.testing.assert_close(after, torch.stack(expected(before.unbind(1)), dim=1))
+    assert f"input channels {old} → {new} ({rule})" in str(report)
+    assert ("pre-training channel(s) 2 not used" in report.notes) == (rule == "zero" and old == 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ((0,), r"has 1 entries, the network 2"),
+        ((0, 3), r"names pre-training channel 3, the checkpoint has 2 \(numbered"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_an_error(tmp_path, rule, message):
+    checkpoint = opened(tmp_path, channels=2)
+    with pytest.raises(TransferError, match=message):
+        transfer_weights(checkpoint, network_for(checkpoint, 2), channels=rule)
+
+
 def test_positions_are_interpolated_on_their_own_grid(tmp_path):
     checkpoint = opened(tmp_path, "Primus", patch=(4, 12, 16))  # grid (2, 3, 4)
     network = network_for(checkpoint, patch=(6, 8, 20))  # grid (3, 2, 5)
@@ -202,13 +267,76 @@ def test_a_wrapped_network_is_filled_all_the_same(tmp_path):
     assert {row.name for row in report.rows} == set(network.state_dict())
 
 
+# -- scope and waivers -----------------------------------------------------------------------------------------------
+
+
+def test_scope_none_leaves_the_network_alone_and_says_why(tmp_path):
+    checkpoint = opened(tmp_path)
+    network = network_for(checkpoint)
+    before = snapshot(network)
+    report = transfer_weights(checkpoint, network, scope="none")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert {(row.fate, row.reason) for row in report.rows} == {("fresh", "not asked for (scope none)")}
+    assert {row.fate for row in report.source_rows} == {"dropped"}
+    assert report.coverage == 0
+    assert report.origin["sha256"] == checkpoint.origin.sha256
+
+
+def damaged(tmp_path):
+    tensors = {name: t for name, t in state_dict().items() if ".stages.2.blocks.0.conv1.conv" not in name}
+    tensors = {name: t for name, t in tensors.items() if ".stages.2.blocks.0.conv1.all_modules.0" not in name}
+    tensors["encoder.stages.0.gate"] = torch.zeros(3)
+    return opened(tmp_path, tensors=tensors)
+
+
+@pytest.mark.parametrize("target", ["encoder.stages.2.blocks.0.*", "decoder.encoder.stages.2.*conv1.conv.*"])
+def test_what_is_waived_by_name_may_stay_behind(tmp_path, target):
+    checkpoint = damaged(tmp_path)
+    network = network_for(checkpoint)
+    before = snapshot(network)
+    report = transfer_weights(checkpoint, network, waive=[target, "*.gate"])
+    row = next(row for row in report.rows if row.name == "encoder.stages.2.blocks.0.conv1.conv.weight")
+    assert (row.fate, row.reason) == ("fresh", f"waived by {target!r}")
+    assert torch.equal(network.state_dict()[row.name], before[row.name])
+    assert {row.name: row.reason for row in report.source_rows}["encoder.stages.0.gate"] == "waived by '*.gate'"
+    assert row.name not in {row.name for row in report.rows if row.fate != "fresh"}
+    fine = next(row for row in report.rows if row.name == "encoder.stages.2.blocks.0.conv2.conv.weight")
+    assert fine.fate == "copied"  # a waiver allows, it does not forbid
+
+
+def test_what_is_not_waived_is_still_an_error(tmp_path):
+    checkpoint = damaged(tmp_path)
+    refused(checkpoint, network_for(checkpoint), "conv1.conv.weight is not in the checkpoint", waive=["*.gate"])
+    refused(checkpoint, network_for(checkpoint), "gate belongs to the checkpoint's encoder", waive=["*.conv1.conv.*"])
+
+
+def test_a_waiver_that_fits_nothing_is_an_error(tmp_path):
+    checkpoint = opened(tmp_path)
+    refused(
+        checkpoint, network_for(checkpoint), r"waiver 'encoder.stage.2.\*' fits no tensor", waive=["encoder.stage.2.*"]
+    )
+
+
+def test_diverged_weights_can_be_waived_by_their_name_in_the_file(tmp_path):
+    tensors = {f"net.{name}": tensor.clone() for name, tensor in state_dict().items()}
+    tensors["net.encoder.stages.1.blocks.0.conv1.all_modules.0.bias"][3] = float("nan")
+    keys = {"key_to_encoder": "net.encoder.stages", "key_to_stem": "net.encoder.stem"}
+    checkpoint = opened(tmp_path, tensors=tensors, **keys)
+    refused(checkpoint, network_for(checkpoint), "NaN or infinite")
+    report = transfer_weights(
+        checkpoint, network_for(checkpoint), waive=["net.encoder.stages.1.blocks.0.conv1.all_modules.0.bias"]
+    )
+    row = next(row for row in report.rows if row.name == "encoder.stages.1.blocks.0.conv1.conv.bias")
+    assert row.fate == "fresh"
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-def refused(checkpoint, network, message):
+def refused(checkpoint, network, message, **settings):
     before = snapshot(network)
     with pytest.raises(TransferError, match=message) as caught:
-        transfer_weights(checkpoint, network)
+        transfer_weights(checkpoint, network, **settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     return str(caught.value)
 
@@ -218,19 +346,17 @@ def test_an_encoder_tensor_that_would_stay_fresh_is_an_error_with_the_table(tmp_
     checkpoint = opened(tmp_path, tensors=tensors)
     text = refused(checkpoint, network_for(checkpoint), "stages.2.blocks.0.conv1.conv.weight is not in the checkpoint")
     assert "PROBLEM: not loaded" in text
+    first, _, table = text.partition("\n")
+    assert "don't fit the network" in first and "--waive" in first
+    assert "how or why" in table
 
 
 def test_an_encoder_tensor_without_a_place_is_an_error(tmp_path):
-    deeper = {**RESENC, "n_blocks_per_stage": [1, 3, 1]}
-    tensors = build_network(Architecture("ResidualEncoderUNet", deeper), 1, 1, PATCH).state_dict()
-    checkpoint = opened(tmp_path, tensors=tensors)
-    refused(checkpoint, network_for(checkpoint), r"stages\.1\.blocks\.2\.conv1.*no place for it")
-
-
-def test_other_widths_are_an_error_with_both_shapes(tmp_path):
-    checkpoint = opened(tmp_path)
-    wider = Architecture("ResidualEncoderUNet", {**RESENC, "features_per_stage": [4, 6, 10]})
-    refused(checkpoint, build_network(wider, 1, 3, PATCH), r"is 10×6×3×3×3 but .* is 8×6×3×3×3")
+    tensors = state_dict()
+    tensors["encoder.stages.1.blocks.1.conv1.attention.weight"] = torch.zeros(6)
+    refused(
+        opened(tmp_path, tensors=tensors), build_network(architecture(), 1, 3, PATCH), r"attention.*no place for it"
+    )
 
 
 def test_a_network_of_another_family_is_an_error(tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from nnssl_adapt.errors import CheckpointError, UnreadableCheckpoint, UnsafeCheckpoint
-from nnssl_adapt.weights.weight_file import read_weight_file, strip_wrappers, tensors_of
+from nnssl_adapt.weights.state_dict import strip_wrappers, tensors_of, unwrap
+from nnssl_adapt.weights.weight_file import read_weight_file
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +82,38 @@ def test_a_pickle_that_needs_code_is_refused_by_name_and_not_run(tmp_path, write
     assert not marker.exists()
 
 
+def test_a_torchscript_program_is_refused_as_one(tmp_path):
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Conv3d(1, 2, 1)), path)
+    with pytest.raises(UnsafeCheckpoint, match="TorchScript program") as caught:
+        read_weight_file(path)
+    one_line(caught)
+
+
 def test_numbers_that_trainers_log_are_read(tmp_path):
     path = tmp_path / "logged.pth"
     logging = {"losses": [np.float64(0.5), np.float32(0.25)], "epoch": np.int64(3)}
     torch.save({"network_weights": {"a": torch.zeros(2)}, "logging": logging, "device": torch.device("cpu")}, path)
     assert read_weight_file(path)["logging"] == logging
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_numbers_are_read_wherever_the_numpy_that_wrote_them_kept_its_function(tmp_path, module):
+    """NumPy 2 moved it; published checkpoints are older and newer than that."""
+    path = tmp_path / "logged.pth"
+    content = {"network_weights": {"a": torch.zeros(2)}, "_best_ema": np.float32(0.25)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    written = np.float32(0).__reduce__()[0].__module__
+    path.write_bytes(path.read_bytes().replace(written.encode(), module.encode()))
+    assert module.encode() in path.read_bytes()
+    assert read_weight_file(path)["_best_ema"] == np.float32(0.25)
+
+
+def test_a_numpy_scalar_is_a_plain_number_or_refused(tmp_path):
+    path = tmp_path / "void.pth"
+    torch.save({"network_weights": {"a": torch.zeros(2)}, "x": np.zeros(1, "V8")[0]}, path)
+    with pytest.raises(CheckpointError, match="void.pth"):
+        read_weight_file(path)
 
 
 def test_tensors_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch):
@@ -116,7 +144,7 @@ def test_truncated_safetensors_are_unreadable(tmp_path):
     ("content", "message"),
     [
         ([torch.zeros(2)], "holds a list"),
-        ({"weights": {"a": torch.zeros(2)}}, "has no 'network_weights' .it holds weights"),
+        ({"weights": {"a": torch.zeros(2)}}, "has no 'network_weights' .it holds 'weights'"),
         ({}, "holds nothing"),
         ({"network_weights": {}}, "is empty"),
         ({"network_weights": [torch.zeros(2)]}, "is a list"),
@@ -148,16 +176,39 @@ def test_a_bare_state_dict_is_one(tmp_path):
         ("encoder._orig_mod.stem", "encoder.stem"),
         ("encoder.module.stem", "encoder.module.stem"),
         ("modules.encoder", "modules.encoder"),
-        ("module.module.encoder", "module.encoder"),
+        ("module.module.encoder", "encoder"),
     ],
 )
-def test_prefixes_of_wrappers_are_stripped_once(tmp_path, name, expected):
+def test_prefixes_of_wrappers_are_stripped(tmp_path, name, expected):
     assert list(strip_wrappers({name: torch.zeros(1)}, tmp_path)) == [expected]
 
 
 def test_a_leading_module_that_only_some_have_is_a_name():
     names = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
     assert list(strip_wrappers(names, None)) == ["module.a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("net.encoder.stem", "encoder.stem"),
+        ("model.net.encoder.stem", "encoder.stem"),
+        ("module.network.module.encoder.stem", "encoder.stem"),
+        ("net._orig_mod.eva.pos_embed", "eva.pos_embed"),
+        ("nets.encoder.stem", "nets.encoder.stem"),
+        ("my.encoder.stem", "my.encoder.stem"),
+        ("encoder.net.stem", "encoder.net.stem"),
+    ],
+)
+def test_the_networks_name_in_a_lightning_module_is_stripped(tmp_path, name, expected):
+    tensors = {name: torch.zeros(1), "loss.weight": torch.ones(1)}
+    if "module" in name:
+        tensors = {key if key.startswith("module.") else f"module.{key}": value for key, value in tensors.items()}
+    stripped, notes = unwrap(tensors, tmp_path, lightning=True)
+    assert list(stripped) == [expected, "loss.weight"]
+    assert bool(notes) == (name != expected)
+    kept, _ = unwrap({"net.encoder.stem": torch.zeros(1)}, tmp_path, lightning=False)
+    assert list(kept) == ["net.encoder.stem"]
 
 
 def test_two_names_that_become_one_are_refused(tmp_path):

@@ -1,0 +1,130 @@
+"""Fetch a checkpoint where there is internet, prove that it can be read, and say how to use it where there is none."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose
+
+if TYPE_CHECKING:
+    from nnssl_adapt.weights.hub_files import HubAddress
+    from nnssl_adapt.weights.source import ResolvedSource
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="checkpoint: Hugging Face id (owner/name[@revision]), https address[#sha256=…], zip, folder or file",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FOLDER",
+        help="copy what is needed below this folder, to be carried to another machine (default: leave it in the cache)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --to: replace other weights of the same name")
+    add_source(parser)
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.weights.checkpoint import read_checkpoint
+    from nnssl_adapt.weights.source import resolve_source
+
+    resolved = resolve_source(
+        arguments.source,
+        arguments.revision,
+        arguments.cache_dir,
+        arguments.local_files_only,
+        filename=arguments.source_file,
+        fold=arguments.source_fold,
+    )
+    print(read_checkpoint(resolved, stem=arguments.source_stem, axes=arguments.source_axes))
+    if arguments.to is None:
+        _show_use_of_cache(resolved, arguments)
+    else:
+        _copy_and_show(resolved, Path(arguments.to).expanduser().absolute(), arguments)
+    return EXIT_OK
+
+
+def _show_use_of_cache(resolved: ResolvedSource, arguments: argparse.Namespace) -> None:
+    print(f"\nit lies in {resolved.weights.parent}")
+    source = _pinned(resolved, arguments.source)
+    wish = _hub_wish(arguments)
+    file = wish.filename if wish else arguments.source_file
+    flags = {"--file": file, "--fold-of-source": arguments.source_fold, **_reading_flags(arguments)}
+    if arguments.cache_dir:
+        flags["--cache-dir"] = str(Path(arguments.cache_dir).expanduser().absolute())
+    online = resolved.origin.kind in ("huggingface", "url")
+    print("there, with the same cache and without internet:" if online else "nothing had to be downloaded:")
+    print(f"  {'HF_HUB_OFFLINE=1 ' if online else ''}{_next_command(source, flags)}")
+
+
+def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Namespace) -> None:
+    from nnssl_adapt.errors import DigestMismatch
+    from nnssl_adapt.weights.shelf import files_to_copy, name_on_shelf, put_on_shelf
+    from nnssl_adapt.weights.source import resolve_source
+
+    origin = resolved.origin
+    address = _hub_wish(arguments) if origin.repo_id is not None else None
+    typed = Path(arguments.source).expanduser()
+    lies = resolved.archive or (typed if typed.exists() else resolved.model_folder or resolved.weights)
+    name = name_on_shelf(address, arguments.source, lies.absolute())
+    weights = [resolved.weights, *resolved.other_folds]
+    files = files_to_copy(weights, resolved.sidecar, resolved.model_folder, origin.fold is not None)
+    about = {
+        "source": _pinned(resolved, arguments.source),
+        "repo_id": origin.repo_id,
+        "revision": origin.revision,
+        "asked": address.revision if address else None,
+        "file": address.filename if address else None,
+    }
+    copied = put_on_shelf(shelf, name, files, about, arguments.overwrite)
+    fold = origin.fold if resolved.other_folds else None
+    if resolve_source(shelf / name, fold=fold).origin.sha256 != origin.sha256:
+        raise DigestMismatch(
+            f"{shelf / name} is not what was copied there: run the same command again with --overwrite"
+        )
+    print(f"\n{'copied to' if copied else 'there already, unchanged:'} {shelf / name}")
+    print("on the other machine, with the path that this folder has there:")
+    print(f"  export nnssl_pretrained_models={shlex.quote(str(shelf))}")
+    print(f"  {_next_command(name, {'--fold-of-source': fold, **_reading_flags(arguments)})}")
+
+
+def _pinned(resolved: ResolvedSource, typed: str) -> str:
+    """The source with the commit or digest that was found, so that it can mean nothing else later."""
+    from urllib.parse import urldefrag
+
+    from nnssl_adapt.files import sha256_of
+
+    origin = resolved.origin
+    if origin.kind == "huggingface":
+        return f"{origin.repo_id}@{origin.revision}"
+    if origin.kind == "url":
+        digest = sha256_of(resolved.archive) if resolved.archive else origin.sha256
+        return f"{urldefrag(typed).url}#sha256={digest}"
+    return typed
+
+
+def _hub_wish(arguments: argparse.Namespace) -> HubAddress | None:
+    """The repository that was named, with the revision and file wanted of it; None for other sources."""
+    from nnssl_adapt.weights.hub_files import HubAddress
+
+    named = HubAddress.parse(arguments.source)
+    if named is None:
+        return None
+    return HubAddress(named.repo_id, arguments.revision or named.revision, arguments.source_file or named.filename)
+
+
+def _reading_flags(arguments: argparse.Namespace) -> dict[str, str | None]:
+    return {
+        "--stem": arguments.source_stem,
+        "--axes": None if arguments.source_axes == "auto" else arguments.source_axes,
+    }
+
+
+def _next_command(source: str, flags: dict[str, str | None]) -> str:
+    given = [word for flag, value in flags.items() if value for word in (flag, shlex.quote(value))]
+    return " ".join(["nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc", shlex.quote(source), *given])

@@ -1,0 +1,102 @@
+"""Flags that ``preprocess``, ``nnUNetv2_plan_like_dynamic`` and ``finetune`` share: what a plan is made from, and how."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings_from
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.planning.plan import FinetunePlan
+    from nnssl_adapt.weights.checkpoint import Checkpoint
+
+MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample")
+
+WEIGHTS_OWN = "as-weights"
+"""``--reorient`` without a code: the orientation that the weights want."""
+
+
+def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:
+    """Add ``-d -pc -am -os -pl`` and the flags of orientation and transfer; with ``dynamic`` those of --keep-topology only."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
+    parser.add_argument(
+        "-pc",
+        dest="source",
+        required=True,
+        help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL",
+    )
+    if dynamic:
+        parser.set_defaults(mode=MODES[0], spacing=None, keep_topology=True)
+    else:
+        parser.add_argument(
+            "-am",
+            dest="mode",
+            default=MODES[0],
+            choices=MODES,
+            help="target spacing: the pre-training's (default), the dataset's median (median = default_nnunet), "
+            "fixed (with -os), or every image's own (no_resample)",
+        )
+        parser.add_argument(
+            "-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="spacing in mm for -am fixed"
+        )
+        parser.add_argument(
+            "--keep-topology",
+            action="store_true",
+            help="keep network, spacing and patch of the dataset's nnU-Net plans (-pl), fit the weights to them, and call the "
+            "plan ptPlans_dynamic__NAME (as nnUNetv2_plan_like_dynamic)",
+        )
+    parser.add_argument(
+        "-pl", dest="base_plans", help="existing nnU-Net plans to start from (default: nnUNetPlans if there)"
+    )
+    parser.add_argument(
+        "--plans_name",
+        "--plans-name",
+        metavar="NAME",
+        help="full name of the new plan, e.g. nnUNetPlans_contrast_agnostic (default: made up of -n, spacing, normalisation)",
+    )
+    orientation = parser.add_mutually_exclusive_group()
+    orientation.add_argument(
+        "--reorient",
+        nargs="?",
+        const=WEIGHTS_OWN,
+        metavar="CODE",
+        help="work on copies of the images in this orientation, such as RPI (where the axes x, y, z come from, as the Spinal "
+        "Cord Toolbox says it; default: as the weights want them). They become a dataset of their own",
+    )
+    orientation.add_argument(
+        "--ignore-orientation",
+        action="store_true",
+        help="go on although images lie another way than the weights were trained with",
+    )
+    add_transfer_flags(parser)
+
+
+def plan_from(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> FinetunePlan:
+    """The plan that the flags of :func:`add_planning_flags` ask for. Raises what :func:`make_plan` raises."""
+    import nnssl_adapt as na
+    from nnssl_adapt.errors import ConfigurationError
+
+    reorient = arguments.reorient
+    if reorient == WEIGHTS_OWN:
+        reorient = checkpoint.plan.orientation
+        if reorient is None:
+            raise ConfigurationError(
+                "--reorient: these weights don't say which orientation they want; add one, e.g. RPI"
+            )
+    return na.make_plan(
+        dataset,
+        checkpoint,
+        mode=arguments.mode,
+        name=arguments.name,
+        spacing=arguments.spacing,
+        base_plans=arguments.base_plans,
+        transfer=transfer_settings_from(arguments, dataset.channel_names),
+        plans_name=arguments.plans_name,
+        keep_topology=arguments.keep_topology,
+        reorient=reorient,
+        ignore_orientation=arguments.ignore_orientation,
+        workers=workers,
+        progress=True,
+    )

@@ -1,0 +1,257 @@
+"""Copies of a raw dataset whose images all lie the same way. Voxels are only put into another order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk
+
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.images import read_geometry
+from nnssl_adapt.data.nifti import IncompleteFile, read_nifti_voxels
+from nnssl_adapt.data.parallel import over_cases
+from nnssl_adapt.data.splits import SPLITS_FILE
+from nnssl_adapt.errors import CaseError, DatasetError, OutputError, PreprocessingError
+from nnssl_adapt.files import atomic_path, make_folder, write_json
+from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, orientation_code
+from nnssl_adapt.paths import free_dataset_id, preprocessed_folder, raw_folder
+
+logger = logging.getLogger(__name__)
+
+ORIENTATION_KEY = "image_orientation"
+"""Entry of dataset.json with the orientation that a model's images must have: the Spinal Cord Toolbox's, in its convention."""
+
+_OURS = "nnssl_adapt"
+_RECORDS = ".nnssl_adapt"
+_MARKER = "reorientation.json"
+_ID_STEP = 500
+_NIFTI_ENDINGS = (".nii", ".nii.gz")
+
+
+def reorient_dataset(raw: RawDataset, code: str, workers: int = 2, progress: bool = False) -> RawDataset:
+    """Copy a raw dataset so that all its images and labels have the orientation ``code``; the original is never touched.
+
+    The copy lies in ``nnUNet_raw`` as ``DatasetMMM_<Name>_<code>`` (MMM: 500 more, or the next free number). It is found
+    again by a second call, which does only what is missing or has changed since. Voxels keep their values, type (but numbers
+    that a header scales are stored as they are read, as floats) and place in space; their order in the file changes.
+    ``imagesTs`` and ``labelsTs`` come along, as do the folds (``splits_final.json``); dataset.json is copied with all its
+    entries, and with ``image_orientation``.
+
+    Args:
+        raw: the dataset.
+        code: three letters such as ``RPI`` in the Spinal Cord Toolbox's convention (:mod:`nnssl_adapt.geometry.orientation`):
+            the sides that the axes x, y, z come from.
+        workers: processes, one file each.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        ConfigurationError: ``code`` is no orientation, or no dataset id is free.
+        PreprocessingError: some files could not be copied (the others were).
+        OutputError: the folder can't be written, or the disk is full.
+    """
+    code = check_code(code)
+    splits = (preprocessed_folder() / raw.name / SPLITS_FILE, raw.folder / SPLITS_FILE)
+    folder = _find_copy(raw, code) or raw_folder() / _new_name(raw.name, code)
+    copies = list(_copies(raw, folder))
+    _refuse_same_target(copies, raw)
+    _write_if_other(folder / _RECORDS / _MARKER, _marker(raw, code))
+    _remove_orphans(folder, copies)
+    todo = [copy for copy in copies if not copy.is_done(code)]
+    if todo:
+        logger.info(
+            "reorienting %d files of %s to %s (axes x, y, z come from these sides; %s for nibabel and SimpleITK) into %s",
+            len(todo),
+            raw.name,
+            code,
+            opposite(code),
+            folder,
+        )
+    problems = []
+    for outcome in over_cases(
+        reorient_file, [(copy.target.name, (copy, code)) for copy in todo], workers, "reorienting", progress
+    ):
+        if outcome.error is not None:
+            problems.append(f"{outcome.identifier}: {outcome.complaint}")
+    if problems:
+        raise PreprocessingError(
+            f"{len(problems)} of {len(copies)} files of {raw.name} could not be reoriented; mend them and run again:\n  "
+            + "\n  ".join(problems[:20])
+        )
+    _copy_splits(splits, folder)
+    content = {key: value for key, value in raw.json.raw.items() if key != "dataset"}
+    _write_if_other(folder / "dataset.json", {**content, ORIENTATION_KEY: code, _OURS: _marker(raw, code)})
+    logger.info("%s is %s with all images %s", folder.name, raw.name, code)
+    return RawDataset.open(folder)
+
+
+@dataclass(frozen=True)
+class FileCopy:
+    """One file and its reoriented copy, with the note that is left when the copy stands."""
+
+    source: Path
+    target: Path
+
+    @property
+    def record(self) -> Path:
+        """Where the note lies."""
+        return self.target.parent.parent / _RECORDS / self.target.parent.name / f"{self.target.name}.json"
+
+    def is_done(self, code: str) -> bool:
+        """Whether the copy is whole, in this orientation, and of the source as it is now."""
+        if not self.target.is_file() or not self.record.is_file():
+            return False
+        try:
+            return bool(json.loads(self.record.read_text(encoding="utf-8")) == self.state(code))
+        except ValueError:
+            return False
+
+    def state(self, code: str) -> dict[str, Any]:
+        """What the note says of a copy that stands."""
+        source = self.source.stat()
+        return {
+            "source": str(self.source),
+            "bytes": source.st_size,
+            "modified_ns": source.st_mtime_ns,
+            "copy_bytes": self.target.stat().st_size,
+            "orientation": code,
+        }
+
+
+def reorient_file(copy: FileCopy, code: str) -> None:
+    """Write the copy of one image or label file (3D, or 4D with volumes on the fourth axis), whole or not at all.
+
+    Raises CaseError if the source can't be read, OutputError if the copy can't be written.
+    """
+    image = _read(copy.source)
+    wanted = opposite(code)  # SimpleITK names the sides that axes go to
+    if image.GetDimension() == 4:
+        volumes = [sitk.DICOMOrient(image[..., index], wanted) for index in range(image.GetSize()[3])]
+        turned = sitk.JoinSeries(volumes, image.GetOrigin()[3], image.GetSpacing()[3])
+    else:
+        turned = sitk.DICOMOrient(image, wanted)
+    for key in image.GetMetaDataKeys():
+        if key == "descrip":  # ITK fills in the rest of the header from the new geometry
+            turned.SetMetaData(key, image.GetMetaData(key))
+    with atomic_path(copy.target) as temporary:
+        try:
+            sitk.WriteImage(turned, str(temporary), True)
+        except RuntimeError as error:
+            raise OutputError(f"can't write {copy.target}: {str(error).strip().splitlines()[-1]}") from error
+        _refuse_bad_copy(temporary, copy, turned, code)
+    write_json(copy.record, copy.state(code))
+
+
+def _read(path: Path) -> sitk.Image:
+    """The image with its own number type. SimpleITK reads truncated NIfTI files without a word, so those are read twice."""
+    read_geometry(path)  # says what is wrong with a file that is none, and with flat or odd images
+    try:
+        image = sitk.ReadImage(str(path))
+        if path.name.lower().endswith(_NIFTI_ENDINGS):
+            read_nifti_voxels(path, tuple(image.GetSize()[::-1]))
+    except IncompleteFile as error:
+        raise CaseError(f"{path} is truncated or damaged ({error}): copy or download it again") from None
+    except RuntimeError as error:
+        raise CaseError(f"{path} can't be read as an image: {str(error).strip().splitlines()[-1]}") from error
+    return image
+
+
+def _refuse_bad_copy(written: Path, copy: FileCopy, turned: sitk.Image, code: str) -> None:
+    """On a full disk ITK writes half a file and says nothing."""
+    if copy.target.name.lower().endswith(_NIFTI_ENDINGS):
+        try:
+            read_nifti_voxels(written, tuple(turned.GetSize()[::-1]))
+        except IncompleteFile as error:
+            raise OutputError(f"{copy.target} could not be written whole ({error}): is the disk full?") from error
+    direction = read_geometry(written).direction
+    if not is_oriented(direction, code):
+        raise CaseError(
+            f"{copy.source} became {orientation_code(direction)} instead of {code}; please report this image"
+        )
+
+
+# -- which files, and where to ---------------------------------------------------------------------------------------
+
+
+def _copies(raw: RawDataset, folder: Path) -> Iterator[FileCopy]:
+    """Every image and label, training and test, under nnU-Net's names. Files of an explicit list get those names too."""
+    ending = raw.file_ending
+    for case in raw.cases:
+        for channel, path in enumerate(case.images):
+            yield FileCopy(path, folder / "imagesTr" / f"{case.identifier}_{channel:04d}{ending}")
+        if case.label is not None:
+            yield FileCopy(case.label, folder / "labelsTr" / f"{case.identifier}{ending}")
+    for part in ("imagesTs", "labelsTs"):
+        for path in sorted((raw.folder / part).glob(f"*{ending}")):
+            if path.is_file() and not path.name.startswith("."):
+                yield FileCopy(path, folder / part / path.name)
+
+
+def _refuse_same_target(copies: list[FileCopy], raw: RawDataset) -> None:
+    sources: dict[Path, Path] = {}
+    for copy in copies:
+        if sources.setdefault(copy.target, copy.source) != copy.source:
+            raise DatasetError(
+                f"{raw.name}: {sources[copy.target]} and {copy.source} would both become {copy.target.name}; rename a case"
+            )
+
+
+def _new_name(name: str, code: str) -> str:
+    number = free_dataset_id(int(name[7:10]) + _ID_STEP if name[7:10].isdigit() else _ID_STEP)
+    short = name.partition("_")[2] or name
+    return f"Dataset{number:03d}_{short}_{code}"
+
+
+def _marker(raw: RawDataset, code: str) -> dict[str, str]:
+    return {"reoriented_from": raw.name, "orientation": code}
+
+
+def _find_copy(raw: RawDataset, code: str) -> Path | None:
+    """The copy that an earlier call made or began."""
+    for folder in sorted(raw_folder().glob("Dataset[0-9][0-9][0-9]_*")):
+        for path, keys in ((folder / _RECORDS / _MARKER, ()), (folder / "dataset.json", (_OURS,))):
+            if _read_json(path, keys) == _marker(raw, code):
+                return folder
+    return None
+
+
+def _read_json(path: Path, keys: tuple[str, ...] = ()) -> Any:
+    """An entry of a JSON file, or None where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _remove_orphans(folder: Path, copies: list[FileCopy]) -> None:
+    """Remove copies that we made of files which are no longer in the dataset, or they would be trained on."""
+    wanted = {copy.record for copy in copies}
+    for record in sorted((folder / _RECORDS).glob("*/*.json")):
+        if record in wanted:
+            continue
+        target = folder / record.parent.name / record.name.removesuffix(".json")
+        logger.warning("%s is of a file that is no longer in the dataset: removed", target)
+        target.unlink(missing_ok=True)
+        record.unlink()
+
+
+def _copy_splits(candidates: Sequence[Path], folder: Path) -> None:
+    """The folds that are in use, so that models of both datasets can be compared; edited ones are left alone."""
+    for source in candidates:
+        if source.is_file() and not (folder / SPLITS_FILE).exists():
+            make_folder(folder)
+            with atomic_path(folder / SPLITS_FILE) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def _write_if_other(path: Path, content: dict[str, Any]) -> None:
+    if _read_json(path) != content:
+        write_json(path, content)

@@ -1,0 +1,101 @@
+"""Reading a plans file that a person may have edited by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnssl_adapt.errors import PlanError
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURE_KEYS = (
+    "n_stages",
+    "features_per_stage",
+    "kernel_sizes",
+    "strides",
+    "n_conv_per_stage",
+    "n_conv_per_stage_encoder",
+    "n_blocks_per_stage",
+    "n_conv_per_stage_decoder",
+    "conv_bias",
+    "norm_op",
+    "nonlin",
+)
+"""What describes a network, and counts only inside ``architecture.arch_kwargs``. The published guide to the
+contrast-agnostic spinal cord weights has them beside ``patch_size``, where nnU-Net reads none of them."""
+
+
+def read_plans(path: Path) -> Any:
+    """Read the JSON of a plans file. A key that stands twice with different values counts as JSON has it (the last), but is
+    warned of.
+
+    Raises PlanError naming the file.
+    """
+    twice: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content and content[key] != value:
+                twice.append(key)
+            content[key] = value
+        return content
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=collect)
+    except FileNotFoundError:
+        raise PlanError(f"no plans file {path}{_plans_beside(path)}") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} is not a plans file: {error}") from error
+    for key in dict.fromkeys(twice):
+        logger.warning("%s has the key %r twice, with different values: the last one counts", path, key)
+    return content
+
+
+def refuse_ignored_keys(configuration: Mapping[str, Any], name: str, path: Path) -> None:
+    """Raise PlanError for a description of the network that stands where nobody reads it and is not the network's.
+
+    Args:
+        configuration: entries of one configuration, with those it inherits.
+        name: of the configuration.
+        path: of the plans file, for the message.
+    """
+    architecture = configuration["architecture"]
+    kwargs = (architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None) or {}
+    ignored = [
+        key for key in ARCHITECTURE_KEYS if key in configuration and not _same(configuration[key], kwargs.get(key))
+    ]
+    if ignored:
+        shown = "; ".join(
+            f"{key} is {configuration[key]} there, the network has {kwargs.get(key, 'no such key')}" for key in ignored
+        )
+        raise PlanError(
+            f"{path}: configuration {name} has {', '.join(ignored)} beside 'architecture', where nnU-Net ignores them "
+            f"({shown}). They belong into architecture.arch_kwargs; a plan with the pre-training's network and patch is "
+            "made by: nnUNetv2_preprocess_like_nnssl -d DATASET -pc WEIGHTS -n NAME --plans_name "
+            "nnUNetPlans_contrast_agnostic"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, with a number for a whole list of it (``n_conv_per_stage: 2``) and tuples for lists."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, (list, tuple)) and one and isinstance(other, int):
+        return all(_same(a, other) for a in one)
+    if isinstance(other, (list, tuple)) and other and isinstance(one, int):
+        return all(_same(one, b) for b in other)
+    return bool(one == other)
+
+
+def _plans_beside(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f": the folder {folder} does not exist; run nnUNetv2_preprocess_like_nnssl first"
+    ignored = {"dataset.json", "dataset_fingerprint.json", "splits_final.json"}
+    names = sorted(p.stem for p in folder.glob("*.json") if p.name not in ignored)
+    return f"; plans there: {', '.join(names) or 'none, run nnUNetv2_preprocess_like_nnssl first'}"
