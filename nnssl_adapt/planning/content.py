@@ -158,9 +158,11 @@ def _path_hint(origin: Origin) -> str:
 def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: AdaptationPlan) -> list[int]:
     """``transpose_forward``: the pre-training's where it is followed, else coarsest axis first (nnU-Net's planner).
 
-    Weights for one orientation know their axes: they get them in their own order whatever the spacing.
+    Weights for one orientation know their axes: they get them in their own order whatever the spacing. A segmentation
+    network too, unless nnU-Net's rule (median) was asked for, and not only fallen back to for want of a spacing to follow.
     """
-    if choice.mode in ("like_pretrained", "no_resample") or pretraining.orientation is not None:
+    as_trained = pretraining.supervised and (choice.mode != "median" or bool(choice.note))
+    if choice.mode in ("like_pretrained", "no_resample") or as_trained or pretraining.orientation is not None:
         return list(pretraining.transpose_forward)
     coarsest = int(np.argmax(spacing))
     return [coarsest, *(axis for axis in range(3) if axis != coarsest)]

@@ -28,6 +28,11 @@ from nnssl_adapt.weights.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 
+_SPACING_UNKNOWN = (
+    "the file does not say at which spacing this network was trained: using the dataset's median. Where you know it, give it "
+    "with -am fixed -os Z Y X"
+)
+
 
 def make_plan(
     dataset: int | str | Path | RawDataset,
@@ -82,7 +87,7 @@ def make_plan(
 
     Axes: in the modes that follow the pre-training (``like_pretrained``, ``no_resample``) images have the axis order that
     they had there, which for nnssl is their own. In the others the axis of the coarsest target spacing comes first, as in
-    nnU-Net, except with weights that want one orientation.
+    nnU-Net; but weights that want one orientation, and in mode ``fixed`` all of supervised networks, keep theirs.
     """
     mode = canonical_mode(mode)
     check_name(name)
@@ -114,7 +119,7 @@ def make_plan(
         fixed=None if spacing is None else tuple(float(s) for s in spacing),
     )
     if choice.note:
-        logger.warning(choice.note)
+        logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
     base = BasePlans.find(raw.name, base_plans)
     return FinetunePlan(plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer))
 

@@ -149,16 +149,14 @@ class EncoderFit:
         return [name for name in dict.fromkeys(names) if name in self.source]
 
     def _decide_missing(self, target: TargetTensor) -> Decision:
-        relatives = target.below(self.parts.encoder)
-        if relatives:
-            reason = why_fresh(relatives[0], self.there)
-            if reason is not None:
-                return Decision.fresh(reason)
-            if does_nothing_as_one(relatives[0], self.there):
-                return Decision(
-                    Fitted(torch.ones_like(target.tensor), ("1, as the checkpoint's blocks are not scaled",))
-                )
-        why = different_blocks(relatives[0], self.there) if relatives else None
+        relatives = target.below(self.parts.encoder) or tuple(_in_stem(name) for name in target.below(self.parts.stem))
+        reason = why_fresh(relatives[0], self.there)
+        if reason is not None:
+            return Decision.fresh(reason)
+        if does_nothing_as_one(relatives[0], self.there):
+            ones = torch.ones(target.tensor.shape)
+            return Decision(Fitted(ones, ("1, as the checkpoint's blocks are not scaled",)))
+        why = different_blocks(relatives[0], self.there)
         return Decision.problem(f"{target.names[0]} is not in the checkpoint" + (f" ({why})" if why else ""))
 
     def _fit(self, target: TargetTensor, value: Tensor) -> Fitted:
@@ -177,17 +175,26 @@ class EncoderFit:
         return replace(fitted, rules=(*before, *fitted.rules))
 
     def without_a_place(self, name: str) -> str:
-        """What to say of a tensor of the checkpoint's encoder that the network has no place for."""
-        relative = below(name, self.keys.key_to_encoder or "")
-        why = different_blocks(relative, self.here) if relative else None
-        part = "encoder" if relative is not None else "stem or decoder"
-        return f"{name} belongs to the checkpoint's {part} and the network has no place for it" + (
+        """What to say of a tensor of the checkpoint that the network has no place for."""
+        relative = self._relative(name)
+        if relative is None:
+            return f"{name} belongs to the checkpoint's decoder and the network has no place for it"
+        why = different_blocks(relative, self.here)
+        return f"{name} belongs to the checkpoint's encoder and the network has no place for it" + (
             f" ({why})" if why else ""
         )
 
     def why_dropped(self, name: str) -> str | None:
-        relative = below(name, self.keys.key_to_encoder or "")
+        relative = self._relative(name)
         return why_dropped(relative, self.here) if relative is not None else None
+
+    def _relative(self, name: str) -> str | None:
+        """A name in the file below the encoder; None outside of encoder and stem."""
+        relative = below(name, self.keys.key_to_encoder or "")
+        if relative is not None:
+            return relative
+        inside = below(name, self.keys.key_to_stem or "")
+        return _in_stem(inside) if inside is not None else None
 
     # -- transformers ------------------------------------------------------------------------------------------------
 
@@ -224,3 +231,8 @@ class EncoderFit:
             z, y, x = self.grid
             return z, y, x
         return surgery.find_token_grid(tokens, [])
+
+
+def _in_stem(relative: str) -> str:
+    """A name below the stem, as if it were part of the first stage: what blocks have there, the stem has too."""
+    return f"0.{relative}"

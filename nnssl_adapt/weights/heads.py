@@ -61,10 +61,11 @@ def fit_heads(
     others = [a for a in range(value.ndim) if a not in (axis, in_axis)]
     if value.ndim != into.ndim or any(value.shape[a] != into.shape[a] for a in others):
         raise HeadsDiffer(f"{times(value.shape)} in the checkpoint, {times(into.shape)} in the network")
-    if in_axis is not None and value.shape[in_axis] != into.shape[in_axis]:
+    other_width = in_axis is not None and value.shape[in_axis] != into.shape[in_axis]
+    if in_axis is not None and other_width:
         shape = [into.shape[a] if a == in_axis else n for a, n in enumerate(value.shape)]
         value = surgery.copy_leading(value, own.new_zeros(shape), axis, in_axis)
-    if value.shape == into.shape and origin == list(range(len(wanted))):
+    if not other_width and value.shape == into.shape and origin == list(range(len(wanted))):
         return Fitted(value)
     fresh = origin.count(None) * into.numel() // into.shape[axis]
     return Fitted(surgery.copy_rows(value, own, origin, axis), (_told(wanted, origin),), fresh)

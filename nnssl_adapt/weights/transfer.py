@@ -261,14 +261,21 @@ class _Transfer:
             return "another dataset's stem"
         if below(name, plan.key_to_encoder or "") is not None or below(name, plan.key_to_stem or "") is not None:
             return self.encoder.why_dropped(name)
-        twin = name.removeprefix("decoder.")
-        if twin != name and (twin in self.used or twin in self.dropped or below(twin, plan.key_to_encoder or "")):
+        if self._repeats_the_encoder(name):
             return "the encoder again, under the decoder"
         if self.decoder is not None:
             reason = self.decoder.why_dropped(name)
             if reason is not None or self.decoder.is_part(name):
                 return reason
         return _pretraining_part(name, plan.supervised)
+
+    def _repeats_the_encoder(self, name: str) -> bool:
+        """Whether it is a tensor of the encoder under the decoder, which U-Nets of dynamic_network_architectures hold."""
+        before, decoder, rest = name.rpartition("decoder.")
+        if not decoder or (before and not before.endswith(".")):
+            return False
+        keys = (self.checkpoint.plan.key_to_encoder, self.checkpoint.plan.key_to_stem)
+        return any(key and below(before + rest, key) is not None for key in keys)
 
     # -- waivers -----------------------------------------------------------------------------------------------------
 

@@ -221,6 +221,7 @@ def _globals_in(stream: io.BytesIO) -> Iterator[str]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
+        _check_header(path)
         with safe_open(path, framework="pt", device="cpu") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no mapping
             metadata = stream.metadata() or {}
@@ -235,6 +236,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if "trainer_name" in metadata:
         content["trainer_name"] = metadata["trainer_name"]
     return content
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError when a name stands twice in the header; the library would take the last one without a word."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length <= path.stat().st_size:  # otherwise the library says what is wrong
+            json.loads(stream.read(length), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
 
 
 def _json_or_text(text: str) -> Any:

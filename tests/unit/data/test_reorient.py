@@ -101,6 +101,19 @@ def test_rpi_arrays_run_from_inferior_posterior_right(tmp_path):
     assert np.array_equal(turned, sitk.GetArrayFromImage(before)[:, ::-1, :])
 
 
+@pytest.mark.parametrize("code", ["RPI", "AIR", "SLP"])
+def test_there_and_back(tmp_path, code):
+    paths = [tmp_path / name / "imagesTr" / "a.nii.gz" for name in ("raw", "there", "back")]
+    before = write_volume(paths[0], dtype="float32")
+    reorient_file(FileCopy(paths[0], paths[1]), code)
+    reorient_file(FileCopy(paths[1], paths[2]), orientation_code(before.GetDirection()))
+    after = sitk.ReadImage(str(paths[2]))
+    assert np.array_equal(sitk.GetArrayFromImage(after), sitk.GetArrayFromImage(before))
+    assert np.allclose(after.GetOrigin(), before.GetOrigin(), atol=1e-4)
+    assert np.allclose(after.GetDirection(), before.GetDirection(), atol=1e-6)
+    assert np.allclose(after.GetSpacing(), before.GetSpacing())
+
+
 def test_volumes_of_a_4d_file(tmp_path):
     source = tmp_path / "raw" / "imagesTr" / "a.nii.gz"
     volumes = [write_volume(tmp_path / f"{i}.nii.gz", seed=i) for i in range(3)]

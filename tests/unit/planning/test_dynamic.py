@@ -137,3 +137,9 @@ def test_weights_that_do_not_fit_the_network_stop_it(base, small_resenc):
 def test_another_order_of_axes_is_worth_a_word(base, small_resenc, caplog):
     na.make_plan(991, na.open_checkpoint(small_resenc), name="mae", keep_topology=True, workers=1)
     assert any("in the order [1, 2, 0], the weights were trained with [0, 1, 2]" in m for m in caplog.messages)
+
+
+def test_reoriented_copies_need_plans_of_their_own(base, small_resenc):
+    """nnU-Net's plan of the original knows another order of axes."""
+    with pytest.raises(PlanError, match=r"no .*Dataset999_Tiny_RPI.*-d 999 --no_pp"):
+        na.make_plan(991, na.open_checkpoint(small_resenc), keep_topology=True, reorient="RPI", workers=1)

@@ -47,6 +47,8 @@ def test_the_network_sees_the_axes_it_was_trained_on(tiny_dataset, supervised):
     # The same with every image's own spacing, and nnU-Net's rule where the user asks for it.
     assert na.make_plan(991, checkpoint, mode="no_resample", workers=1).transpose_forward == (2, 0, 1)
     assert na.make_plan(991, checkpoint, mode="median", workers=1).transpose_forward == (0, 1, 2)
+    fixed = na.make_plan(991, checkpoint, mode="fixed", spacing=(1.5, 3.0, 2.0), workers=1)  # of the image's Z, Y, X
+    assert (fixed.transpose_forward, fixed.spacing) == ((2, 0, 1), (2.0, 1.5, 3.0))
 
 
 def test_weights_for_one_orientation_get_their_axes_whatever_the_spacing(tiny_dataset, supervised):
@@ -58,11 +60,12 @@ def test_weights_for_one_orientation_get_their_axes_whatever_the_spacing(tiny_da
     assert na.make_plan(991, supervised(), mode="median", workers=1).transpose_forward == (2, 0, 1)
 
 
-def test_weights_without_spacing_get_the_median(tiny_dataset, supervised, caplog):
+def test_weights_without_spacing_get_the_median_in_their_own_order_of_axes(tiny_dataset, supervised, caplog):
     tiny_dataset(spacing=(2.0, 1.0, 1.3))
-    plan = na.make_plan(991, supervised(spacing=None), workers=1)
-    assert plan.spacing == pytest.approx((2.0, 1.0, 1.3))
-    assert any("median" in message for message in caplog.messages)
+    plan = na.make_plan(991, supervised(spacing=None, transpose_forward=(1, 2, 0)), workers=1)
+    assert plan.transpose_forward == (1, 2, 0)
+    assert plan.spacing == pytest.approx((1.0, 1.3, 2.0))
+    assert any("does not say at which spacing this network was trained" in message for message in caplog.messages)
 
 
 def test_ct_weights_use_the_datasets_own_intensities(tiny_dataset, supervised):

@@ -304,6 +304,7 @@ FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         safetensors_file({"a": {**FLOATS, "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}, bytes(8)),
         safetensors_file({"a": {**FLOATS, "shape": [2**40, 2**40]}}, bytes(8)),
         safetensors_file({"a": FLOATS, "b": FLOATS}, bytes(8)),
+        safetensors_file(b'{"a": %s, "a": %s}' % ((json.dumps(FLOATS).encode(),) * 2), bytes(8)),
         safetensors_file(b'{"a":' * 20_000, bytes(8)),
         safetensors_file({"a": {**FLOATS, "dtype": "F99"}}, bytes(8)),
         safetensors_file(b'{"__metadata__": {"format": 3}, "a": 4}'),

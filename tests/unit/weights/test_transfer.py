@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import PrimusV2
-from nnssl_files import PRIMUS, RESENC, architecture, plan, state_dict, write_checkpoint
+from nnssl_files import PRIMUS, architecture, plan, state_dict, write_checkpoint
 from torch.nn.functional import interpolate
 
 from nnssl_adapt.errors import TransferError
