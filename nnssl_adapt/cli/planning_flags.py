@@ -9,10 +9,11 @@ from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.data.fingerprint import DatasetFingerprint
     from nnssl_adapt.planning.plan import FinetunePlan
     from nnssl_adapt.weights.checkpoint import Checkpoint
 
-MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample")
+MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample", "auto")
 
 WEIGHTS_OWN = "as-weights"
 """``--reorient`` without a code: the orientation that the weights want."""
@@ -28,7 +29,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
         help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL",
     )
     if dynamic:
-        parser.set_defaults(mode=MODES[0], spacing=None, keep_topology=True)
+        parser.set_defaults(mode=MODES[0], spacing=None, keep_topology=True, normalization="from_pretraining")
     else:
         parser.add_argument(
             "-am",
@@ -36,10 +37,17 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
             default=MODES[0],
             choices=MODES,
             help="target spacing: the pre-training's (default), the dataset's median (median = default_nnunet), "
-            "fixed (with -os), or every image's own (no_resample)",
+            "fixed (with -os), every image's own (no_resample), or auto: picked by how the dataset compares (see --dry-run)",
         )
         parser.add_argument(
             "-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="spacing in mm for -am fixed"
+        )
+        parser.add_argument(
+            "--normalization",
+            default="from_pretraining",
+            metavar="SCHEME[,SCHEME…]",
+            help="from_pretraining (default), from_data (nnU-Net's rule by channel names), zscore, ct, none, rescale_to_0_1 or "
+            "rgb_to_0_1; one for all channels, or one for each separated by commas",
         )
         parser.add_argument(
             "--keep-topology",
@@ -73,11 +81,21 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
     add_transfer_flags(parser)
 
 
-def plan_from(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> FinetunePlan:
+def plan_from(
+    arguments: argparse.Namespace,
+    dataset: RawDataset,
+    checkpoint: Checkpoint,
+    workers: int,
+    fingerprint: DatasetFingerprint | None = None,
+) -> FinetunePlan:
     """The plan that the flags of :func:`add_planning_flags` ask for. Raises what :func:`make_plan` raises."""
     import nnssl_adapt as na
     from nnssl_adapt.errors import ConfigurationError
 
+    if arguments.keep_topology and arguments.normalization != "from_pretraining":
+        raise ConfigurationError(
+            "--keep-topology keeps the normalisation of the nnU-Net plans too: leave --normalization out"
+        )
     reorient = arguments.reorient
     if reorient == WEIGHTS_OWN:
         reorient = checkpoint.plan.orientation
@@ -97,6 +115,8 @@ def plan_from(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Ch
         keep_topology=arguments.keep_topology,
         reorient=reorient,
         ignore_orientation=arguments.ignore_orientation,
+        normalization=arguments.normalization,
         workers=workers,
         progress=True,
+        fingerprint=fingerprint,
     )

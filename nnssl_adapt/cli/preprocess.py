@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source, run_command
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.weights.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:
@@ -17,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="do only part I of N of the cases, so that N jobs can fill one store together"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="compare the spacing modes, show the plan, and write nothing"
+    )
     parser.add_argument("--overwrite_pp", action="store_true", help="preprocess every case again, replace the plan")
     add_source(parser)
     add_verbose(parser)
@@ -25,18 +36,46 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
 def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
     from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 
     workers = checked_workers(arguments.workers)
+    shard = Shard.parse(arguments.shard) if arguments.shard else WHOLE
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
     checkpoint = open_source(arguments)
+    if arguments.dry_run:
+        return _show_only(arguments, dataset, checkpoint, workers)
     plan = plan_from(arguments, dataset, checkpoint, workers)
     print(plan)
-    store = na.preprocess_dataset(plan, workers=workers, overwrite=arguments.overwrite_pp)
+    store = na.preprocess_dataset(plan, workers=workers, overwrite=arguments.overwrite_pp, shard=shard)
+    if shard != WHOLE and not plan.plans_file.is_file():
+        print(f"\npart {shard} is done; the plan is saved when all parts are")
+        return EXIT_OK
     print(f"\n{len(store.identifiers)} cases preprocessed in {store.folder}")
     print(f"plan {plan.plans_name}\n  in {plan.plans_file}")
     print(
         f"next:\n  nnUNetv2_train_pretrained -d {dataset_id(plan.dataset_name)} -c 3d_fullres -f 0 -p {plan.plans_name}"
     )
+    return EXIT_OK
+
+
+def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> int:
+    """Compare the spacing modes and show the plan that would be made; nothing is written."""
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.planning.make import load_or_make_fingerprint, spacing_advice
+
+    if arguments.reorient is not None:
+        raise ConfigurationError(
+            "--dry-run writes nothing, and --reorient copies images: run 'nnssl-adapt reorient' first"
+        )
+    fingerprint = load_or_make_fingerprint(dataset, workers, progress=True, save=False)
+    if not arguments.keep_topology:
+        advice = spacing_advice(checkpoint, fingerprint, arguments.spacing)
+        print(f"\nSpacing modes for {dataset.name}:\n{advice}\n")
+        arguments.mode = advice.picked if arguments.mode == "auto" else arguments.mode
+        if arguments.mode != "fixed":
+            arguments.spacing = None  # was only to be compared
+    plan = plan_from(arguments, dataset, checkpoint, workers, fingerprint)
+    print(f"{plan}\nNothing was written: leave --dry-run out to go on")
     return EXIT_OK
 
 

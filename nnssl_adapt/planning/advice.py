@@ -11,6 +11,9 @@ import numpy as np
 from nnssl_adapt.geometry.spacing import SPACING_MODES, Spacing, choose_spacing, median_spacing, resampled_shape
 from nnssl_adapt.planning.patch import fit_patch
 
+AUTO = "auto"
+"""The mode that leaves the choice to :func:`advise_spacing`."""
+
 DETAIL_LOST = 1.5
 """``auto`` does not follow the pre-training where an axis would become coarser than the dataset's by more than this."""
 

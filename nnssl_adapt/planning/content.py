@@ -13,10 +13,10 @@ import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.fingerprint import DatasetFingerprint
-from nnssl_adapt.errors import PlanError
 from nnssl_adapt.geometry.spacing import SpacingChoice, median_spacing, resampled_shape
 from nnssl_adapt.planning.base_plans import BasePlans
 from nnssl_adapt.planning.naming import describe_settings
+from nnssl_adapt.planning.normalization import FROM_PRETRAINING, choose_normalization
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
@@ -39,6 +39,7 @@ def plans_content(
     name: str,
     plans_name: str | None,
     settings: TransferSettings,
+    normalization: str = FROM_PRETRAINING,
 ) -> dict[str, Any]:
     """The plans file; ``plans_name`` replaces the name that is made up of ``name``, spacing and normalisation."""
     reference_spacing = choice.spacing or median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
@@ -51,7 +52,7 @@ def plans_content(
     patch = fit_patch(wanted, architecture.total_stride, median_shape)
     if message := describe_fit(wanted, patch, median_shape):
         logger.info(message)
-    schemes, use_mask = _normalization(checkpoint.plan, raw, settings)
+    schemes, use_mask = choose_normalization(normalization, checkpoint.plan, raw, fingerprint, settings)
     resampling = (
         {"force_separate_z": None, "is_seg": False, "order": 3, "order_z": 0},
         {"force_separate_z": None, "is_seg": True, "order": 1, "order_z": 0},
@@ -150,9 +151,9 @@ def pretrain_info(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _path_hint(origin: Origin) -> str:
     """Where the weights lay when the plan was made, for nnU-Net; we ourselves go by source and digest."""
-    if origin.kind in ("huggingface", "url"):
-        return origin.source
-    return str(Path(origin.source).expanduser().resolve())
+    path = Path(origin.source).expanduser()
+    # A name below $nnssl_pretrained_models, on the hub or on the web is no path from here.
+    return str(path.resolve()) if path.exists() else origin.source
 
 
 def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: AdaptationPlan) -> list[int]:
@@ -175,40 +176,6 @@ def _median_shape(fingerprint: DatasetFingerprint, choice: SpacingChoice, forwar
         for shape, spacing in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
     ]
     return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]
-
-
-def _normalization(
-    pretraining: AdaptationPlan, raw: RawDataset, settings: TransferSettings
-) -> tuple[list[str], list[bool]]:
-    """Normalisation of each channel: that of the pre-training channel whose kernel it takes.
-
-    Where all had one scheme it is for all channels; else they are matched by the map of channels, or by their number.
-    """
-    schemes = list(pretraining.normalization_schemes) or ["ZScoreNormalization"]
-    masks = list(pretraining.use_mask_for_norm) or [False]
-    if len(masks) < len(schemes):
-        masks = (masks * len(schemes))[: len(schemes)]
-    if len(set(schemes)) == 1 and len(set(masks)) == 1:
-        return schemes[:1] * raw.num_channels, masks[:1] * raw.num_channels
-    if not isinstance(settings.channels, str):
-        known = dict(enumerate(zip(schemes, masks, strict=False)))
-        taken = [
-            known.get(-1 if channel is None else channel, (_usual_scheme(name), False))
-            for channel, name in zip(settings.channels, raw.channel_names, strict=False)
-        ]
-        return [scheme for scheme, _ in taken], [mask for _, mask in taken]
-    if len(schemes) == raw.num_channels:
-        return schemes, masks[: len(schemes)]
-    raise PlanError(
-        f"the pre-training normalised its {len(schemes)} channels differently ({', '.join(schemes)}), so there is no one "
-        f"scheme for the dataset's {raw.num_channels} channels: say which is which with --channels, such as "
-        + ",".join(f"{name}={min(i, len(schemes) - 1)}" for i, name in enumerate(raw.channel_names))
-    )
-
-
-def _usual_scheme(channel_name: str) -> str:
-    """nnU-Net's choice for a channel that the pre-training did not know."""
-    return "CTNormalization" if channel_name.lower() == "ct" else "ZScoreNormalization"
 
 
 def package_version() -> str:

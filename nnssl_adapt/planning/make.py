@@ -14,13 +14,15 @@ from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.verify import verify_dataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, make_folder
-from nnssl_adapt.geometry.spacing import canonical_mode, choose_spacing
+from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, checked_spacing, choose_spacing
 from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
 from nnssl_adapt.planning.base_plans import BasePlans, load_topology
 from nnssl_adapt.planning.checks import check_orientation, check_transfer, find_other_orientations
 from nnssl_adapt.planning.content import plans_content
 from nnssl_adapt.planning.dynamic import dynamic_content
 from nnssl_adapt.planning.naming import check_name, check_plans_name, refuse_to_replace_stranger
+from nnssl_adapt.planning.normalization import FROM_PRETRAINING
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.weights.architectures import nearest_patch
 from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
@@ -46,8 +48,10 @@ def make_plan(
     keep_topology: bool = False,
     reorient: str | None = None,
     ignore_orientation: bool = False,
+    normalization: str = FROM_PRETRAINING,
     workers: int = 2,
     progress: bool = False,
+    fingerprint: DatasetFingerprint | None = None,
 ) -> FinetunePlan:
     """Plan the fine-tuning of ``checkpoint`` on ``dataset``; nothing is preprocessed yet.
 
@@ -60,7 +64,7 @@ def make_plan(
         checkpoint: what :func:`open_checkpoint` returned, or anything that it takes.
         mode: where the spacing comes from. ``like_pretrained``: the pre-training's (the dataset's median when the
             pre-training kept every image's own); ``median`` (also ``default_nnunet``): nnU-Net's rule; ``fixed``: ``spacing``;
-            ``no_resample``: every image keeps its own.
+            ``no_resample``: every image keeps its own; ``auto``: see :func:`spacing_advice`, whose table is logged.
         name: short name of the pre-training, part of the plan's file name.
         spacing: millimetres (Z, Y, X) in the image's array order, for mode ``fixed`` only.
         base_plans: name of an existing nnU-Net plans file whose reader, intensity statistics and Dice setting are
@@ -73,8 +77,10 @@ def make_plan(
         reorient: a code such as ``RPI``: plan for copies of the images in this orientation, see :func:`reorient_dataset`.
             The plan is then of another dataset, ``plan.dataset_name``.
         ignore_orientation: go on although images lie another way than the weights want.
+        normalization: ``from_pretraining``, ``from_data`` or a scheme, see :func:`choose_normalization`.
         workers: processes that read images when the fingerprint (or copies) have to be made.
         progress: whether to draw progress bars.
+        fingerprint: of the dataset, where it is known; else it is read, or made and saved.
 
     Returns:
         An unsaved plan; call ``.save()``, or :func:`preprocess_dataset`, which saves it.
@@ -89,7 +95,7 @@ def make_plan(
     they had there, which for nnssl is their own. In the others the axis of the coarsest target spacing comes first, as in
     nnU-Net; but weights that want one orientation, and in mode ``fixed`` all of supervised networks, keep theirs.
     """
-    mode = canonical_mode(mode)
+    mode = mode if mode == AUTO else canonical_mode(mode)
     check_name(name)
     raw = dataset if isinstance(dataset, RawDataset) else RawDataset.open(dataset)
     if plans_name is not None:
@@ -103,14 +109,20 @@ def make_plan(
         topology = _topology(raw, base_plans, mode, spacing)
         check_transfer(raw, checkpoint, topology.architecture, topology.patch_size, transfer)
         _compare_axes(topology, checkpoint)
-        load_or_make_fingerprint(raw, workers=workers, progress=progress)
+        if fingerprint is None:
+            load_or_make_fingerprint(raw, workers=workers, progress=progress)
         return FinetunePlan(
             dynamic_content(raw, checkpoint, topology, plans_name or f"ptPlans_dynamic__{name}", transfer)
         )
     patch = nearest_patch(checkpoint.architecture, checkpoint.plan.patch_size)
     check_transfer(raw, checkpoint, checkpoint.architecture, patch, transfer)
     raw = orient(raw)
-    fingerprint = load_or_make_fingerprint(raw, workers=workers, progress=progress)
+    if fingerprint is None:
+        fingerprint = load_or_make_fingerprint(raw, workers=workers, progress=progress)
+    if mode == AUTO:
+        advice = spacing_advice(checkpoint, fingerprint)
+        logger.info("%s", advice)
+        mode = advice.picked
     choice = choose_spacing(
         mode,
         pretrained=_spacing_of_images(checkpoint),
@@ -121,7 +133,26 @@ def make_plan(
     if choice.note:
         logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
     base = BasePlans.find(raw.name, base_plans)
-    return FinetunePlan(plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer))
+    return FinetunePlan(
+        plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer, normalization)
+    )
+
+
+def spacing_advice(
+    checkpoint: Checkpoint, fingerprint: DatasetFingerprint, fixed: Sequence[float] | None = None
+) -> SpacingAdvice:
+    """Compare what the spacing modes would mean for a dataset, and pick one; see :func:`advise_spacing` for the rule."""
+    plan = checkpoint.plan
+    axes = [plan.transpose_forward.index(axis) for axis in range(3)]  # of the weights, in the images' own order
+    wanted, divisors = plan.recommended_patch_size or plan.patch_size, checkpoint.architecture.total_stride
+    return advise_spacing(
+        pretrained=_spacing_of_images(checkpoint),
+        spacings=fingerprint.spacings,
+        shapes=fingerprint.shapes_after_crop,
+        wanted_patch=[wanted[axis] for axis in axes],
+        divisors=[divisors[axis] for axis in axes],
+        fixed=None if fixed is None else checked_spacing(fixed),
+    )
 
 
 def _topology(raw: RawDataset, name: str | None, mode: str, spacing: Sequence[float] | None) -> FinetunePlan:
@@ -159,12 +190,13 @@ def _oriented(
     return raw
 
 
-def _spacing_of_images(checkpoint: Checkpoint) -> tuple[float, ...] | None:
+def _spacing_of_images(checkpoint: Checkpoint) -> Spacing | None:
     """The pre-training's spacing (mm) in the order of an image's own axes (Z, Y, X)."""
     plan = checkpoint.plan
     if plan.spacing is None:
         return None
-    return tuple(plan.spacing[plan.transpose_forward.index(axis)] for axis in range(3))
+    z, y, x = (plan.spacing[plan.transpose_forward.index(axis)] for axis in range(3))
+    return z, y, x
 
 
 def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:
@@ -178,7 +210,9 @@ def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:
         )
 
 
-def load_or_make_fingerprint(raw: RawDataset, workers: int = 2, progress: bool = False) -> DatasetFingerprint:
+def load_or_make_fingerprint(
+    raw: RawDataset, workers: int = 2, progress: bool = False, save: bool = True
+) -> DatasetFingerprint:
     """Return the dataset's fingerprint from its preprocessed folder, verifying and measuring the images if it is missing.
 
     A fingerprint of another number of cases than the dataset has is made anew.
@@ -198,7 +232,8 @@ def load_or_make_fingerprint(raw: RawDataset, workers: int = 2, progress: bool =
         logger.warning("%s", warning)
     report.raise_if_bad()
     fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress)
-    fingerprint.save(path)
+    if save:
+        fingerprint.save(path)
     return fingerprint
 
 

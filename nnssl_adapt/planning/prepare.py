@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.preprocess_cases import preprocess_cases
+from nnssl_adapt.data.preprocess_cases import WHOLE, Shard, preprocess_cases
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import PlanError
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def preprocess_dataset(
-    plan: FinetunePlan, workers: int = 2, overwrite: bool = False, progress: bool = True
+    plan: FinetunePlan, workers: int = 2, overwrite: bool = False, progress: bool = True, shard: Shard = WHOLE
 ) -> CaseStore:
     """Preprocess the plan's dataset and save the plan beside it; what is already there and unchanged is kept.
 
@@ -32,6 +32,8 @@ def preprocess_dataset(
         workers: processes, one case each.
         overwrite: do every case again.
         progress: whether to draw a progress bar.
+        shard: the part of the cases to do, so that several jobs can fill one store; the plan is saved by the one that
+            finds all cases done.
 
     Raises:
         PreprocessingError: some cases could not be done (the others were; run it again after mending them).
@@ -44,9 +46,15 @@ def preprocess_dataset(
     load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)
     _copy_reference_labels(raw, plan.dataset_folder / "gt_segmentations")
     store = preprocess_cases(
-        raw, plan.settings, plan.store_folder, workers=workers, overwrite=overwrite, progress=progress
+        raw, plan.settings, plan.store_folder, workers=workers, overwrite=overwrite, progress=progress, shard=shard
     )
-    plan.save()
+    missing = {case.identifier for case in raw.cases} - set(store.identifiers)
+    if missing:
+        logger.info(
+            "part %s is done; %d cases are left to other parts, the last of which saves the plan", shard, len(missing)
+        )
+    else:
+        plan.save()
     return store
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from nnssl_adapt.weights.checkpoint import Checkpoint
-from nnssl_adapt.weights.fitting import Decision, DoesNotFit, Role, fit, times
+from nnssl_adapt.weights.fitting import Decision, DoesNotFit, Fitted, Role, fit, times
 from nnssl_adapt.weights.heads import HeadsDiffer, fit_heads
 from nnssl_adapt.weights.layout import NetworkParts, TargetTensor, below, join
 from nnssl_adapt.weights.matching import (
@@ -41,7 +42,8 @@ class DecoderFit:
         ]
         self.stages_here, self.stages_there = decoder_stages(here), decoder_stages(self.there)
         self.blocks_here, self.blocks_there = _stages(here), _stages(self.there)
-        self.last = max((name.split(".")[1] for name in here if name.startswith("decode.")), key=int, default="")
+        self.layers_here, self.layers_there = _decode_layers(here), _decode_layers(self.there)
+        self.has_upsampling_bias = any(map(_is_upsampling_bias, here))
         self.is_there = bool(self.there)
 
     def _inside(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -52,13 +54,17 @@ class DecoderFit:
     def owns(self, target: TargetTensor) -> bool:
         return bool(target.below(self.prefix))
 
-    def is_head(self, relative: str) -> bool:
-        return relative.startswith("seg_layers.") or bool(self.last and relative.startswith(f"decode.{self.last}."))
+    def _is_head(self, relative: str, layers: int) -> bool:
+        """Whether it makes the outputs; a Primus's decoder does so in the last of its ``layers``."""
+        return relative.startswith(("seg_layers.", f"decode.{layers - 1}."))
 
     def decide(self, target: TargetTensor) -> Decision:
         relatives = target.below(self.prefix)
         if not self.is_there:
             return Decision.fresh("the checkpoint has no decoder")
+        if self.layers_here != self.layers_there:
+            counted = f"{self.layers_there} up-sampling layer(s) in the checkpoint, {self.layers_here} here"
+            return Decision.fresh(f"{counted}: another decoder")
         if self.prefix == PRIMUS:
             counterparts: list[str | None] = list(relatives)
         else:
@@ -67,8 +73,11 @@ class DecoderFit:
         if not known:
             return Decision.fresh(f"no decoder stage of its resolution in the checkpoint ({self.stages_there} stages)")
         names = [self.there[name] for name in known if name in self.there]
-        if self.is_head(relatives[0]):
+        if self._is_head(relatives[0], self.layers_here):
             return self._head(target, names)
+        if not names and _is_upsampling_bias(relatives[0]) and not any(map(_is_upsampling_bias, self.there)):
+            zeros = torch.zeros(target.tensor.shape)
+            return Decision(Fitted(zeros, ("0, as the checkpoint's up-sampling has no bias",)))
         if not names:
             inside = known[0].removeprefix("stages.")
             reason = why_fresh(inside, self.blocks_there)
@@ -113,13 +122,15 @@ class DecoderFit:
         relative = below(name, self.source_prefix)
         if relative is None:
             return None
-        if self.is_head(relative) and not self.checkpoint.plan.supervised:
+        if self._is_head(relative, self.layers_there) and not self.checkpoint.plan.supervised:
             return "reconstruction head"
         if self.prefix == PRIMUS:
             return None
         there = same_resolution(relative, self.stages_there, self.stages_here)
         if there is None:
             return f"decoder stage of a resolution that the network has not ({self.stages_here} decoder stages)"
+        if _is_upsampling_bias(relative) and not self.has_upsampling_bias:
+            return "the network's up-sampling has no bias (most of it is taken away by the normalisation that follows)"
         reason = why_dropped(there.removeprefix("stages."), self.blocks_here)
         return f"decoder: {reason}" if reason else None
 
@@ -127,6 +138,15 @@ class DecoderFit:
         """Whether a tensor of the checkpoint is one of a decoder's stages or up-samplings, which are all wanted."""
         relative = below(name, self.source_prefix) or ""
         return self.prefix == UNET and relative.startswith(("stages.", "transpconvs."))
+
+
+def _decode_layers(names: Iterable[str]) -> int:
+    """Number of layers in a Primus's decoder; 0 in a U-Net's."""
+    return max((int(name.split(".")[1]) + 1 for name in names if name.startswith("decode.")), default=0)
+
+
+def _is_upsampling_bias(relative: str) -> bool:
+    return relative.startswith("transpconvs.") and relative.endswith(".bias")
 
 
 def _stages(names: Sequence[str] | Mapping[str, str]) -> Encoder:

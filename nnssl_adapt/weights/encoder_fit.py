@@ -92,11 +92,6 @@ class EncoderFit:
                 f"the network's attention heads are {width // heads} wide, the checkpoint's {trained // self.heads}: "
                 f"other widths are possible with heads of the same width ({width // (trained // self.heads)} heads here)"
             )
-        elif width != trained:
-            self.warnings.append(
-                f"the transformer is {width} wide, was {trained}: leading features and heads are taken over, but its layer "
-                "normalisation looks at all features, so that it starts from the trained weights without computing the same"
-            )
 
     def _check_channels(self) -> None:
         """Only a map can be wrong here; any rule fits any pair of numbers."""
@@ -172,7 +167,17 @@ class EncoderFit:
         elif self.parts.is_in_proj(target):
             role = Role("convolution" if self.order is None else "patch embedding", channels=self.settings.channels)
         fitted = fit(value, target.tensor, role)
+        if self.order is not None and role.features == 0 and _has_other_width(value, target.tensor):
+            self._warn_of_widths()
         return replace(fitted, rules=(*before, *fitted.rules))
+
+    def _warn_of_widths(self) -> None:
+        warning = (
+            "the transformer has other widths: leading features and heads are taken over, but its layer normalisation looks "
+            "at all features, so that it starts from the trained weights without computing the same"
+        )
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def without_a_place(self, name: str) -> str:
         """What to say of a tensor of the checkpoint that the network has no place for."""
@@ -231,6 +236,10 @@ class EncoderFit:
             z, y, x = self.grid
             return z, y, x
         return surgery.find_token_grid(tokens, [])
+
+
+def _has_other_width(value: Tensor, into: Tensor) -> bool:
+    return value.shape[:1] != into.shape[:1]
 
 
 def _in_stem(relative: str) -> str:

@@ -28,6 +28,9 @@ from nnssl_adapt.weights.layout import below, is_special_token, join
 logger = logging.getLogger(__name__)
 
 VOLUMES = 8
+_HOPELESS = 3
+"""After so many volumes it stops if every error was above that of flat patches: the network has learned too little."""
+
 VISIBLE = 0.5
 """Fraction of the patches that is seen: more than in pre-training, so that there are neighbours in a small region."""
 
@@ -74,6 +77,8 @@ def measure_order(checkpoint: Checkpoint) -> Measurement | None:
                 volume, hidden = _scene(parts, seed)
                 for order, errors in ratios.items():
                     errors.append(parts.error(volume, hidden, order))
+                if seed + 1 == _HOPELESS and all(error > 1 for errors in ratios.values() for error in errors):
+                    break
     except (
         KeyError,
         IndexError,
@@ -87,7 +92,7 @@ def measure_order(checkpoint: Checkpoint) -> Measurement | None:
         return None
     better, worse = sorted(means, key=lambda order: means[order])
     differences = torch.tensor(ratios[worse]) - torch.tensor(ratios[better])
-    standard_error = float(differences.std()) / math.sqrt(VOLUMES)
+    standard_error = float(differences.std()) / math.sqrt(len(differences))
     is_clear = (
         means[better] < LEARNED
         and means[worse] > means[better] * (1 + DIFFERENCE)

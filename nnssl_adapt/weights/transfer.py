@@ -128,7 +128,7 @@ def _rows(
             fate,
             why,
             origin,
-            tuple(source[origin].shape) if origin is not None and fitted is not None else None,
+            tuple(source[origin].shape) if origin is not None else None,
             shape,
             parts.part_of(target) or "rest",
             None if name == first else first,

@@ -30,7 +30,7 @@ class TargetRow:
         name: in the network's state dict; a tensor with two names has two rows.
         fate: ``copied``, ``adapted`` or ``fresh``.
         reason: how it was adapted, or why it is fresh.
-        source: the checkpoint's tensor it was made from, or None.
+        source: the checkpoint's tensor it was made from, or, if it is fresh, could not be made from; None where there is none.
         source_shape, target_shape: of the two tensors.
         part: ``encoder``, ``stem`` or ``rest``.
         alias_of: the first name of the same tensor, when this is another one.

@@ -29,7 +29,7 @@ def transfer(*words, channels=("T1", "T2", "FLAIR")):
 def test_choices_on_the_screen_are_the_librarys():
     assert transfer_flags._SCOPES == settings.SCOPES
     assert transfer_flags._TOKEN_ORDERS == settings.TOKEN_ORDER_CHOICES
-    assert set(MODES) == {*SPACING_MODES, "default_nnunet"}
+    assert set(MODES) == {*SPACING_MODES, "default_nnunet", "auto"}
 
 
 def test_transfer_flags():

@@ -184,6 +184,16 @@ def test_upsampling_by_other_steps_is_resized_by_area():
     torch.testing.assert_close(after, interpolate(before, scale_factor=(2, 1, 1), mode="nearest"))
 
 
+def test_upsampling_without_bias_gets_zeros_and_may_lose_it():
+    source, network = supervised(conv_bias=False), target()
+    report = transfer_weights(source.checkpoint, network, head_names=TRAINED[:2])
+    row = named(report, "decoder.transpconvs.0.bias")
+    assert (row.fate, row.source, row.reason) == ("adapted", None, "0, as the checkpoint's up-sampling has no bias")
+    torch.testing.assert_close(output(network, image()), output(source.network, image())[:, :2])
+    report = transfer_weights(supervised().checkpoint, target(conv_bias=False), head_names=TRAINED[:2])
+    assert any("the network's up-sampling has no bias" in row.reason for row in report.source_rows)
+
+
 # -- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -263,3 +273,13 @@ def test_a_primus_decoder_moves_as_far_as_its_shapes_do():
         else:
             assert "widths follow the number of outputs" in row.reason
     assert {row.fate for row in layers.values()} >= {"fresh"}
+
+
+def test_a_primus_decoder_of_another_depth_stays_fresh():
+    source = pretrained("Primus", patch=GRID_PATCH)
+    report = transfer_weights(
+        source.checkpoint, target("Primus", (8, 24, 32), patch_embed_size=[4, 8, 8]), scope="encoder+decoder"
+    )
+    decoder = {row.reason for row in report.rows if row.name.startswith("up_projection.")}
+    assert decoder == {"2 up-sampling layer(s) in the checkpoint, 3 here: another decoder"}
+    assert report.coverage == 1

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nnssl_files import PLAINCONV, RESENC
 from torch.nn.functional import interpolate
 from transfer_pairs import BASE, BLOCKS, GRID_PATCH, PATCH, PLAIN, RES, image, pretrained, target
@@ -247,6 +249,16 @@ def test_a_transformer_of_another_width_keeps_whole_heads_and_says_what_is_lost(
     assert any("without computing the same" in warning for warning in report.warnings)
 
 
+def test_another_inner_width_is_told_as_well():
+    report = transfer_weights(
+        pretrained("Primus", patch=GRID_PATCH).checkpoint, target("Primus", GRID_PATCH, mlp_ratio=3)
+    )
+    assert any("without computing the same" in warning for warning in report.warnings)
+    assert not transfer_weights(
+        pretrained("Primus", patch=GRID_PATCH).checkpoint, target("Primus", GRID_PATCH)
+    ).warnings
+
+
 def test_heads_of_another_width_are_an_error_that_says_which_are_possible():
     source = pretrained("Primus", patch=GRID_PATCH)
     with pytest.raises(TransferError, match=r"heads are 18 wide, the checkpoint's 12: .*3 heads here"):
@@ -290,3 +302,89 @@ def test_positions_go_to_an_anisotropic_grid_and_only_the_leading_width():
     volume = source.network.eva.pos_embed.detach().reshape(1, 2, 3, 4, 24).permute(0, 4, 1, 2, 3)
     expected = interpolate(volume, size=(5, 1, 2), mode="trilinear", align_corners=False)
     torch.testing.assert_close(network.eva.pos_embed.detach(), expected.flatten(2).transpose(1, 2))
+
+
+# -- any pair --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def topologies(draw):
+    """Keyword arguments of a small U-Net: stages, blocks, widths, kernels and strides of any kind."""
+    stages = draw(st.integers(2, 4))
+
+    def each(values):
+        return [draw(values) for _ in range(stages)]
+
+    kernels, steps = st.sampled_from([1, 3, 5]), st.sampled_from([1, 2])
+    return {
+        "n_stages": stages,
+        "features_per_stage": each(st.integers(2, 6)),
+        "kernel_sizes": each(st.tuples(kernels, kernels, kernels).map(list)),
+        "strides": [[1, 1, 1], *each(st.tuples(steps, steps, steps).map(list))[1:]],
+        "n_conv_per_stage_decoder": each(st.integers(1, 2))[1:],
+        "blocks": each(st.integers(1, 2)),
+        "conv_bias": draw(st.booleans()),
+    }
+
+
+@given(
+    class_name=st.sampled_from([RES, PLAIN]),
+    trained=topologies(),
+    wanted=topologies(),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    scope=st.sampled_from(["encoder", "encoder+decoder"]),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_pair_of_topologies_is_accounted_for(class_name, trained, wanted, channels, scope):
+    for arguments in (trained, wanted):
+        arguments[BLOCKS[class_name]] = arguments.pop("blocks")
+    source = pretrained(class_name, channels[0], patch=(16, 16, 32), **trained)
+    network = target(class_name, (16, 16, 32), channels[1], **wanted)
+    check_account(source, network, scope=scope)
+
+
+@st.composite
+def transformers(draw):
+    """Keyword arguments of a small Primus with heads 12 wide, and its patch."""
+    steps = st.sampled_from([1, 2, 4])
+    kernel = [draw(steps), draw(steps), draw(st.sampled_from([2, 4]))]
+    heads = draw(st.integers(1, 3))
+    grid = [draw(st.integers(1, 3)) for _ in range(3)]
+    kwargs = {"embed_dim": 12 * heads, "eva_numheads": heads, "eva_depth": draw(st.integers(1, 3))}
+    return {**kwargs, "patch_embed_size": kernel}, tuple(g * k for g, k in zip(grid, kernel, strict=True))
+
+
+@given(
+    trained=transformers(),
+    wanted=transformers(),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    order=st.sampled_from(["hwd", "whd"]),
+    scope=st.sampled_from(["encoder", "encoder+decoder"]),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_pair_of_transformers_is_accounted_for(trained, wanted, channels, order, scope):
+    source = pretrained("Primus", channels[0], trained[1], **trained[0])
+    network = target("Primus", wanted[1], channels[1], **wanted[0])
+    check_account(source, network, scope=scope, token_order=order)
+
+
+def check_account(source, network, **settings):
+    """Every tensor of both sides has one fate, and the network is what the report says."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    report = transfer_weights(source.checkpoint, network, **settings)
+    after = network.state_dict()
+    assert {row.name for row in report.rows} == set(after)
+    assert [row.name for row in report.source_rows] == list(source.checkpoint.tensors)
+    for row in report.rows:
+        if row.fate == "fresh":
+            assert row.reason
+            assert torch.equal(after[row.name], before[row.name]), row.name
+        elif row.fate == "copied":
+            assert torch.equal(after[row.name], source.checkpoint.tensors[row.source])
+        else:
+            assert row.reason
+            assert after[row.name].shape == row.target_shape
+            assert 0 <= row.fresh_numbers < row.numbers
+    used = {row.name for row in report.source_rows if row.fate == "used"}
+    assert {row.source for row in report.rows if row.fate != "fresh"} - {None} <= used
+    assert all(row.reason for row in report.source_rows if row.fate == "dropped")

@@ -1,0 +1,131 @@
+"""Which normalisation each channel of a dataset gets: the pre-training's, nnU-Net's for the data, or one by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.fingerprint import DatasetFingerprint
+from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.settings import TransferSettings
+
+logger = logging.getLogger(__name__)
+
+Normalization = tuple[list[str], list[bool]]
+"""nnU-Net's name of the scheme, and whether only nonzero voxels count, for each channel."""
+
+FROM_PRETRAINING, FROM_DATA = "from_pretraining", "from_data"
+SCHEMES_BY_NAME = {
+    "zscore": "ZScoreNormalization",
+    "ct": "CTNormalization",
+    "none": "NoNormalization",
+    "rescale_to_0_1": "RescaleTo01Normalization",
+    "rgb_to_0_1": "RGBTo01Normalization",
+}
+"""What a user may call them."""
+
+_SCHEME_OF_CHANNEL = {**SCHEMES_BY_NAME, "nonorm": "NoNormalization"}
+"""nnU-Net's choice by the channel's name in dataset.json; z-score for all other names."""
+
+_MUCH_IS_CROPPED = 0.75
+"""Where cropping leaves less than this of the median image, nnU-Net's z-score looks at nonzero voxels only."""
+
+
+def choose_normalization(
+    wish: str,
+    pretraining: AdaptationPlan,
+    raw: RawDataset,
+    fingerprint: DatasetFingerprint,
+    settings: TransferSettings,
+) -> Normalization:
+    """Normalisation of each channel.
+
+    Args:
+        wish: ``from_pretraining``, ``from_data`` (nnU-Net's rule: by the channel's name), or one of
+            :data:`SCHEMES_BY_NAME`; or one of these for each channel, separated by commas.
+
+    Raises ConfigurationError for a wish that can't be read, PlanError where the pre-training's channels differ and nobody
+    says which is which.
+    """
+    wishes = _parsed(wish, raw)
+    pretrained = _of_pretraining(pretraining, raw, settings) if FROM_PRETRAINING in wishes else ([], [])
+    natural = _of_data(raw, fingerprint)
+    schemes, masks = [], []
+    for channel, (name, chosen) in enumerate(zip(raw.channel_names, wishes, strict=True)):
+        if chosen == FROM_PRETRAINING:
+            scheme, mask = pretrained[0][channel], pretrained[1][channel]
+            if natural[0][channel] == "CTNormalization" != scheme:
+                logger.warning(
+                    "channel %r is CT, the weights saw %s images, and so will the network: --normalization from_data takes "
+                    "nnU-Net's normalisation of CT instead",
+                    name,
+                    scheme,
+                )
+        elif chosen == FROM_DATA:
+            scheme, mask = natural[0][channel], natural[1][channel]
+        else:
+            scheme = SCHEMES_BY_NAME[chosen]
+            mask = scheme == natural[0][channel] and natural[1][channel]
+        schemes.append(scheme)
+        masks.append(mask)
+    return schemes, masks
+
+
+def _parsed(wish: str, raw: RawDataset) -> list[str]:
+    words = [word.strip().lower() for word in wish.split(",")]
+    known = (FROM_PRETRAINING, FROM_DATA, *SCHEMES_BY_NAME)
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise ConfigurationError(f"--normalization {wish}: {unknown[0]!r} is none of {', '.join(known)}")
+    if len(words) not in (1, raw.num_channels):
+        raise ConfigurationError(
+            f"--normalization {wish}: {len(words)} entries for {raw.num_channels} channel(s) "
+            f"({', '.join(raw.channel_names)}); give one for all, or one for each"
+        )
+    return words * raw.num_channels if len(words) == 1 else words
+
+
+def _of_data(raw: RawDataset, fingerprint: DatasetFingerprint) -> Normalization:
+    schemes = [_usual_scheme(name) for name in raw.channel_names]
+    cropped = fingerprint.median_relative_size_after_cropping < _MUCH_IS_CROPPED
+    return schemes, [cropped and scheme == "ZScoreNormalization" for scheme in schemes]
+
+
+def _usual_scheme(channel_name: str) -> str:
+    return _SCHEME_OF_CHANNEL.get(channel_name.casefold(), "ZScoreNormalization")
+
+
+def _of_pretraining(pretraining: AdaptationPlan, raw: RawDataset, settings: TransferSettings) -> Normalization:
+    """That of the pre-training channel whose kernel a channel takes.
+
+    Where all had one scheme it is for all channels; else they are matched by the map of channels, or by their number.
+    """
+    schemes = list(pretraining.normalization_schemes) or ["ZScoreNormalization"]
+    masks = list(pretraining.use_mask_for_norm) or [False]
+    if len(masks) < len(schemes):
+        masks = (masks * len(schemes))[: len(schemes)]
+    if len(set(schemes)) == 1 and len(set(masks)) == 1:
+        return schemes[:1] * raw.num_channels, masks[:1] * raw.num_channels
+    if not isinstance(settings.channels, str):
+        return _by_map(settings.channels, schemes, masks, raw.channel_names)
+    if len(schemes) == raw.num_channels:
+        return schemes, masks[: len(schemes)]
+    raise PlanError(
+        f"the pre-training normalised its {len(schemes)} channels differently ({', '.join(schemes)}), so there is no one "
+        f"scheme for the dataset's {raw.num_channels} channels: say which is which with --channels, such as "
+        + ",".join(f"{name}={min(i, len(schemes) - 1)}" for i, name in enumerate(raw.channel_names))
+        + ", or choose with --normalization"
+    )
+
+
+def _by_map(
+    channels: Sequence[int | None], schemes: Sequence[str], masks: Sequence[bool], names: Sequence[str]
+) -> Normalization:
+    known = dict(enumerate(zip(schemes, masks, strict=False)))
+    taken = [
+        known.get(-1 if channel is None else channel, (_usual_scheme(name), False))
+        for channel, name in zip(channels, names, strict=False)
+    ]
+    return [scheme for scheme, _ in taken], [mask for _, mask in taken]
