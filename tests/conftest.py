@@ -14,6 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 CHECKPOINTS = Path(__file__).parent / "data" / "nnssl_checkpoints"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Downloads and unpacked zips of a test are its own, wherever they are kept by default."""
+    folder = tmp_path_factory.mktemp("cache_home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "nnssl_adapt"
+
+
 @pytest.fixture
 def nnunet_folders(tmp_path, monkeypatch):
     """nnUNet_raw, _preprocessed and _results below a temporary folder, which is returned."""

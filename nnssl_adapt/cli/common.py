@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped as asked, and saved; start it again with --c
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 Run = Callable[[argparse.Namespace], int]
@@ -33,8 +34,13 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
     if not verbose:  # libraries talking to each other's developers
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from nnssl_adapt.errors import TrainingStopped
+
     try:
         return run(parsed)
+    except TrainingStopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         _complain("interrupted. What was finished is kept: run the same command again to go on", verbose)
         return EXIT_INTERRUPTED
@@ -131,6 +137,7 @@ def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
     from nnssl_adapt.weights.checkpoint import open_checkpoint
 
+    logging.getLogger("nnssl_adapt.weights.checkpoint").setLevel(logging.ERROR)  # its notes are shown below
     checkpoint = open_checkpoint(
         arguments.source,
         revision=arguments.revision,

@@ -6,6 +6,7 @@ With --prove both encoders compute the same image and are compared stage by stag
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("nnssl_adapt.weights.transfer").setLevel(logging.WARNING)
     network, settings, heads, whose = _target(checkpoint, arguments)
     report = na.transfer_weights(checkpoint, network, **_as_arguments(settings), head_names=heads)
-    print(f"\n{whose}:\n{report}")
+    own_notes = tuple(note for note in report.notes if note not in checkpoint.notes)  # the others were shown above
+    print(f"\n{whose}:\n{dataclasses.replace(report, notes=own_notes)}")
     content: dict[str, Any] = {"checkpoint": describe(checkpoint), "transfer": report.to_dict()}
     passed = True
     if arguments.prove:

@@ -281,9 +281,12 @@ def _mark_outside(labels: np.ndarray | None, data: np.ndarray) -> np.ndarray:
     nonzero = data[0] != 0
     for channel in data[1:]:
         nonzero |= channel != 0
-    outside = ~fill_holes(nonzero)
+    outside = fill_holes(nonzero)
+    np.logical_not(outside, out=outside)
     seg = np.zeros((1, *outside.shape), np.int16) if labels is None else labels
-    seg[0][outside & (seg[0] == 0)] = -1
+    if outside.any():
+        outside &= seg[0] == 0
+        np.copyto(seg[0], -1, where=outside)
     return seg
 
 

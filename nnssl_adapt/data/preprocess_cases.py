@@ -64,6 +64,7 @@ def preprocess_cases(
     overwrite: bool = False,
     progress: bool | None = None,
     shard: Shard = WHOLE,
+    check: bool = False,
 ) -> CaseStore:
     """Preprocess every training case into a store. A case that is there, whole and unchanged is kept.
 
@@ -78,6 +79,7 @@ def preprocess_cases(
         overwrite: do every case again.
         progress: whether to draw a progress bar with the cases' names.
         shard: which part of the cases to do; several processes, on several machines, may each do one at the same time.
+        check: read what is there and compare it with its checksums, so that a damaged disk does not go unnoticed.
 
     Returns:
         The store, with every case of the dataset (of the shard).
@@ -102,6 +104,9 @@ def preprocess_cases(
     for case in mine:
         sources = [describe_source(path) for path in case.files]
         if overwrite or not store.is_complete(case.identifier, digest, sources):
+            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
+        elif check and not store.is_complete(case.identifier, read_all=True):
+            logger.warning("%s: what is stored of case %s is damaged: made again", store.folder, case.identifier)
             tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
     if len(tasks) < len(mine):
         logger.info("%d of %d cases are already preprocessed", len(mine) - len(tasks), len(mine))

@@ -14,16 +14,19 @@ import math
 import os
 import pickle
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import blosc2
 import numpy as np
+import SimpleITK as sitk
+from isal import isal_zlib
 
+from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, DatasetNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json
 
@@ -116,12 +119,16 @@ class CaseStore:
             write_json(self._records / "settings.json", settings)
 
     def is_complete(
-        self, identifier: str, digest: str | None = None, sources: Iterable[Mapping[str, Any]] | None = None
+        self,
+        identifier: str,
+        digest: str | None = None,
+        sources: Iterable[Mapping[str, Any]] | None = None,
+        read_all: bool = False,
     ) -> bool:
         """Whether a case is whole and, where given, made with these settings from these (unchanged) source files.
 
-        ``sources`` are :func:`describe_source` of its files. nnU-Net's folders have no records: there all that can be
-        asked is whether the files exist.
+        ``sources`` are :func:`describe_source` of its files. With ``read_all`` every byte is compared with its checksum, not
+        only the number of bytes. nnU-Net's folders have no records: there all that can be asked is whether the files exist.
         """
         if not self._records.is_dir():
             return digest is None and sources is None and all(path.is_file() for path in self._paths(identifier))
@@ -130,8 +137,11 @@ class CaseStore:
             return False
         if sources is not None and record.get("sources") != list(sources):
             return False
-        sizes = record.get("outputs", {})
-        return all(path.is_file() and path.stat().st_size == sizes.get(path.name) for path in self._paths(identifier))
+        sizes, sums = record.get("outputs", {}), record.get("crc32", {})
+        paths = self._paths(identifier)
+        if not all(path.is_file() and path.stat().st_size == sizes.get(path.name) for path in paths):
+            return False
+        return not read_all or all(_checksum(path) == sums.get(path.name) for path in paths)
 
     def open(self, identifier: str) -> StoredCase:
         """Open a case for reading. Raises CaseError if it is missing, incomplete or damaged."""
@@ -187,6 +197,8 @@ class CaseStore:
             "digest": digest,
             "sources": list(sources),
             "outputs": {path.name: len(content) for path, content in contents},
+            "crc32": {path.name: isal_zlib.crc32(content) for path, content in contents},
+            "made_with": _versions(),
         }
         write_json(self._record(identifier), record)
 
@@ -230,6 +242,26 @@ def describe_source(path: Path) -> dict[str, Any]:
     """What tells a changed source file from an unchanged one: name, bytes, time of last change. Not where it lies."""
     status = path.stat()
     return {"name": path.name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            value = isal_zlib.crc32(block, value)
+    return value
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """What decides the voxels of a case, beside its settings."""
+    versions = {"numpy": np.__version__, "SimpleITK": sitk.Version_VersionString(), "blosc2": blosc2.__version__}
+    for package in ("nnssl-adapt", "scipy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from its sources
+            versions[package] = "not installed"
+    return versions
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -305,70 +337,6 @@ def _open_array(path: Path) -> blosc2.NDArray:
         return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **_MMAP)
     except (RuntimeError, OSError, ValueError) as error:
         raise CaseError(f"{path} is damaged ({error}): delete it and preprocess again") from error
-
-
-# -- properties --------------------------------------------------------------------------------------------------------
-
-_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "slice"): slice,
-    ("builtins", "complex"): complex,
-    ("builtins", "bytearray"): bytearray,
-}
-"""What a case's pickle may name: containers and arrays. NumPy's private rebuilders are added from a sample pickle, since
-their module differs between NumPy 1 (``numpy.core``) and 2 (``numpy._core``)."""
-
-
-class _PropertiesUnpickler(pickle.Unpickler):
-    """Unpickler for plain data: a pickle that names anything else could run code, and is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = (_current_module(module), name)
-        if key in _ALLOWED_GLOBALS:
-            return _ALLOWED_GLOBALS[key]
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _current_module(name: str) -> str:
-    """Today's name of a module: pickles of NumPy 1, and those of protocol 2 and below, name older ones."""
-    if name == "__builtin__":
-        return "builtins"
-    return name.replace("numpy.core", "numpy._core")
-
-
-def _allow_numpy_rebuilders() -> None:
-    for sample, protocol in ((np.zeros(1), 2), (np.float64(0), 2), (np.zeros(1), 5)):
-        function: Any = sample.__reduce_ex__(protocol)[0]
-        _ALLOWED_GLOBALS[(_current_module(function.__module__), function.__name__)] = function
-    _ALLOWED_GLOBALS[("_codecs", "encode")] = _latin1_bytes
-
-
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """What protocol 2 calls to rebuild bytes, for its one encoding only (others may run third-party codecs)."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_allow_numpy_rebuilders()
-
-
-def load_properties(path: Path) -> dict[str, Any]:
-    """Read a case's ``.pkl`` without running code. Raises CaseError if it is damaged or names more than plain data."""
-    try:
-        with open(path, "rb") as stream:
-            properties = _PropertiesUnpickler(stream).load()
-    except pickle.UnpicklingError as error:
-        raise CaseError(f"{path} is damaged or not a case's properties ({error}): preprocess again") from error
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise CaseError(f"{path} can't be read ({type(error).__name__}: {error}): preprocess again") from error
-    if not isinstance(properties, dict):
-        raise CaseError(f"{path}: expected a dict of properties, got {type(properties).__name__}")
-    return properties
 
 
 def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarray] | None:

@@ -125,9 +125,12 @@ def median_spacing(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequenc
 def resampled_shape(
     shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> tuple[int, int, int]:
-    """Voxels an image has at another spacing; rounded half to even, as nnU-Net does. Bad spacings: ConfigurationError."""
+    """Voxels an image has at another spacing; rounded half to even, as nnU-Net does. Bad spacings: ConfigurationError.
+
+    An axis that is thinner than half a voxel keeps one; nnU-Net's rounding leaves nothing of such an image.
+    """
     spacing, new_spacing = checked_spacing(spacing), checked_spacing(new_spacing)
-    z, y, x = (round(old / new * int(n)) for n, old, new in zip(shape, spacing, new_spacing, strict=True))
+    z, y, x = (max(1, round(old / new * int(n))) for n, old, new in zip(shape, spacing, new_spacing, strict=True))
     return z, y, x
 
 

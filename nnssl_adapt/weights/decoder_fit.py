@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnssl_adapt.weights.checkpoint import Checkpoint
-from nnssl_adapt.weights.fitting import Decision, DoesNotFit, Fitted, Role, fit, times
+from nnssl_adapt.weights.fitting import Decision, DoesNotFit, Fitted, Role, fit, in_full_precision, times
 from nnssl_adapt.weights.heads import HeadsDiffer, fit_heads
 from nnssl_adapt.weights.layout import NetworkParts, TargetTensor, below, join
 from nnssl_adapt.weights.matching import (
@@ -97,7 +97,7 @@ class DecoderFit:
         first = relative.startswith("stages.") and ".convs.0." in relative and value.ndim == 5
         role = Role("up-sampling", features=1) if is_upsampling else Role(joined=2 if first else 1)
         try:
-            return Decision(fit(value, target.tensor, role), names=tuple(names))
+            return Decision(fit(in_full_precision(value), target.tensor, role), names=tuple(names))
         except DoesNotFit as error:
             return Decision.problem(f"{names[0]} does not fit: {error}", names)
 

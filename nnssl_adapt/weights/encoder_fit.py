@@ -19,6 +19,7 @@ from nnssl_adapt.weights.fitting import (
     Role,
     check_channel_map,
     fit,
+    in_full_precision,
     times,
     unused_channels,
 )
@@ -157,8 +158,7 @@ class EncoderFit:
     def _fit(self, target: TargetTensor, value: Tensor) -> Fitted:
         before: tuple[str, ...] = ()
         role = Role()
-        if value.is_floating_point():  # sums and interpolations of half-precision weights are taken in full precision
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
+        value = in_full_precision(value)
         if self.parts.is_positions(target):
             value, before = self._fit_positions(value, target.tensor.shape[1])
             role = Role(features=2)

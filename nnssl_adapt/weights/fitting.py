@@ -80,6 +80,11 @@ class Role:
     features: int = 0
 
 
+def in_full_precision(value: Tensor) -> Tensor:
+    """Half-precision weights as float32, so that sums and interpolations of them lose nothing; others as they are."""
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+
+
 def fit(value: Tensor, into: Tensor, role: Role) -> Fitted:
     """Return the checkpoint's ``value`` in the shape of the network's ``into``, which gives the numbers that are new.
 

@@ -34,8 +34,16 @@ def match_heads(trained: Sequence[str], wanted: Sequence[str]) -> list[int | Non
         raise HeadsDiffer(f"the network predicts {kinds[0]}, the checkpoint {kinds[1]}")
     origin = [there.index(name) if name in there else None for name in here]
     if all(source is None for name, source in zip(here, origin, strict=True) if name != BACKGROUND):
-        raise HeadsDiffer(f"no label name agrees ({', '.join(wanted)} here, {', '.join(trained)} in the checkpoint)")
+        raise HeadsDiffer(
+            f"no label name agrees ({_foreground(wanted)} here, {_foreground(trained)} in the checkpoint)"
+        )
     return origin
+
+
+def _foreground(names: Sequence[str]) -> str:
+    """``liver, spleen``; of many the first three and how many more."""
+    shown = [name for name in names if _plain(name) != BACKGROUND]
+    return ", ".join(shown) if len(shown) <= 4 else f"{', '.join(shown[:3])} and {len(shown) - 3} more"
 
 
 def _plain(name: str) -> str:

@@ -79,8 +79,6 @@ def transfer_weights(
     transfer = _Transfer(checkpoint, network, settings, head_names)
     report = transfer.plan()
     transfer.apply()
-    for note in report.notes:
-        logger.info("%s: %s", checkpoint.origin, note)
     for warning in report.warnings:
         logger.warning("%s: %s", checkpoint.origin, warning)
     return report

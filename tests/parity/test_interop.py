@@ -22,7 +22,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl_adapt as na
-from nnssl_adapt.data.store import load_properties
+from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.inference.model_folder import ModelFolder
 
 TESTS = Path(__file__).parents[1]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import nnssl_adapt.data.store as store_module
+from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.data.store import (
     CaseStore,
     PreprocessedCase,
     describe_source,
-    load_properties,
     piece_shapes,
 )
 from nnssl_adapt.errors import CaseError, DatasetNotFound, OutputError
@@ -229,6 +229,28 @@ def test_numpy_1_pickles_name_another_module(tmp_path: Path) -> None:
     content = pickle.dumps({"a": np.arange(3)}, protocol=2).replace(b"numpy._core", b"numpy.core")
     (tmp_path / "a.pkl").write_bytes(content)
     np.testing.assert_array_equal(load_properties(tmp_path / "a.pkl")["a"], np.arange(3))
+
+
+@pytest.mark.parametrize("name", ["a.b2nd", "a_seg.b2nd", "a.pkl"])
+def test_a_flipped_bit_is_found_when_everything_is_read(tmp_path: Path, name: str) -> None:
+    store = CaseStore(tmp_path)
+    store.begin({"digest": "d"})
+    store.write("a", some_case(), PATCH, digest="d")
+    assert store.is_complete("a", "d", read_all=True)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / name).write_bytes(content)
+    assert store.is_complete("a", "d")  # as many bytes as ever
+    assert not store.is_complete("a", "d", read_all=True)
+
+
+def test_a_record_says_what_made_the_case(tmp_path: Path) -> None:
+    store = CaseStore(tmp_path)
+    store.begin({"digest": "d"})
+    store.write("a", some_case(), PATCH, digest="d")
+    record = json.loads((tmp_path / ".nnssl_adapt" / "cases" / "a.json").read_text())
+    assert {"numpy", "scipy", "SimpleITK", "blosc2", "nnssl-adapt"} == set(record["made_with"])
+    assert record["made_with"]["numpy"] == np.__version__
 
 
 def test_a_full_disk_is_named_and_leaves_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

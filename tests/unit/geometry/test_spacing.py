@@ -43,3 +43,7 @@ def test_wrong_wishes(mode, fixed, message):
 
 def test_resampled_shape_rounds_half_to_even():
     assert resampled_shape((10, 5, 7), (1.0, 0.5, 1.5), (1.0, 1.0, 1.0)) == (10, 2, 10)
+
+
+def test_an_axis_never_vanishes():
+    assert resampled_shape((1, 3, 2), (0.4, 1.0, 0.2), (1.0, 2.0, 1.0)) == (1, 2, 1)

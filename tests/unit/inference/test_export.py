@@ -8,7 +8,7 @@ from model_folders import plans_content
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_arrays
-from nnssl_adapt.data.store import load_properties
+from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.planning.plan import FinetunePlan

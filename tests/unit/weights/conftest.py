@@ -1,15 +1,12 @@
-"""A hub and a web server on this machine, and caches in temporary folders."""
+"""A hub and a web server on this machine, and every family of checkpoints."""
+
+from functools import cache
 
 import pytest
 from hub_server import HubServer, WebServer
+from nnssl_families import FAMILIES, STEMS
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Downloads and unpacked zips of a test are its own, wherever they are kept by default."""
-    folder = tmp_path_factory.mktemp("cache_home")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "nnssl_adapt"
+from nnssl_adapt.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -35,3 +32,26 @@ def hub(monkeypatch):
 def no_waiting(monkeypatch):
     """huggingface_hub's pauses between attempts take no time."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """``family(name, channels)``: the family's files and truth, made once."""
+
+    @cache
+    def build(name, channels=1):
+        return FAMILIES[name](name, tmp_path_factory.mktemp("family") / "files", channels)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def opened(family):
+    """``opened(name, channels)``: our reading of it; of several stems the first."""
+
+    @cache
+    def read(name, channels=1):
+        stem = STEMS[0] if name == "MultiTalent" else None
+        return open_checkpoint(family(name, channels).source, stem=stem)
+
+    return read

@@ -62,6 +62,17 @@ def test_a_supervised_network_is_the_same_network_afterwards(class_name, prefix)
     assert dropped == {"the encoder again, under the decoder"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_decoder_is_averaged_in_full_precision(dtype):
+    source = supervised(RES, kernel_sizes=[[3, 3, 3]] * 3)
+    halves = {name: tensor.to(dtype) for name, tensor in source.checkpoint.tensors.items()}
+    network = target(RES, kernel_sizes=[[1, 3, 3]] * 3)
+    transfer_weights(replace(source.checkpoint, tensors=halves), network, head_names=TRAINED)
+    name = "decoder.stages.0.convs.0.conv.weight"
+    expected = halves[name].double().sum(2, keepdim=True)
+    torch.testing.assert_close(network.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_scope_decides_whatever_the_kind_of_weights():
     source = supervised()
     report = transfer_weights(source.checkpoint, target(), scope="encoder", head_names=TRAINED[:2])
@@ -215,7 +226,11 @@ def test_heads_move_by_their_names_and_the_others_stay():
     [
         ((), ("background", "a", "b"), "what the checkpoint's heads stand for is not known"),
         (TRAINED, (), "what the network's heads stand for is not known"),
-        (TRAINED, ("background", "liver", "spleen"), r"no label name agrees \(background, liver, spleen here"),
+        (
+            TRAINED,
+            ("background", "liver", "spleen"),
+            r"no label name agrees \(liver, spleen here, cord, Lesion in",
+        ),
         (TRAINED, ("cord", "lesion", "both"), "the network predicts regions, the checkpoint labels"),
         (("cord", "lesion", "both"), TRAINED, "the network predicts labels, the checkpoint regions"),
     ],
