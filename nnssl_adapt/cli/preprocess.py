@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
         "--shard", metavar="I/N", help="do only part I of N of the cases, so that N jobs can fill one store together"
     )
     parser.add_argument(
+        "--check", action="store_true", help="compare what is there with its checksums, and make damaged cases again"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="compare the spacing modes, show the plan, and write nothing"
     )
     parser.add_argument("--overwrite_pp", action="store_true", help="preprocess every case again, replace the plan")
@@ -46,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_only(arguments, dataset, checkpoint, workers)
     plan = plan_from(arguments, dataset, checkpoint, workers)
     print(plan)
-    store = na.preprocess_dataset(plan, workers=workers, overwrite=arguments.overwrite_pp, shard=shard)
+    store = na.preprocess_dataset(
+        plan, workers=workers, overwrite=arguments.overwrite_pp, shard=shard, check=arguments.check
+    )
     if shard != WHOLE and not plan.plans_file.is_file():
         print(f"\npart {shard} is done; the plan is saved when all parts are")
         return EXIT_OK

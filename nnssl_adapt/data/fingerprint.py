@@ -10,18 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
-from nnssl_adapt.data.images import read_image, read_labels
+from nnssl_adapt.data.case_measures import MeasuredCase, measure_case, memory_to_measure, merged
+from nnssl_adapt.data.dataset import MAX_LISTED, RawDataset
 from nnssl_adapt.data.parallel import over_cases
-from nnssl_adapt.errors import CaseError, DatasetError
+from nnssl_adapt.errors import DatasetError
 from nnssl_adapt.files import write_json
-from nnssl_adapt.geometry.cropping import nonzero_box
 
 _TOTAL_SAMPLES = 10e7
 """Foreground voxels drawn from the whole dataset, in equal parts from each case (nnU-Net's number)."""
-
-_SEED = 1234
-_DRAWS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,25 +69,35 @@ class DatasetFingerprint:
         }
 
 
-def fingerprint_dataset(dataset: RawDataset, workers: int = 1, progress: bool | None = None) -> DatasetFingerprint:
+def fingerprint_dataset(
+    dataset: RawDataset, workers: int = 1, progress: bool | None = None, parts: Path | None = None
+) -> DatasetFingerprint:
     """Measure a dataset as ``nnUNetv2_extract_fingerprint`` does.
 
     The same voxels are drawn, so that percentiles, minimum and maximum are equal to nnU-Net's; mean and standard deviation
     are summed in double precision and agree to 1e-6.
 
+    Args:
+        dataset: what to measure.
+        workers: processes, one case each; no more at a time than memory allows.
+        progress: whether to draw a progress bar.
+        parts: folder where each case's share is kept, so that an interrupted run goes on where it stopped. The caller
+            removes it when the fingerprint is safe.
+
     Raises:
         DatasetError: cases can't be read (lists them), or no label file has any foreground.
     """
     draws = int(_TOTAL_SAMPLES // len(dataset.cases))
-    tasks = [(case.identifier, (case, draws)) for case in dataset.cases]
-    outcomes = {o.identifier: o for o in over_cases(_measure_case, tasks, workers, "Fingerprint", progress)}
+    tasks = [(case.identifier, (case, draws, parts)) for case in dataset.cases]
+    needs = {case.identifier: memory_to_measure(case, draws) for case in dataset.cases}
+    outcomes = {o.identifier: o for o in over_cases(measure_case, tasks, workers, "Fingerprint", progress, needs)}
     bad = [f"{o.identifier}: {o.complaint}" for o in outcomes.values() if o.error is not None]
     if bad:
         more = f"\n  ... and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
         raise DatasetError(
             f"{dataset.name}: {len(bad)} cases can't be read:\n  " + "\n  ".join(bad[:MAX_LISTED]) + more
         )
-    measured: list[_MeasuredCase] = [outcomes[case.identifier].value for case in dataset.cases]
+    measured: list[MeasuredCase] = [outcomes[case.identifier].value for case in dataset.cases]
     if not any(len(values) for case in measured for values, _ in case.intensities):
         raise DatasetError(f"{dataset.name}: no label file has a foreground voxel (value above 0) inside its image")
     return DatasetFingerprint(
@@ -105,57 +111,8 @@ def fingerprint_dataset(dataset: RawDataset, workers: int = 1, progress: bool | 
     )
 
 
-@dataclass(frozen=True)
-class _MeasuredCase:
-    """``intensities`` has for each channel the values drawn, ascending, and how often each was."""
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    relative_size: float
-    intensities: list[tuple[np.ndarray, np.ndarray]]
-
-
-def _measure_case(case: RawCase, draws: int) -> _MeasuredCase:
-    image, geometry = read_image(case.images)
-    if case.label is None:
-        raise CaseError(f"case {case.identifier} has no labels")
-    labels, label_geometry = read_labels(case.label)
-    if label_geometry.size != geometry.size:
-        raise CaseError(f"{case.label} has shape {label_geometry.size}, its image {geometry.size}")
-    box = tuple(slice(low, high) for low, high in nonzero_box(image))
-    foreground = labels[0][box] > 0
-    random = np.random.RandomState(_SEED)
-    shape = foreground.shape
-    return _MeasuredCase(
-        shape=shape,
-        spacing=geometry.spacing,
-        relative_size=float(np.prod(shape) / np.prod(geometry.size)),
-        intensities=[_drawn(channel[box][foreground], draws, random) for channel in image],
-    )
-
-
-def _drawn(voxels: np.ndarray, draws: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Draw with replacement, as ``random.choice(voxels, draws)``, and return the distinct values and their counts.
-
-    Counts instead of the up to 1e8 values themselves: a dataset of few cases would need gigabytes.
-    """
-    if not len(voxels):
-        return np.zeros(0, np.float32), np.zeros(0, np.int64)
-    hits = np.zeros(len(voxels), np.int64)
-    for start in range(0, draws, _DRAWS_AT_ONCE):
-        hits += np.bincount(random.randint(0, len(voxels), min(_DRAWS_AT_ONCE, draws - start)), minlength=len(voxels))
-    return _merged(voxels, hits)
-
-
-def _merged(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    used = counts > 0
-    distinct, place = np.unique(values[used], return_inverse=True)
-    merged = np.bincount(place.reshape(-1), weights=counts[used], minlength=len(distinct))
-    return distinct, merged.astype(np.int64)
-
-
 def _statistics(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    values, counts = _merged(np.concatenate([v for v, _ in parts]), np.concatenate([c for _, c in parts]))
+    values, counts = merged(np.concatenate([v for v, _ in parts]), np.concatenate([c for _, c in parts]))
     total = int(counts.sum())
     exact = values.astype(np.float64)
     mean = float((exact * counts).sum() / total)

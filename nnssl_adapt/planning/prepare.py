@@ -20,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def preprocess_dataset(
-    plan: FinetunePlan, workers: int = 2, overwrite: bool = False, progress: bool = True, shard: Shard = WHOLE
+    plan: FinetunePlan,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: bool = True,
+    shard: Shard = WHOLE,
+    check: bool = False,
 ) -> CaseStore:
     """Preprocess the plan's dataset and save the plan beside it; what is already there and unchanged is kept.
 
@@ -34,6 +39,7 @@ def preprocess_dataset(
         progress: whether to draw a progress bar.
         shard: the part of the cases to do, so that several jobs can fill one store; the plan is saved by the one that
             finds all cases done.
+        check: compare what is there with its checksums first; damaged cases are made again.
 
     Raises:
         PreprocessingError: some cases could not be done (the others were; run it again after mending them).
@@ -46,7 +52,14 @@ def preprocess_dataset(
     load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)
     _copy_reference_labels(raw, plan.dataset_folder / "gt_segmentations")
     store = preprocess_cases(
-        raw, plan.settings, plan.store_folder, workers=workers, overwrite=overwrite, progress=progress, shard=shard
+        raw,
+        plan.settings,
+        plan.store_folder,
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+        shard=shard,
+        check=check,
     )
     missing = {case.identifier for case in raw.cases} - set(store.identifiers)
     if missing:

@@ -217,6 +217,7 @@ def test_pieces_are_cut_as_by_nnunet() -> None:
 def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor as peer
 
+    import nnssl_adapt.data.case_measures as measures_module
     import nnssl_adapt.data.fingerprint as our_module
 
     make_dataset(tmp_path / "raw", cases=4, channels=2, shape=(14, 20, 17), dtype=dtype, seed=5)
@@ -228,7 +229,7 @@ def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     extractor.show_progress_bar = False
     # A hundredth of the usual number of draws, still several of our pieces, to save the peer's time.
     monkeypatch.setattr(our_module, "_TOTAL_SAMPLES", 10e5)
-    monkeypatch.setattr(our_module, "_DRAWS_AT_ONCE", 60_000)
+    monkeypatch.setattr(measures_module, "_DRAWS_AT_ONCE", 60_000)
     extractor.num_foreground_voxels_for_intensitystats = 10e5
     extractor.run()
     theirs = DatasetFingerprint.load(tmp_path / "preprocessed" / "Dataset991_Tiny" / "dataset_fingerprint.json")

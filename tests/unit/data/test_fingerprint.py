@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from synthetic import make_dataset, write_image
 
+import nnssl_adapt.data.case_measures as measures_module
 import nnssl_adapt.data.fingerprint as fingerprint_module
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset
@@ -56,6 +59,36 @@ def test_files_come_back(tmp_path: Path) -> None:
     fingerprint = fingerprint_dataset(dataset)
     fingerprint.save(tmp_path / "dataset_fingerprint.json")
     assert DatasetFingerprint.load(tmp_path / "dataset_fingerprint.json") == fingerprint
+
+
+def test_an_interrupted_run_goes_on_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_dataset(tmp_path, cases=3, channels=2, shape=(6, 9, 8))
+    undisturbed = fingerprint_dataset(RawDataset.open(root))
+    measured: list[str] = []
+    original = measures_module._measured
+
+    def noting(case: Any, draws: int) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case.identifier)
+        return original(case, draws)
+
+    monkeypatch.setattr(measures_module, "_measured", noting)
+    with pytest.raises(KeyboardInterrupt):
+        fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts")
+    assert measured == ["case_00", "case_01"]
+    monkeypatch.setattr(
+        measures_module, "_measured", lambda case, draws: measured.append(case) or original(case, draws)
+    )
+    measured.clear()
+    assert fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts") == undisturbed
+    assert [case.identifier for case in measured] == ["case_02"]
+    measured.clear()
+    # A damaged part, and a case whose image has changed since.
+    (tmp_path / "parts" / "case_00.npz").write_bytes((tmp_path / "parts" / "case_00.npz").read_bytes()[:-40])
+    os.utime(root / "imagesTr" / "case_01_0001.nii.gz", (5, 5))
+    assert fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts") == undisturbed
+    assert [case.identifier for case in measured] == ["case_00", "case_01"]
 
 
 def test_bad_cases_are_listed(tmp_path: Path) -> None:

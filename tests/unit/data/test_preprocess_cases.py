@@ -97,6 +97,24 @@ def test_a_second_run_does_only_what_is_missing_or_changed(
     assert sorted(done) == ALL
 
 
+def test_a_damaged_case_is_made_again_when_asked_to_check(
+    tmp_path: Path, dataset: RawDataset, done: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = preprocess_cases(dataset, settings(), tmp_path / "store", workers=1)
+    expected = store.open("case_02").data[:]
+    content = bytearray((tmp_path / "store" / "case_02.b2nd").read_bytes())
+    content[-200] ^= 1
+    (tmp_path / "store" / "case_02.b2nd").write_bytes(content)
+    done.clear()
+    preprocess_cases(dataset, settings(), tmp_path / "store", workers=1)
+    assert done == []
+    with caplog.at_level(logging.WARNING):
+        store = preprocess_cases(dataset, settings(), tmp_path / "store", workers=1, check=True)
+    assert done == ["case_02"]
+    assert "case case_02 is damaged: made again" in caplog.text
+    np.testing.assert_array_equal(store.open("case_02").data[:], expected)
+
+
 def test_other_settings_never_mix(
     tmp_path: Path, dataset: RawDataset, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
