@@ -23,7 +23,9 @@ NnsslAdaptError
 ├── TrainingError             a training run can't start or go on
 │   ├── DeviceUnavailable
 │   ├── NothingToResume
-│   └── NonFiniteLoss
+│   ├── NonFiniteLoss
+│   ├── OtherRankFailed       another of the processes that train together went away
+│   └── TrainingStopped       it was asked to stop, has saved, and can be gone on with
 ├── ModelFolderError          a trained model folder is incomplete or not one
 └── PredictionError           one or more images could not be predicted
 """
@@ -126,8 +128,19 @@ class NothingToResume(TrainingError):
     """``--c`` was given but the run has left no checkpoint."""
 
 
+class OtherRankFailed(TrainingError):
+    """Another of the processes that train together went away, so this one can't go on."""
+
+
 class NonFiniteLoss(TrainingError):
     """The loss was NaN or infinite too many times in a row."""
+
+
+class TrainingStopped(TrainingError):
+    """A run was asked to stop (by a signal or a time limit), has saved, and goes on with ``--c``.
+
+    The command line exits with 75 (``EX_TEMPFAIL`` of sysexits.h), on which a scheduler can start it again.
+    """
 
 
 class ModelFolderError(NnsslAdaptError):

@@ -8,8 +8,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnssl_adapt.weights.checkpoint import Checkpoint
@@ -133,21 +134,26 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-files-only", action="store_true", help="never touch the network")
 
 
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of :func:`add_source` say, as arguments of ``open_checkpoint``; only those that were given."""
+    given = {
+        "revision": arguments.revision,
+        "cache_dir": arguments.cache_dir,
+        "local_files_only": arguments.local_files_only or None,
+        "filename": arguments.source_file,
+        "fold": arguments.source_fold,
+        "stem": arguments.source_stem,
+        "axes": None if arguments.source_axes == "auto" else arguments.source_axes,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
     from nnssl_adapt.weights.checkpoint import open_checkpoint
 
     logging.getLogger("nnssl_adapt.weights.checkpoint").setLevel(logging.ERROR)  # its notes are shown below
-    checkpoint = open_checkpoint(
-        arguments.source,
-        revision=arguments.revision,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-        filename=arguments.source_file,
-        fold=arguments.source_fold,
-        stem=arguments.source_stem,
-        axes=arguments.source_axes,
-    )
+    checkpoint = open_checkpoint(arguments.source, **source_options(arguments))
     print(checkpoint)
     return checkpoint
 

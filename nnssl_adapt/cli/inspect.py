@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 from typing import TYPE_CHECKING, Any
 
 from nnssl_adapt.cli.common import EXIT_FAILED, EXIT_OK, add_source, add_verbose, open_source
@@ -35,8 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
 
     checkpoint = open_source(arguments)
-    # What the transfer logs is in its report, which is printed whole.
-    logging.getLogger("nnssl_adapt.weights.transfer").setLevel(logging.WARNING)
     network, settings, heads, whose = _target(checkpoint, arguments)
     report = na.transfer_weights(checkpoint, network, **_as_arguments(settings), head_names=heads)
     own_notes = tuple(note for note in report.notes if note not in checkpoint.notes)  # the others were shown above
