@@ -152,10 +152,22 @@ def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
     from nnssl_adapt.weights.checkpoint import open_checkpoint
 
-    logging.getLogger("nnssl_adapt.weights.checkpoint").setLevel(logging.ERROR)  # its notes are shown below
-    checkpoint = open_checkpoint(arguments.source, **source_options(arguments))
+    with _quiet("nnssl_adapt.weights.checkpoint"):  # its notes are printed with it
+        checkpoint = open_checkpoint(arguments.source, **source_options(arguments))
     print(checkpoint)
     return checkpoint
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Only errors are logged inside."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def default_workers() -> int:
