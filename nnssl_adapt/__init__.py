@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nnssl_adapt.data.preprocess import preprocess_case
     from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
+    from nnssl_adapt.evaluation.report import write_report
+    from nnssl_adapt.evaluation.show import show
     from nnssl_adapt.inference.model_folder import ModelFolder
     from nnssl_adapt.inference.predictor import Predictor
     from nnssl_adapt.planning.make import make_plan
@@ -45,7 +47,9 @@ _HOME = {
     "preprocess_dataset": "nnssl_adapt.planning.prepare",
     "prove_transfer": "nnssl_adapt.weights.prove",
     "reorient_dataset": "nnssl_adapt.data.reorient",
+    "show": "nnssl_adapt.evaluation.show",
     "transfer_weights": "nnssl_adapt.weights.transfer",
+    "write_report": "nnssl_adapt.evaluation.report",
 }
 
 __all__ = [
@@ -67,7 +71,9 @@ __all__ = [
     "preprocess_dataset",
     "prove_transfer",
     "reorient_dataset",
+    "show",
     "transfer_weights",
+    "write_report",
 ]
 
 

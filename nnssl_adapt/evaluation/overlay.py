@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nnssl_adapt.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c")
 
@@ -21,12 +25,26 @@ def draw_overlay(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     title: str = "",
 ) -> Path:
-    """Draw image, reference and prediction side by side in three planes, and save them as PNG.
+    """Save :func:`overlay_figure` as the PNG file ``path``, and return it."""
+    figure = overlay_figure(image, reference, prediction, class_names, spacing, title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return Path(path)
+
+
+def overlay_figure(
+    image: np.ndarray,
+    reference: np.ndarray | None,
+    prediction: np.ndarray | None,
+    class_names: Sequence[str],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    title: str = "",
+) -> Figure:
+    """Image, reference and prediction (those that are given) side by side in three planes.
 
     The planes go through the centre of the reference's foreground. The same class has the same colour in both.
 
     Args:
-        path: PNG file to write.
         image: one channel, (Z, Y, X).
         reference: label map (Z, Y, X) with values 1, 2, … for the names in ``class_names``.
         prediction: label map (Z, Y, X).
@@ -37,18 +55,17 @@ def draw_overlay(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    path = Path(path)
-    figure = Figure(figsize=(10, 10), layout="constrained", facecolor="white")
-    axes = figure.subplots(3, 3, squeeze=False)
-    centre = _centre(reference if (reference > 0).any() else prediction)
-    nothing = np.zeros_like(reference)
+    given = {"reference": reference, "prediction": prediction}
+    columns = {"image": None, **{what: labels for what, labels in given.items() if labels is not None}}
+    figure = Figure(figsize=(10 / 3 * max(2, len(columns)), 10), layout="constrained", facecolor="white")
+    axes = figure.subplots(3, len(columns), squeeze=False)
+    labelled = [labels for labels in columns.values() if labels is not None]
+    centre = _centre(next((labels for labels in labelled if (labels > 0).any()), np.zeros(image.shape, bool)))
     low, high = np.percentile(image, (1, 99.5))
     for row, (axis, name) in enumerate(zip(range(3), ("axial", "coronal", "sagittal"), strict=True)):
         index = centre[axis]
         across, down = (a for a in (2, 1, 0) if a != axis)
-        for column, (labels, what) in enumerate(
-            ((nothing, "image"), (reference, "reference"), (prediction, "prediction"))
-        ):
+        for column, (what, labels) in enumerate(columns.items()):
             plot = axes[row][column]
             plot.imshow(
                 image.take(index, axis),
@@ -58,17 +75,16 @@ def draw_overlay(
                 origin="lower",
                 aspect=spacing[down] / spacing[across],
             )
-            plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
+            if labels is not None:
+                plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
             plot.set_aspect(spacing[down] / spacing[across])
             plot.set_title(f"{what}, {name} {index}", fontsize=9)
             plot.set_axis_off()
-    handles = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(class_names)]
+    handles = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(class_names) if labelled]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    return path
+    return figure
 
 
 def _coloured(labels: np.ndarray, classes: int) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import math
 import re
@@ -173,6 +176,14 @@ class TransferReport:
         from nnssl_adapt.weights.transfer_picture import draw_report
 
         return draw_report(self, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture and, on a click, the table."""
+        stream = io.BytesIO()
+        self.plot().savefig(stream, format="png", dpi=100)
+        data = base64.b64encode(stream.getvalue()).decode("ascii")
+        picture = f'<img src="data:image/png;base64,{data}" style="max-width:100%" alt="transfer of weights">'
+        return f"{picture}<details><summary>the table</summary><pre>{html.escape(str(self))}</pre></details>"
 
     def __str__(self) -> str:
         lines = [self.title] if self.title else []

@@ -1,0 +1,24 @@
+"""Write one HTML page about a trained model: from what, how, and how good it is."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnssl_adapt.cli.common import EXIT_OK, add_verbose
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="trained model folder (the one with plans.json)")
+    parser.add_argument("-o", dest="output", help="HTML file to write (default: report.html in the model folder)")
+    parser.add_argument(
+        "--no-overlays", action="store_true", help="no pictures of cases, which need the images in nnUNet_raw"
+    )
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.evaluation.report import write_report
+
+    path = write_report(arguments.model, arguments.output, overlays=not arguments.no_overlays)
+    print(f"report: {path}")
+    return EXIT_OK

@@ -1,0 +1,68 @@
+"""Looking at images and segmentations in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnssl_adapt.data.images import read_image
+from nnssl_adapt.errors import CaseError
+from nnssl_adapt.evaluation.overlay import overlay_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def show(
+    image: Any,
+    label: Any = None,
+    prediction: Any = None,
+    class_names: Sequence[str] = (),
+    spacing: Sequence[float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw an image in three planes, with its labels and a prediction beside it where given; a notebook shows the figure.
+
+    Args:
+        image: a file, a SimpleITK image, or an array (Z, Y, X) or (C, Z, Y, X), of which the first channel is drawn.
+        label: the same, of whole numbers: 0 is background.
+        prediction: the same.
+        class_names: of the labels 1, 2, …; numbers where there are none.
+        spacing: millimetres (Z, Y, X); None: the image's own, 1 of an array.
+        title: headline.
+
+    Raises CaseError: a file can't be read, or the shapes differ.
+    """
+    volume, own = _volume(image)
+    labels = {
+        what: _volume(given)[0] for what, given in (("label", label), ("prediction", prediction)) if given is not None
+    }
+    for what, array in labels.items():
+        if array.shape != volume.shape:
+            raise CaseError(f"the {what} has shape {array.shape}, the image {volume.shape}")
+        if not np.array_equal(array, np.rint(array)):
+            raise CaseError(f"the {what} has values that are not whole numbers")
+    highest = max((int(array.max(initial=0)) for array in labels.values()), default=0)
+    names = [*class_names, *(str(value) for value in range(len(class_names) + 1, highest + 1))]
+    return overlay_figure(volume, labels.get("label"), labels.get("prediction"), names, spacing or own, title)
+
+
+def _volume(given: Any) -> tuple[np.ndarray, tuple[float, ...]]:
+    """An array (Z, Y, X) and its spacing."""
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    if isinstance(given, (str, Path)):
+        array, geometry = read_image([given])
+        spacing = geometry.spacing
+    elif isinstance(given, sitk.Image):
+        array, spacing = sitk.GetArrayFromImage(given), given.GetSpacing()[::-1]
+    else:
+        array = np.asarray(given)
+    if array.ndim == 4:
+        array = array[0]
+    if array.ndim != 3:
+        raise CaseError(f"expected three axes (Z, Y, X), or four with channels first, got shape {array.shape}")
+    return array, spacing

@@ -1,0 +1,189 @@
+"""The page about a model: what it shows, what it leaves out, and that a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from model_folders import LABELS, plans_content, write_model_folder
+from synthetic import write_image
+
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.evaluation.metrics import evaluate_folder
+from nnssl_adapt.evaluation.report import write_report
+from nnssl_adapt.evaluation.report_content import CaseResult, worst_median_best
+from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.weights.architectures import build_network
+from nnssl_adapt.weights.transfer import scratch_report
+
+SHAPE, SPACING = (8, 14, 11), (2.0, 1.0, 1.5)
+
+
+class Page(HTMLParser):
+    """Texts, addresses and unclosed tags of a page."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.texts, self.addresses = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(self.texts)
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+
+@pytest.fixture
+def trained(tmp_path, nnunet_folders):
+    """A model folder with a validated fold of three cases; predictions get worse from case to case."""
+    folder = write_model_folder(
+        nnunet_folders / "nnUNet_results", name="PretrainedTrainer__ptPlans__mae____X__3d_fullres"
+    )
+    raw = nnunet_folders / "nnUNet_raw" / "Dataset991_Tiny"
+    for needed in (raw / "imagesTr", raw / "labelsTr", folder / "fold_0" / "validation"):
+        needed.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(3):
+        labels = np.zeros(SHAPE, np.uint8)
+        labels[2:6, 3:10, 2:8] = 1
+        predicted = np.roll(labels, number, axis=1)
+        name = f"case_{number}"
+        write_image(raw / "imagesTr" / f"{name}_0000.nii.gz", random.normal(size=SHAPE).astype(np.float32), SPACING)
+        write_image(raw / "labelsTr" / f"{name}.nii.gz", labels, SPACING)
+        write_image(folder / "fold_0" / "validation" / f"{name}.nii.gz", predicted, SPACING)
+    evaluate_folder(
+        folder / "fold_0" / "validation",
+        raw / "labelsTr",
+        LabelScheme.from_dataset_json({"labels": LABELS}),
+        ".nii.gz",
+        output=folder / "fold_0" / "validation" / "summary.json",
+    )
+    return folder
+
+
+def test_the_page_says_what_the_files_say(trained):
+    plans = plans_content()
+    plans["plans_name"] = "ptPlans__mae____X"
+    plans["pretrain_info"] = {"citations": [{"name": "MAE", "apa_citations": ["He, K. & <others> (2022). Masked."]}]}
+    plans["nnssl_adapt"] = {
+        "source": {"repo_id": "owner/name", "revision": "abc123", "filename": "w.pth", "sha256": "0" * 64},
+        "spacing_mode": "fixed",
+    }
+    (trained / "plans.json").write_text(json.dumps(plans))
+    fold = trained / "fold_0"
+    network = build_network(ModelFolder.open(trained).plan.architecture, 1, 3, (16, 24, 32))
+    scratch_report(network).save(fold / "transfer_report.json")
+    recipe = {"name": "short", "epochs": 2, "learning_rate": 0.001}
+    (fold / "debug.json").write_text(json.dumps({"nnssl_adapt": "0.1", "torch": "2.x", "recipe": recipe}))
+    (fold / "metrics.jsonl").write_text('{"epoch": 0, "seconds": 3000}\n{"epoch": 1, "seconds": 1500}\n')
+    path = write_report(trained)
+    assert path == trained / "report.html"
+    page = Page(path)
+    assert page.open == []
+    for text in (
+        "Dataset991_Tiny",
+        "owner/name at revision abc123, w.pth",
+        "He, K. & <others> (2022). Masked.",
+        "from scratch",
+        "mean Dice of 3 validation cases",
+        "1.2 h",
+        "learning_rate: 0.001",
+        # The plan's axes are (1, 0, 2) of the image's: its spacing is given back in the image's order.
+        "nnUNetv2_preprocess_like_nnssl -d 991 -n mae -pc owner/name@abc123 -am fixed -os 1 2 1.5",
+        "nnUNetv2_train_pretrained -d 991 -c 3d_fullres -f 0 -p ptPlans__mae____X --recipe recipe.yaml",
+    ):
+        assert text in page.text, text
+    assert page.text.index("case_2") < page.text.index("case_1") < page.text.index("case_0")  # worst first
+    assert sum(address.startswith("data:image/png;base64,") for address in page.addresses) == 4
+    assert not re.search(r"https?://", path.read_text())
+
+
+def test_figures_are_those_of_the_cases(trained):
+    page = Page(write_report(trained, overlays=False))
+    overlap = [1.0, 6 / 7, 5 / 7]  # of seven rows, as many as are not rolled away
+    mean, deviation = sum(overlap) / 3, 1 / 7
+    assert f"{mean:.3f} ± {deviation:.3f}" in page.text
+    assert page.addresses == []
+    row = page.texts[page.texts.index("lesion", page.texts.index("lowest Dice")) :][:5]
+    assert row == ["lesion", "–", "–", "–", "0"]  # in no case at all
+
+
+def test_a_folder_of_nnunet_and_missing_images(trained, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    page = Page(write_report(trained, trained.parent / "elsewhere.html"))
+    assert "none named in the plan" in page.text
+    assert "case_2 (worst) is not drawn" in page.text
+    assert "-p nnUNetPlans -tr PretrainedTrainer" in page.text
+    assert "nnUNetv2_preprocess_like_nnssl" not in page.text
+
+
+def test_a_fold_that_was_not_validated(tmp_path):
+    page = Page(write_report(write_model_folder(tmp_path, folds=(0, 3))))
+    assert "folds 0, 3" in page.text
+    assert "No fold has been validated yet." in page.text
+
+
+def test_what_is_no_model_folder(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"plans\.json"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], []),
+        ([math.nan], []),
+        ([0.5], [("worst", 0.5)]),
+        ([0.9, 0.5], [("worst", 0.5), ("best", 0.9)]),
+        ([0.9, math.nan, 0.5, 0.7, 0.1], [("worst", 0.1), ("median", 0.5), ("best", 0.9)]),
+    ],
+)
+def test_worst_median_and_best_are_different_cases(values, expected):
+    cases = [CaseResult(f"c{i}", "0", {"a": {"Dice": v}}, None, None) for i, v in enumerate(values)]
+    assert [(what, case.mean_dice) for what, case in worst_median_best(cases)] == expected
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser (chromium)")
+def test_a_browser_shows_it_without_complaint(trained, tmp_path):
+    path = write_report(trained)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        "--window-size=1000,3000",
+    ]
+    places = [f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={tmp_path / 'page.png'}"]
+    shown = subprocess.run([BROWSER, *flags, *places, path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in shown.stderr
+    import matplotlib.image
+
+    picture = matplotlib.image.imread(tmp_path / "page.png")
+    assert picture.shape[:2] == (3000, 1000)
+    coloured = np.abs(picture[..., 0] - picture[..., 2]) > 0.1  # overlays, of red and blue on grey
+    assert coloured.mean() > 0.005

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from synthetic import write_image
+
+import nnssl_adapt as na
+from nnssl_adapt.errors import CaseError
+
+SHAPE, SPACING = (6, 9, 12), (3.0, 1.0, 0.5)
+
+
+def volumes():
+    image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:3, 2:5, 7:11] = 2
+    return image, labels
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def test_what_is_given_is_drawn_through_the_centre_of_the_labels():
+    image, labels = volumes()
+    figure = na.show(image, labels, np.roll(labels, 1, 0), spacing=SPACING)
+    assert titles(figure)[:3] == ["image, axial 2", "reference, axial 2", "prediction, axial 2"]  # centre 1.5, to even
+    assert titles(figure)[3] == "image, coronal 3" and titles(figure)[6] == "image, sagittal 8"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1", "2"]
+    # Rows of a coronal picture are slices of 3 mm, its columns 0.5 mm apart.
+    assert figure.axes[3].get_aspect() == 6
+    assert len(na.show(image).axes) == 3 and len(na.show(image[None], labels).axes) == 6
+    assert na.show(image, labels, class_names=("cord",)).legends[0].get_texts()[0].get_text() == "cord"
+
+
+def test_files_and_images_bring_their_spacing(tmp_path):
+    image, labels = volumes()
+    write_image(tmp_path / "a.nii.gz", image, SPACING)
+    itk = sitk.GetImageFromArray(labels)
+    itk.SetSpacing(SPACING[::-1])
+    for first in (tmp_path / "a.nii.gz", str(tmp_path / "a.nii.gz")):
+        assert na.show(first, itk).axes[2].get_aspect() == 6
+
+
+def test_what_does_not_fit_is_said():
+    image, labels = volumes()
+    with pytest.raises(CaseError, match=r"the label has shape \(6, 9, 11\), the image \(6, 9, 12\)"):
+        na.show(image, labels[..., 1:])
+    with pytest.raises(CaseError, match="the prediction has values that are not whole"):
+        na.show(image, labels, image)
+    with pytest.raises(CaseError, match="expected three axes"):
+        na.show(image[0])
