@@ -21,6 +21,15 @@ from nnssl_adapt.errors import OutputError
 TEMPORARY_PREFIX = ".unfinished-"
 
 
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+_UMASK = _umask()  # asked once: it can only be read by setting it, which other threads' files would notice
+
+
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write below ``path`` into an :class:`OutputError` that says what to do."""
@@ -67,9 +76,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             _flush_to_disk(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; a shared store must stay readable
+            temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files private; a shared store must stay readable
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ Run = Callable[[argparse.Namespace], int]
 def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[str] | None) -> int:
     """Parse, run, and turn any error into one line on stderr and an exit code (a traceback only with ``--verbose``)."""
     parsed = parser.parse_args(arguments)
+    parsed.command_line = list(sys.argv[1:] if arguments is None else arguments)
     # Before torch is loaded: its CPU threads then sleep while they wait for each other. By default they spin, which is a
     # fifth faster on an idle machine and ten times slower on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,7 +41,7 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
     try:
         return run(parsed)
     except TrainingStopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         _complain("interrupted. What was finished is kept: run the same command again to go on", verbose)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
-from nnssl_adapt.cli.train import parse_fold
+from nnssl_adapt.cli.train import add_run_flags, deadline_of, parse_fold, show_end
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 
@@ -21,16 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
     add_training_flags(parser)
+    add_run_flags(parser)
     add_source(parser)
     add_verbose(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    started = time.time()
     import nnssl_adapt as na
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.data.dataset import RawDataset
 
     fold = parse_fold(arguments.fold)
+    deadline = deadline_of(arguments, started)
     require_device(arguments.device)
     dataset = RawDataset.open(arguments.dataset)
     checkpoint = open_source(arguments)
@@ -47,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint=checkpoint,
         from_scratch=arguments.from_scratch,
         workers=arguments.workers,
+        trackers=arguments.track,
     )
-    model = trainer.run(resume=trainer.can_resume and not arguments.restart, save_probabilities=arguments.npz)
-    print(f"model in {model.path}\nnext:\n  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {model.path} -f {fold}")
+    model = trainer.run(
+        resume=False if arguments.restart else "auto", save_probabilities=arguments.npz, deadline=deadline
+    )
+    show_end(model.path, fold)
     return EXIT_OK

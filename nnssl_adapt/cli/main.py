@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nnssl_adapt.cli import demo, doctor, fetch, finetune, inspect, predict, preprocess, reorient, train
+from nnssl_adapt.cli import demo, doctor, fetch, finetune, inspect, predict, preprocess, reorient, report, train
 from nnssl_adapt.cli.common import run_command
 
 _COMMANDS = {
@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": (train, "fine-tune one fold (as nnUNetv2_train_pretrained)"),
     "reorient": (reorient, "copies of a dataset whose images all lie the same way"),
     "predict": (predict, "segment images with a trained model"),
+    "report": (report, "one HTML page about a trained model"),
     "demo": (demo, "the whole road on an embedded example, in minutes on a CPU"),
     "doctor": (doctor, "versions, devices, folders, and who owns which command"),
 }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample", "auto")
 
+PRESETS = ("default", "ResEncM", "ResEncL", "ResEncXL")
+
 WEIGHTS_OWN = "as-weights"
 """``--reorient`` without a code: the orientation that the weights want."""
 
@@ -52,9 +54,20 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
         parser.add_argument(
             "--keep-topology",
             action="store_true",
-            help="keep network, spacing and patch of the dataset's nnU-Net plans (-pl), fit the weights to them, and call the "
-            "plan ptPlans_dynamic__NAME (as nnUNetv2_plan_like_dynamic)",
+            help="keep network, spacing and patch of the dataset's nnU-Net plans (-pl; where there are none, plan them here by "
+            "nnU-Net's rules), fit the weights to them, and call the plan ptPlans_dynamic__NAME (as nnUNetv2_plan_like_dynamic)",
         )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="plan the network of --keep-topology here, as nnU-Net's planner of this name, whatever plans there are "
+        "(default: the dataset's nnU-Net plans, else ResEncL for weights of residual encoders and default for plain ones)",
+    )
+    parser.add_argument(
+        "--fit-gpu",
+        metavar="auto|16GB",
+        help="choose the largest patch, then batch, that train in the memory of the GPU here (auto) or in this much",
+    )
     parser.add_argument(
         "-pl", dest="base_plans", help="existing nnU-Net plans to start from (default: nnUNetPlans if there)"
     )
@@ -119,4 +132,6 @@ def plan_from(
         workers=workers,
         progress=True,
         fingerprint=fingerprint,
+        preset=arguments.preset,
+        fit_gpu=arguments.fit_gpu,
     )

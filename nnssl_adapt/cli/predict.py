@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from nnssl_adapt.cli.common import EXIT_OK, add_verbose
+from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_workers
+
+_WORTH_PROCESSES = 3
+"""Images from which on starting worker processes, which takes seconds, pays."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-i", dest="images", required=True, nargs="+", help="folder of images, or the channel files of one case"
+        "-i", dest="images", required=True, nargs="+", help="folder of images, or files: of one case, or of several"
     )
     parser.add_argument("-o", dest="output", required=True, help="folder (or, for one case, file) to write to")
-    parser.add_argument("-m", dest="model", required=True, help="trained model folder (the one with plans.json)")
+    _add_model(parser)
     parser.add_argument(
-        "-f", dest="folds", nargs="+", default=None, help="folds to average (default: all that are trained)"
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=None,
+        help="folds to average, or all (default: every one that is trained)",
     )
     parser.add_argument("--checkpoint", choices=("final", "best"), default="final")
     parser.add_argument(
@@ -24,39 +32,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-tta", action="store_true", help="no mirroring: up to 8 times faster, a little less accurate"
     )
     parser.add_argument("--save-probabilities", action="store_true", help="also write nnU-Net's .npz and .pkl")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="predict every image anew (the default)")
+    again.add_argument(
+        "--continue",
+        dest="keep_finished",
+        action="store_true",
+        help="leave out what this model with these settings has finished in the output folder",
+    )
+    parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the images, for several machines")
     parser.add_argument(
-        "--continue", dest="keep_existing", action="store_true", help="skip segmentations that already exist"
+        "-np",
+        dest="workers",
+        type=int,
+        default=None,
+        help="processes that read and export images (default: by the cores; 0: threads of this process)",
     )
     parser.add_argument(
         "--float16-sums",
         action="store_true",
         help="add overlapping tiles up in float16 as nnU-Net does, to reproduce its labels exactly (default: float32)",
     )
-    parser.add_argument("-device", "--device", default="cuda", choices=("cuda", "cpu", "mps"))
+    parser.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the network on a GPU (default fp16)"
+    )
+    parser.add_argument("-device", "--device", default="cuda", help="cuda, cuda:1, mps or cpu (default cuda)")
     add_verbose(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model: its folder, or what finds it in nnUNet_results")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "-m", dest="model", help="trained model folder (the one with plans.json), or a dataset's id or name"
+    )
+    which.add_argument("-d", dest="dataset", help="dataset's id or name")
+    group.add_argument("-p", dest="plans", help="name of the plans (default: whichever there is)")
+    group.add_argument("-tr", dest="trainer", help="name of the trainer (likewise)")
+    group.add_argument("-c", dest="configuration", help="name of the configuration (likewise)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
     import nnssl_adapt as na
+    from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 
+    part = WHOLE if arguments.part is None else Shard.parse(arguments.part)
+    workers = _workers(arguments)
     predictor = na.Predictor(
-        arguments.model,
+        _model_folder(arguments),
         folds=arguments.folds,
         checkpoint=arguments.checkpoint,
         device=arguments.device,
         step=arguments.step_size,
         tta=not arguments.no_tta,
         accumulation_dtype=torch.float16 if arguments.float16_sums else torch.float32,
+        precision=arguments.precision,
     )
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     predictor.predict(
         images,
         arguments.output,
-        overwrite=not arguments.keep_existing,
+        overwrite=not arguments.keep_finished,
         save_probabilities=arguments.save_probabilities,
         progress=True,
+        workers=workers,
+        part=part,
     )
     print(f"segmentations in {arguments.output}")
     return EXIT_OK
+
+
+def _model_folder(arguments: argparse.Namespace) -> Path:
+    """The folder given by ``-m``, or found by dataset, plans, trainer and configuration."""
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.inference.find_model import find_model_folder
+
+    dataset = arguments.dataset
+    if dataset is None:
+        path = Path(arguments.model).expanduser()
+        if path.exists() or len(path.parts) > 1:
+            flags = {"-p": arguments.plans, "-tr": arguments.trainer, "-c": arguments.configuration}
+            extra = [flag for flag, value in flags.items() if value is not None]
+            if extra:
+                raise ConfigurationError(f"{', '.join(extra)}: they choose among the models of a dataset (-d)")
+            return path
+        dataset = arguments.model
+    return find_model_folder(dataset, arguments.plans, arguments.trainer, arguments.configuration)
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.errors import ConfigurationError
+
+    if arguments.workers is not None:
+        if arguments.workers < 0:
+            raise ConfigurationError(f"-np {arguments.workers}: expected 0 (threads) or a number of processes")
+        return int(arguments.workers)
+    given = Path(arguments.images[0])
+    images = sum(1 for _ in given.iterdir()) if len(arguments.images) == 1 and given.is_dir() else len(arguments.images)
+    return min(default_workers(), images) if images >= _WORTH_PROCESSES else 0

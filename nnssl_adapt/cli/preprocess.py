@@ -64,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> int:
-    """Compare the spacing modes and show the plan that would be made; nothing is written."""
+    """Compare the spacing modes, show the plan that would be made and the memory it takes; nothing is written."""
     from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.planning.fit_gpu import plan_memory
     from nnssl_adapt.planning.make import load_or_make_fingerprint, spacing_advice
 
     if arguments.reorient is not None:
@@ -74,13 +75,15 @@ def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: C
         )
     fingerprint = load_or_make_fingerprint(dataset, workers, progress=True, save=False)
     if not arguments.keep_topology:
-        advice = spacing_advice(checkpoint, fingerprint, arguments.spacing)
+        advice = spacing_advice(checkpoint, fingerprint, arguments.spacing, dataset.labels.num_heads)
         print(f"\nSpacing modes for {dataset.name}:\n{advice}\n")
         arguments.mode = advice.picked if arguments.mode == "auto" else arguments.mode
         if arguments.mode != "fixed":
             arguments.spacing = None  # was only to be compared
     plan = plan_from(arguments, dataset, checkpoint, workers, fingerprint)
-    print(f"{plan}\nNothing was written: leave --dry-run out to go on")
+    print(plan)
+    print(f"Memory on a GPU, predicted: {plan_memory(plan, dataset.labels.num_heads)}")
+    print("Nothing was written: leave --dry-run out to go on")
     return EXIT_OK
 
 

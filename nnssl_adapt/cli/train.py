@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_verbose, run_command
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command, source_options
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
+
+if TYPE_CHECKING:
+    from nnssl_adapt.training.stopping import Deadline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,52 +35,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         help="the pre-trained weights, for a plan that names none, or where they lie now (they must be the plan's own)",
     )
-    parser.add_argument("-num_gpus", type=int, default=1, help="GPUs (only 1 so far)")
-    parser.add_argument("--c", dest="resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "-num_gpus", type=int, default=1, help="train with so many processes on this machine, a GPU each (default 1)"
+    )
+    parser.add_argument(
+        "--c",
+        dest="resume",
+        nargs="?",
+        const="yes",
+        metavar="auto",
+        help="go on from the last checkpoint; --c auto: or start, if there is none",
+    )
     parser.add_argument("--val", action="store_true", help="only validate checkpoint_final")
     parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best instead of checkpoint_final")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints (for trying things)")
     add_training_flags(parser)
+    add_run_flags(parser)
+    add_source(parser)
     add_verbose(parser)
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="tensorboard|wandb",
+        help="send each epoch's figures there as well (repeatable)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        metavar="MINUTES|HH:MM:SS",
+        help="save and stop before so much time is over, with exit code 75; in a Slurm job its end counts as well (none: not)",
+    )
+
+
+def deadline_of(arguments: argparse.Namespace, started: float) -> Deadline | None:
+    """When the run has to be over, by ``--time-limit`` counted from ``started`` (seconds since 1970) and by Slurm."""
+    from nnssl_adapt.training.stopping import find_deadline
+
+    return find_deadline(arguments.time_limit, started)
+
+
 def run(arguments: argparse.Namespace) -> int:
+    started = time.time()
     import nnssl_adapt as na
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.paths import find_dataset_name
+    from nnssl_adapt.training.distributed import distributed
+    from nnssl_adapt.training.launch import launch_wanted, run_ranks
 
     dataset, configuration, fold = _dataset_configuration_fold(arguments)
-    if arguments.num_gpus != 1:
-        raise ConfigurationError(f"-num_gpus {arguments.num_gpus}: training on several GPUs is not there yet; use 1")
     if arguments.source and arguments.from_scratch:
         raise ConfigurationError("-pretrained_weights and --from_scratch contradict each other: give one of them")
+    deadline = deadline_of(arguments, started)
     require_device(arguments.device)
+    if launch_wanted(arguments.num_gpus):
+        return run_ranks(without_subcommand(arguments.command_line), arguments.num_gpus, arguments.device)
     plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
-    trainer = na.PretrainedTrainer(
-        plan,
-        fold=fold,
-        recipe=recipe_from(arguments, plan.architecture.is_transformer),
-        device=arguments.device,
-        checkpoint=arguments.source,
-        from_scratch=arguments.from_scratch,
-        workers=arguments.workers,
-        disable_checkpointing=arguments.disable_checkpointing,
-    )
-    model = trainer.run(
-        resume=arguments.resume,
-        validate_only=arguments.val,
-        checkpoint_for_validation="best" if arguments.val_best else "final",
-        save_probabilities=arguments.npz,
-    )
-    print(f"model in {model.path}\nnext:\n  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {model.path} -f {fold}")
+    recipe = recipe_from(arguments, plan.architecture.is_transformer)
+    if arguments.source and recipe.from_scratch:
+        raise ConfigurationError(
+            f"recipe {recipe.name} starts from random weights, and -pretrained_weights names some: leave one of them out"
+        )
+    with distributed(arguments.device) as ranks:
+        trainer = na.PretrainedTrainer(
+            plan,
+            fold=fold,
+            recipe=recipe,
+            device=arguments.device,
+            checkpoint=arguments.source,
+            source_options=source_options(arguments),
+            from_scratch=arguments.from_scratch,
+            workers=arguments.workers,
+            trackers=arguments.track,
+            disable_checkpointing=arguments.disable_checkpointing,
+            ranks=ranks,
+        )
+        model = trainer.run(
+            resume="auto" if arguments.resume == "auto" else arguments.resume is not None,
+            validate_only=arguments.val,
+            checkpoint_for_validation="best" if arguments.val_best else "final",
+            save_probabilities=arguments.npz,
+            deadline=deadline,
+        )
+    if ranks.is_main:
+        show_end(model.path, fold)
     return EXIT_OK
+
+
+def show_end(model: Path, fold: int | str) -> None:
+    """Write the report, and say where everything is and what comes next."""
+    from nnssl_adapt.errors import NnsslAdaptError
+    from nnssl_adapt.evaluation.report import write_report
+
+    print(f"model in {model}")
+    try:
+        print(f"report: {write_report(model)}")
+    except NnsslAdaptError as error:  # the model is what matters
+        print(f"no report: {error}")
+    print(f"next:\n  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {model} -f {fold}")
+
+
+def without_subcommand(command_line: Sequence[str]) -> list[str]:
+    """The words of ``nnssl-adapt train …`` that ``nnUNetv2_train_pretrained`` takes, too."""
+    return list(command_line[1:] if command_line[:1] == ["train"] else command_line)
 
 
 def _dataset_configuration_fold(arguments: argparse.Namespace) -> tuple[str, str, int | str]:
     """Both ways of naming them: ``-d 41 -c 3d_fullres -f 0`` and ``41 3d_fullres 0`` (nnU-Net's documentation has both)."""
     from nnssl_adapt.errors import ConfigurationError
 
+    if arguments.resume not in (None, "yes", "auto"):  # --c 41 3d_fullres 0: its value is none, but the first word
+        arguments.positional, arguments.resume = [arguments.resume, *arguments.positional], "yes"
     given = arguments.positional
     flags = (arguments.dataset, arguments.configuration, arguments.fold)
     if given and any(flag is not None for flag in flags):

@@ -78,7 +78,7 @@ def over_cases(
     outcomes = (
         _in_this_process(function, tasks)
         if workers <= 1
-        else _in_workers(function, tasks, min(workers, len(tasks)), _Budget.of(memory, workers))
+        else _in_workers(function, tasks, min(workers, len(tasks)), Budget.of(memory, workers))
     )
     with contextlib.closing(outcomes), tqdm(total=len(tasks), desc=title, unit="case", disable=not progress) as bar:
         for outcome in outcomes:
@@ -105,14 +105,14 @@ def _in_this_process(
 
 
 @dataclass(frozen=True)
-class _Budget:
+class Budget:
     """What cases need and what there is, in bytes; ``limit`` None: not known."""
 
     needs: Mapping[str, int]
     limit: int | None
 
     @classmethod
-    def of(cls, needs: Mapping[str, int] | None, workers: int) -> _Budget:
+    def of(cls, needs: Mapping[str, int] | None, workers: int) -> Budget:
         available = available_memory() if needs else None
         limit = None if available is None else int(_USABLE_SHARE * available) - workers * _WORKER_BYTES
         return cls(needs or {}, limit)
@@ -130,11 +130,11 @@ class _Budget:
 
 
 def _in_workers(
-    function: Callable[..., Any], tasks: Sequence[tuple[str, tuple[Any, ...]]], workers: int, budget: _Budget
+    function: Callable[..., Any], tasks: Sequence[tuple[str, tuple[Any, ...]]], workers: int, budget: Budget
 ) -> Generator[Outcome, None, None]:
     # The function goes to the initializer too: unpickling it imports its libraries, whose threads are then limited.
     executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker, initargs=(function,)
+        workers, multiprocessing.get_context("spawn"), initializer=prepare_worker, initargs=(function,)
     )
     running: dict[Future[Any], str] = {}
     waiting = deque(tasks)
@@ -165,7 +165,7 @@ def _in_workers(
         ) from error
     finally:
         if not finished:
-            _kill_workers(executor)
+            kill_workers(executor)
         executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -176,13 +176,14 @@ def _one_case(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         give_back_freed_memory()  # the next case may be small, and other workers' cases large
 
 
-def _kill_workers(executor: ProcessPoolExecutor) -> None:
+def kill_workers(executor: ProcessPoolExecutor) -> None:
     """End workers in the middle of their cases (they leave no half-written one); they ignore an interrupt themselves."""
     for process in list((getattr(executor, "_processes", None) or {}).values()):
         process.kill()
 
 
-def _prepare_worker(function: Callable[..., Any]) -> None:
+def prepare_worker(function: Callable[..., Any]) -> None:
+    """Initializer of worker processes: one computing thread, deaf to Ctrl-C, and gone when their parent is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what to do
     threadpool_limits(1)
     reuse_freed_memory()

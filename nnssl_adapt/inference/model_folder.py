@@ -12,13 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.inference.trainer_class import architecture_of_stock_trainer
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.weights.architectures import build_network
+from nnssl_adapt.weights.architectures import Architecture, build_network
 from nnssl_adapt.weights.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.weight_file import read_weight_file
 
@@ -204,11 +206,29 @@ class ModelFolder:
 
     # -- the network -----------------------------------------------------------------------------------------------
 
-    def build_network(self) -> nn.Module:
-        """The plan's network, with random weights, for this dataset's channels and labels."""
-        return build_network(
-            self.plan.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
-        )
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the network that was trained: the plan's, unless nnU-Net's trainer built a Primus of its own."""
+        planned = self.plan.architecture
+        for fold in self.folds if not planned.is_transformer else ():
+            trainer = self.load_weights(fold, self._checkpoints(fold)[0]).trainer_name
+            return architecture_of_stock_trainer(trainer) or planned
+        return planned
+
+    def build_network(self, empty: bool = False) -> nn.Module:
+        """The network, with random weights, for this dataset's channels and labels.
+
+        ``empty``: with whatever stands in memory for weights, which is many times faster. For those who load all of them.
+        """
+        arguments = self.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
+        if not empty:
+            return build_network(*arguments)
+        with torch.device("meta"):
+            network = build_network(*arguments)
+        # Transformers compute some of their tensors when they are built, and don't save them.
+        if len(network.state_dict()) < len(list(network.parameters())) + len(list(network.buffers())):
+            return build_network(*arguments)
+        return network.to_empty(device="cpu")
 
     def load_into(self, network: nn.Module, weights: FoldWeights, where: str | Path) -> None:
         """Overwrite the network's weights by a fold's; every tensor must have its match.
@@ -227,7 +247,7 @@ class ModelFolder:
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ModelFolderError(
-                f"{where} is not of the network in plans.json ({self.plan.architecture}): "
+                f"{where} is not of the network in plans.json ({self.architecture}): "
                 f"{'; '.join(sorted(problems)[:3])}{more}. Either the files were mixed up, or the trainer "
                 f"{weights.trainer_name or '(unnamed)'} builds another network than its plan says"
             )

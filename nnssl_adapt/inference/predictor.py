@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from nnssl_adapt.data.images import ImageGeometry, write_labels
-from nnssl_adapt.data.preprocess import preprocess_arrays
-from nnssl_adapt.data.store import PreprocessedCase
-from nnssl_adapt.errors import ConfigurationError, NnsslAdaptError, OutputError, PredictionError
-from nnssl_adapt.files import atomic_path, make_folder
+from nnssl_adapt.data.images import ImageGeometry
+from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError, NnsslAdaptError, PredictionError
+from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, make_folder, sha256_of
 from nnssl_adapt.inference.device import check_device
-from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
+from nnssl_adapt.inference.foresight import count_tiles, foresee
+from nnssl_adapt.inference.in_memory import checked_array, expected_channels, to_simpleitk
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
-from nnssl_adapt.inference.sliding_window import Progress, sliding_window_logits
-from nnssl_adapt.inference.tasks import Images, ImageTask, checked_array, image_tasks
+from nnssl_adapt.inference.pipeline import Pipeline
+from nnssl_adapt.inference.progress_bar import TileBar
+from nnssl_adapt.inference.record import PredictionRecord
+from nnssl_adapt.inference.sliding_window import Allocate, Progress, sliding_window_logits
+from nnssl_adapt.inference.steps import Steps
+from nnssl_adapt.inference.tasks import Images, ImageTask, image_tasks, is_image_file, is_in_memory
 
 logger = logging.getLogger(__name__)
 
 _LISTED_FAILURES = 20
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+Precision = Literal["fp16", "bf16", "fp32"]
 
 
 class Predictor:
@@ -45,11 +51,14 @@ class Predictor:
         tta: average over mirrored images too, where training mirrored: more accurate, up to 8 times slower.
         accumulation_dtype: of the sums over tiles. float16 gives nnU-Net's labels to the voxel, with its rounding: there
             logits are off by a thousandth, and by up to 0.5 in the corners of the image.
+        precision: of the network on CUDA: ``fp16`` as nnU-Net, ``bf16``, or ``fp32``. An image whose numbers are too large
+            for it is done again in float32. Other devices always compute in float32.
+        batch_size: tiles, mirrored copies included, that go through the network together; None: as fits the device.
 
     Raises:
         DeviceUnavailable: this machine has no such device.
         ModelFolderError, PlanError, CheckpointError: the folder can't be used, see :meth:`ModelFolder.open`.
-        ConfigurationError: the step or the folds make no sense.
+        ConfigurationError: the step, the folds or the precision make no sense.
     """
 
     def __init__(
@@ -61,16 +70,25 @@ class Predictor:
         step: float = 0.5,
         tta: bool = True,
         accumulation_dtype: torch.dtype = torch.float32,
+        precision: Precision = "fp16",
+        batch_size: int | None = None,
     ) -> None:
         self.device = check_device(device)
+        if precision not in _PRECISIONS:
+            raise ConfigurationError(f"precision {precision!r}: expected {', '.join(_PRECISIONS)}")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigurationError(f"a batch of {batch_size} tiles: at least one is needed")
         if not 0 < step <= 1:
             raise ConfigurationError(f"the tile step is a fraction of the patch, 0 < step <= 1, got {step}")
         path = model_folder.path if isinstance(model_folder, ModelFolder) else model_folder
         self.model = ModelFolder.open(path)
         self.folds = _choose_folds(self.model, folds, checkpoint)
         self.step = step
+        self.checkpoint = checkpoint
         self.accumulation_dtype = accumulation_dtype
-        self._network = self.model.build_network()
+        self.precision = precision
+        self.batch_size = batch_size
+        self._network = self.model.build_network(empty=True)
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
         self._loaded = len(self._weights) - 1
         self.mirror_axes = self._weights[0].mirror_axes if tta else ()
@@ -78,33 +96,65 @@ class Predictor:
 
     def _load(self, fold: Fold, checkpoint: Which) -> FoldWeights:
         weights = self.model.load_weights(fold, checkpoint)
-        self.model.load_into(self._network, weights, self.model.checkpoint_path(fold, checkpoint))
+        where = self.model.checkpoint_path(fold, checkpoint)
+        if weights.configuration != self.model.configuration:
+            raise ModelFolderError(
+                f"{where} was trained in configuration {weights.configuration}, other folds of {self.model.path} in "
+                f"{self.model.configuration}: they can't be averaged"
+            )
+        self.model.load_into(self._network, weights, where)
         return weights
 
     # -- arrays --------------------------------------------------------------------------------------------------
 
-    def predict_logits(self, image: np.ndarray | Tensor, progress: Progress | None = None) -> Tensor:
-        """Logits (K, Z, Y, X) on the CPU for a preprocessed image (C, Z, Y, X); mean over the folds."""
+    def predict_logits(
+        self, image: np.ndarray | Tensor, progress: Progress | None = None, allocate: Allocate | None = None
+    ) -> Tensor:
+        """Logits (K, Z, Y, X) on the CPU for a preprocessed image (C, Z, Y, X); mean over the folds.
+
+        ``progress`` is called after each tile; ``allocate`` makes the tensor that is returned.
+        """
         tensor = torch.as_tensor(image)
         total: Tensor | None = None
         for index, weights in enumerate(self._weights):
             if index != self._loaded:
                 self._network.load_state_dict(weights.network_weights)
                 self._loaded = index
-            logits = sliding_window_logits(
+            logits = self._fold_logits(tensor, _part_of(progress, index, len(self._weights)), allocate)
+            total, allocate = (logits if total is None else total.add_(logits)), None
+        assert total is not None
+        return total.div_(len(self._weights)) if len(self._weights) > 1 else total
+
+    def _fold_logits(self, image: Tensor, progress: Progress | None, allocate: Allocate | None) -> Tensor:
+        def run(precision: torch.dtype | None) -> Tensor:
+            return sliding_window_logits(
                 self._network,
-                tensor,
+                image,
                 self.plan.patch_size,
                 self.model.labels.num_heads,
                 step=self.step,
                 mirror_axes=self.mirror_axes,
                 device=self.device,
+                autocast_dtype=precision,
                 accumulation_dtype=self.accumulation_dtype,
-                progress=_part_of(progress, index, len(self._weights)),
+                progress=progress,
+                batch_size=self.batch_size,
+                allocate=allocate,
             )
-            total = logits if total is None else total.add_(logits)
-        assert total is not None
-        return total.div_(len(self._weights))
+
+        wanted = _PRECISIONS[self.precision]
+        try:
+            return run(wanted)
+        except PredictionError as error:
+            if self.device.type != "cuda" or wanted is None:
+                raise
+            logger.warning("%s: this image is done again in float32", error)
+            return run(None)
+        except NotImplementedError as error:
+            raise PredictionError(
+                f"PyTorch can't run a part of this network on {self.device.type}: use -device cpu"
+                + (", or export PYTORCH_ENABLE_MPS_FALLBACK=1" if self.device.type == "mps" else "")
+            ) from error
 
     def predict_array(
         self,
@@ -128,11 +178,10 @@ class Predictor:
             ConfigurationError: neither geometry nor spacing was given.
             CaseError: the image has another number of axes or channels, or NaN voxels.
         """
-        array, geometry = checked_array(self.model, image, geometry, spacing)
-        case = self._preprocess(array, geometry)
-        return logits_to_segmentation(
-            self.predict_logits(case.data, progress), case.properties, self.plan, self.model.labels
-        )
+        task = ImageTask("array", (), None, checked_array(self.model, image, geometry, spacing))
+        steps = self._steps(False)
+        prepared = steps.prepare(task)
+        return steps.export(task, self.predict_logits(prepared.data, progress), prepared.properties, prepared.geometry)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -146,113 +195,138 @@ class Predictor:
         overwrite: bool = True,
         save_probabilities: bool = False,
         progress: bool = False,
-    ) -> np.ndarray | dict[str, np.ndarray] | list[Path]:
-        """Segment one image or a folder of images.
+        workers: int = 0,
+        part: Shard = WHOLE,
+    ) -> np.ndarray | sitk.Image | dict[str, np.ndarray] | list[Path]:
+        """Segment one image, or many.
+
+        Reading, preprocessing, the network and export overlap; no more images are in memory than fit, by their headers.
 
         Args:
-            images: a folder (``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, … for each case), one file, the list of one
-                image's channel files, or an array (see :meth:`predict_array`).
+            images: a folder (``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, … for each case), files (of one image, or of
+                several that are called as in a folder), an array (see :meth:`predict_array`), or a SimpleITK image (or
+                the list of its channels).
             output: a folder, where each segmentation is called as its case; for one image also a file. None: the
                 segmentation is returned and not written.
             geometry: of an array.
             spacing: (Z, Y, X) in mm of an array that has no geometry.
-            overwrite: predict again what is already there; otherwise that is skipped.
+            overwrite: predict everything anew. False: leave out what this model with these settings has finished in the
+                output folder, by its ``predicted.jsonl``; whatever else lies there is predicted again.
             save_probabilities: also write ``.npz`` and ``.pkl``, as nnU-Net does, for ensembles.
             progress: whether to draw a progress bar on stderr.
+            workers: processes that read and export (Linux; a script that calls this then needs the usual
+                ``if __name__ == "__main__":``); 0: threads of this process. Images in memory stay in this process.
+            part: do only a part of the images, for several machines.
 
         Returns:
-            The files, if there is an output; else labels (Z, Y, X), and for a folder a dict of them by case.
+            The files, if there is an output; else labels (Z, Y, X) as an array, or as a SimpleITK image if such was given;
+            for several images a dict of arrays by case.
 
         Raises:
             CaseError: the image can't be read, or doesn't have the model's channels; files are missing in the folder.
-            PredictionError: some images of a folder failed (each is named; the others are done), or the network's
-                output is not finite.
+            PredictionError: some of several images failed (each is named; the others are done), the network's output is
+                not finite, or a worker process was killed.
             OutputError: the output can't be written.
             ConfigurationError: input and output don't go together.
         """
         if output is None and save_probabilities:
             raise ConfigurationError("probabilities are written to files: give an output folder")
-        is_folder = isinstance(images, (str, Path)) and Path(images).is_dir()
-        tasks = image_tasks(self.model, images, None if output is None else Path(output), geometry, spacing)
-        if is_folder and output is not None:
-            self._describe_output(Path(output))
-        waiting = [task for task in tasks if overwrite or not task.is_done(save_probabilities)]
-        if len(waiting) < len(tasks):
-            logger.info("%d of %d images are already predicted", len(tasks) - len(waiting), len(tasks))
-        results, failures = self._run(waiting, save_probabilities, progress)
-        if failures and not is_folder:
+        target = None if output is None else Path(output)
+        tasks = image_tasks(self.model, images, target, geometry, spacing)
+        several = len(tasks) > 1 or (isinstance(images, (str, Path)) and Path(images).is_dir())
+        tasks = tasks[part.number - 1 :: part.total]
+        record = None
+        if target is not None and not is_image_file(target):
+            self._describe_output(target)
+            record = PredictionRecord(target, self._settings)
+        waiting = tasks if overwrite else _unfinished(tasks, record, save_probabilities)
+        in_memory = is_in_memory(images) or output is None
+        with TileBar(len(waiting), progress) as bar:
+            results, failures = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
+        if failures and not several:
             raise next(iter(failures.values()))
         if failures:
             raise PredictionError(_report(failures, len(tasks), output))
         if output is not None:
             return [task.target for task in tasks if task.target is not None]
-        return results if is_folder else next(iter(results.values()))
-
-    # -- one image after the other -----------------------------------------------------------------------------------
+        if several:
+            return results
+        labels = next(iter(results.values()))
+        if is_in_memory(images) and not isinstance(images, np.ndarray):
+            assert tasks[0].loaded is not None
+            return to_simpleitk(labels, tasks[0].loaded[1])
+        return labels
 
     def _run(
-        self, tasks: Sequence[ImageTask], save_probabilities: bool, progress: bool
+        self,
+        tasks: Sequence[ImageTask],
+        record: PredictionRecord | None,
+        save_probabilities: bool,
+        bar: TileBar,
+        workers: int,
     ) -> tuple[dict[str, np.ndarray], dict[str, Exception]]:
         """Predict; return label maps of tasks without a target, and what went wrong, both by identifier."""
         results: dict[str, np.ndarray] = {}
         failures: dict[str, Exception] = {}
-        with tqdm(total=len(tasks), desc="Predicting", unit="image", disable=not progress) as bar:
-            for task, prepared in self._prepared(tasks):
-                bar.set_postfix_str(task.identifier)
-                tiles = (
-                    _show_tiles(bar, task.identifier) if progress and sys.stderr.isatty() else None
-                )  # not into log files
-                try:
-                    labels = self._finish(task, *prepared.result(), save_probabilities, tiles)
-                except OutputError:
-                    raise  # the next image could not be written either
-                except Exception as error:
-                    failures[task.identifier] = error
-                    logger.error("%s: %s", task.identifier, _complaint(error))
-                    logger.debug("%s failed", task.identifier, exc_info=error)
-                else:
-                    if task.target is None:
-                        results[task.identifier] = labels
-                bar.update()
-        return results, failures
+        bytes_per_logit = self.accumulation_dtype.itemsize
+        foreseen = {
+            task.identifier: foresee(
+                task, self.plan, self.model.labels, self.step, bytes_per_logit, with_probabilities=save_probabilities
+            )
+            for task in tasks
+        }
+        bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
 
-    def _prepared(
-        self, tasks: Sequence[ImageTask]
-    ) -> Iterator[tuple[ImageTask, Future[tuple[PreprocessedCase, ImageGeometry]]]]:
-        """Tasks with their preprocessed images; while one is being predicted the next is prepared, and no more."""
-        with _one_thread() as thread:
-            coming: Future[tuple[PreprocessedCase, ImageGeometry]] | None = None
-            for index, task in enumerate(tasks):
-                now = coming if coming is not None else thread.submit(self._prepare, task)
-                now.exception()  # wait, so that two images are never in memory before the network has started on one
-                coming = thread.submit(self._prepare, tasks[index + 1]) if index + 1 < len(tasks) else None
-                yield task, now
+        def predict(task: ImageTask, image: np.ndarray, allocate: Allocate, between: Callable[[], None]) -> Tensor:
+            tiles = count_tiles(image.shape[1:], self.plan.patch_size, self.step)
+            bar.start(task.identifier, tiles * len(self.folds))
 
-    def _prepare(self, task: ImageTask) -> tuple[PreprocessedCase, ImageGeometry]:
-        image, geometry = task.read()
-        return self._preprocess(image, geometry), geometry
+            def after_tile(done: int, total: int) -> None:
+                bar.advance(done)
+                between()
 
-    def _finish(
-        self,
-        task: ImageTask,
-        case: PreprocessedCase,
-        geometry: ImageGeometry,
-        save_probabilities: bool,
-        progress: Progress | None,
-    ) -> np.ndarray:
-        logits = self.predict_logits(case.data, progress)
-        if task.target is None:
-            return logits_to_segmentation(logits, case.properties, self.plan, self.model.labels)
-        if save_probabilities:
-            labels, probabilities = logits_to_probabilities(logits, case.properties, self.plan, self.model.labels)
-            write_probabilities(task.beside_target(), probabilities, case.properties)
-        else:
-            labels = logits_to_segmentation(logits, case.properties, self.plan, self.model.labels)
-        write_labels(task.target, labels, geometry)  # last: it is the sign that the image is done
-        return labels
+            return self.predict_logits(image, after_tile, allocate)
 
-    def _preprocess(self, image: np.ndarray, geometry: ImageGeometry) -> PreprocessedCase:
-        return preprocess_arrays(image, None, geometry, self.plan.settings, self.model.labels)
+        for task in tasks:
+            _remove_unfinished(task, save_probabilities)
+        memory = {name: foresight.memory for name, foresight in foreseen.items()}
+        pipeline = Pipeline(self._steps(save_probabilities), predict, workers, memory)
+        for result in pipeline.run(tasks):
+            name = result.task.identifier
+            if result.error is not None:
+                failures[name] = result.error
+                logger.error("%s: %s", name, _complaint(result.error))
+                logger.debug("%s failed", name, exc_info=result.error)
+            elif result.labels is not None and result.task.target is None:
+                results[name] = result.labels
+            elif record is not None:
+                record.add(result.task, save_probabilities)
+            bar.finish(name)
+        return {task.identifier: results[task.identifier] for task in tasks if task.identifier in results}, failures
+
+    def _steps(self, save_probabilities: bool) -> Steps:
+        return Steps(
+            self.plan,
+            self.model.labels,
+            len(self.model.channel_names),
+            expected_channels(self.model),
+            save_probabilities,
+        )
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What the labels depend on, for the record of what is done."""
+        return {
+            "checkpoints": {
+                str(fold): sha256_of(self.model.checkpoint_path(fold, self.checkpoint)) for fold in self.folds
+            },
+            "plans": sha256_of(self.model.path / "plans.json"),
+            "dataset.json": sha256_of(self.model.path / "dataset.json"),
+            "step": float(self.step),
+            "mirror_axes": list(self.mirror_axes),
+            "sums": str(self.accumulation_dtype).removeprefix("torch."),
+            "precision": self.precision if self.device.type == "cuda" else "fp32",
+        }
 
     def _describe_output(self, folder: Path) -> None:
         """Copy dataset.json and plans.json to the segmentations, where nnU-Net's tools look for them."""
@@ -263,13 +337,34 @@ class Predictor:
                     shutil.copyfile(self.model.path / name, temporary)
 
 
-@contextmanager
-def _one_thread() -> Iterator[ThreadPoolExecutor]:
-    thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-    try:
-        yield thread
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)
+def _unfinished(
+    tasks: Sequence[ImageTask], record: PredictionRecord | None, with_probabilities: bool
+) -> list[ImageTask]:
+    """The images that are still to be predicted; the log says why, where they look as if they were done."""
+    if record is None:  # a single output file: nothing says what it was made with
+        return list(tasks)
+    waiting = [task for task in tasks if not record.is_done(task, with_probabilities)]
+    if len(waiting) < len(tasks):
+        logger.info("%d of %d images are already predicted", len(tasks) - len(waiting), len(tasks))
+    there = [task for task in waiting if task.target is not None and task.target.is_file()]
+    if there:
+        changed = sorted({name for task in there for name in record.changed_since(task)})
+        logger.warning(
+            "%d segmentations in %s are predicted again: %s",
+            len(there),
+            record.folder,
+            f"made with other {', '.join(changed)}"
+            if changed
+            else "not known to be whole and of this model and these images",
+        )
+    return waiting
+
+
+def _remove_unfinished(task: ImageTask, with_probabilities: bool) -> None:
+    """Delete what a killed run left of this image."""
+    for path in task.outputs(with_probabilities):
+        for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
+            leftover.unlink(missing_ok=True)
 
 
 def _choose_folds(
@@ -301,13 +396,11 @@ def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | No
     return lambda done, total: whole(index * total + done, parts * total)
 
 
-def _show_tiles(bar: Any, identifier: str) -> Progress:
-    return lambda done, total: bar.set_postfix_str(f"{identifier}, tile {done} of {total}")
-
-
 def _complaint(error: Exception) -> str:
     if isinstance(error, NnsslAdaptError):
         return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small for a single tile: close other programs on it, or use -device cpu"
     if isinstance(error, MemoryError):
         return "not enough memory"
     return f"{type(error).__name__}: {error}"

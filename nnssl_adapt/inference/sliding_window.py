@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,11 +26,20 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with the number of tiles that are done and the number there are."""
 
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives a tensor of zeros on the CPU, of this shape and type."""
+
 SIGMA_SCALE = 1 / 8
 """Standard deviation of the weights, as a fraction of the patch."""
 
 WEIGHT_AT_CENTRE = 10.0
 """nnU-Net's scale. It matters only to float16 sums, whose smallest weights would otherwise vanish."""
+
+_BATCH_ON_CUDA = 8
+"""A tile with all its mirrored copies."""
+
+_SHARE_FOR_SUMS = 0.75
+"""Of the memory that a GPU has free, what may go to an image and its logits; the network needs the rest."""
 
 
 def tile_positions(shape: Sequence[int], patch_size: Sequence[int], step: float = 0.5) -> list[list[int]]:
@@ -80,13 +90,15 @@ def sliding_window_logits(
     autocast_dtype: torch.dtype | None = torch.float16,
     accumulation_dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    batch_size: int | None = None,
+    allocate: Allocate | None = None,
 ) -> Tensor:
     """Run a network over a whole image.
 
     The network is moved to ``device`` and stays there; its training mode is restored.
 
     Args:
-        network: (1, C, *patch) → logits (1, K, *patch), or a list of them, finest first (deep supervision).
+        network: (B, C, *patch) → logits (B, K, *patch), or a list of them, finest first (deep supervision).
         image: preprocessed, (C, Z, Y, X). Smaller than the patch: padded with zeros on both sides, and cut again.
         patch_size: (Z, Y, X) in voxels.
         num_heads: K, the network's outputs.
@@ -98,6 +110,9 @@ def sliding_window_logits(
         autocast_dtype: precision of the network on CUDA (None: float32). Elsewhere the network runs in float32.
         accumulation_dtype: of the sums. float16 reproduces nnU-Net's rounding and needs half the memory.
         progress: called after each tile.
+        batch_size: tiles that go through the network together; a tile's mirrored copies count as one each. None: 8 on
+            CUDA (half as many as often as its memory is too small), 1 elsewhere, where more gains nothing.
+        allocate: makes the tensor that is returned; None: torch does.
 
     Returns:
         Logits (K, Z, Y, X) on the CPU in ``accumulation_dtype``.
@@ -106,53 +121,181 @@ def sliding_window_logits(
         PredictionError: the logits are NaN or infinite.
     """
     device = torch.device(device)
-    image, original = _pad_to_patch(image, patch_size)
-    tiles = _tiles(image.shape[1:], patch_size, step)
-    flips = _flips(mirror_axes)
-    weights = gaussian_importance(patch_size, dtype=accumulation_dtype)
+    whole, original = _pad_to_patch(image, patch_size)
+    window = _Window(
+        tiles=_tiles(whole.shape[1:], patch_size, step),
+        flips=_flips(mirror_axes),
+        weights=gaussian_importance(patch_size, dtype=accumulation_dtype),
+        num_heads=num_heads,
+        batch_size=batch_size or (_BATCH_ON_CUDA if device.type == "cuda" else 1),
+        progress=progress,
+        # A padded image's sums are larger than what is returned.
+        allocate=allocate if allocate is not None and whole is image else _zeros,
+    )
 
-    def run(tile: Tensor) -> Tensor:
+    def run(batch: Tensor) -> Tensor:
         with _autocast(device, autocast_dtype):
-            return _mirrored(network, tile[None].to(device), flips)[0]
+            output = network(batch)
+        return (output[0] if isinstance(output, (list, tuple)) else output).float()
 
     network.to(device)
-    with _evaluating(network), torch.no_grad():
+    with _evaluating(network), _trying_algorithms(device), torch.no_grad():
+        keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
         try:
-            logits = _blend(run, image, tiles, weights, num_heads, device, progress)
-        except torch.cuda.OutOfMemoryError:
-            logger.warning("GPU memory is too small for the logits %s: kept in main memory, slower", tuple(image.shape))
-            torch.cuda.empty_cache()
-            logits = _blend(run, image, tiles, weights, num_heads, torch.device("cpu"), progress)
-    logits = logits[original].contiguous().cpu()
-    if not torch.isfinite(logits.sum(dtype=torch.float64)):  # NaN and infinities survive a sum, and it takes no memory
+            logits = _blend(run, whole, window, device, keep_on)
+        except torch.OutOfMemoryError:
+            if keep_on.type == "cpu" and device.type != "cpu":
+                raise
+            _say_too_small(whole)
+            _empty_cache(device)
+            logits = _blend(run, whole, window, device, torch.device("cpu"))
+    _refuse_non_finite(logits, autocast_dtype if device.type == "cuda" else accumulation_dtype)
+    return _returned(logits[original], allocate or _zeros)
+
+
+def _returned(logits: Tensor, allocate: Allocate) -> Tensor:
+    """The logits on the CPU without gaps, in memory of ``allocate`` unless they are there already."""
+    if logits.device.type == "cpu" and logits.is_contiguous():
+        return logits
+    return allocate(tuple(logits.shape), logits.dtype).copy_(logits)
+
+
+def _refuse_non_finite(logits: Tensor, dtype: torch.dtype | None) -> None:
+    # NaN and infinities survive a sum, and it takes no memory. Apple's GPUs have no float64.
+    total = (logits.cpu() if logits.device.type == "mps" else logits).sum(dtype=torch.float64)
+    if not torch.isfinite(total):
         raise PredictionError(
             "the network's output is NaN or infinite: its weights are broken, or its numbers too large for "
-            f"{'float16' if device.type == 'cuda' else accumulation_dtype}"
+            f"{str(dtype or torch.float32).removeprefix('torch.')}"
         )
-    return logits
+
+
+@dataclass(frozen=True)
+class _Window:
+    """How an image is gone through.
+
+    Attributes:
+        tiles: where they lie, (Z, Y, X).
+        flips: axes of an image (C, Z, Y, X) to mirror, one entry for each look at a tile.
+        weights: of a tile's voxels, in the type of the sums.
+        num_heads: outputs of the network.
+        batch_size: looks that go through the network together.
+        progress: told after each tile.
+        allocate: memory of the sums on the CPU.
+    """
+
+    tiles: Sequence[tuple[slice, ...]]
+    flips: Sequence[tuple[int, ...]]
+    weights: Tensor
+    num_heads: int
+    batch_size: int
+    progress: Progress | None
+    allocate: Allocate
 
 
 def _blend(
+    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, keep_on: torch.device
+) -> Tensor:
+    """Weighted mean of overlapping tiles, (K, Z, Y, X) on ``keep_on``, in the type of the weights."""
+    weights = window.weights.to(keep_on)
+    image = image.to(keep_on)
+    shape = (window.num_heads, *image.shape[1:])
+    if keep_on.type == "cpu":
+        total = window.allocate(shape, weights.dtype)
+    else:
+        total = torch.zeros(shape, dtype=weights.dtype, device=keep_on)
+    total_weight = torch.zeros(image.shape[1:], dtype=weights.dtype, device=keep_on)
+    batch_size, done = window.batch_size, 0
+    while done < len(window.tiles):
+        try:
+            for logits in _means(run, image, window.tiles[done:], window.flips, batch_size, device):
+                tile = window.tiles[done]
+                where = (slice(None), *tile)
+                _add(total[where], logits.to(keep_on), weights)
+                total_weight[tile] += weights
+                done += 1
+                if window.progress is not None:
+                    window.progress(done, len(window.tiles))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            logger.debug("GPU memory is too small for batches of %d: %d from here on", 2 * batch_size, batch_size)
+            _empty_cache(device)
+    return total.div_(total_weight)
+
+
+def _add(total: Tensor, logits: Tensor, weights: Tensor) -> None:
+    if total.dtype == torch.float32:
+        total.addcmul_(logits, weights)
+    else:
+        total += logits * weights  # multiplied in float32 and rounded once, as nnU-Net does
+
+
+def _means(
     run: Callable[[Tensor], Tensor],
     image: Tensor,
     tiles: Sequence[tuple[slice, ...]],
-    weights: Tensor,
-    num_heads: int,
-    keep_on: torch.device,
-    progress: Progress | None,
-) -> Tensor:
-    """Weighted mean of overlapping tiles, (K, Z, Y, X) on ``keep_on``, in the type of ``weights``."""
-    weights = weights.to(keep_on)
-    image = image.to(keep_on)
-    total = torch.zeros((num_heads, *image.shape[1:]), dtype=weights.dtype, device=keep_on)
-    total_weight = torch.zeros(image.shape[1:], dtype=weights.dtype, device=keep_on)
-    for done, tile in enumerate(tiles, start=1):
+    flips: Sequence[tuple[int, ...]],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """For one tile after the other the mean over its flips, float32 (K, *patch) on ``device``."""
+    looks = _looks(image, tiles, flips, device)
+    total: Tensor | None = None
+    seen = 0
+    while batch := list(itertools.islice(looks, batch_size)):
+        outputs = run(torch.stack([look for look, _ in batch]))
+        for output, (_, flip) in zip(outputs, batch, strict=True):
+            output = torch.flip(output, flip) if flip else output
+            total = output if total is None else total.add_(output)
+            seen += 1
+            if seen == len(flips):
+                yield total.div_(seen) if seen > 1 else total
+                total, seen = None, 0
+
+
+def _looks(
+    image: Tensor, tiles: Sequence[tuple[slice, ...]], flips: Sequence[tuple[int, ...]], device: torch.device
+) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Every tile (C, *patch) in every mirroring, and the axes that were mirrored."""
+    for tile in tiles:
         where = (slice(None), *tile)
-        total[where] += run(image[where]).to(keep_on).float() * weights
-        total_weight[tile] += weights
-        if progress is not None:
-            progress(done, len(tiles))
-    return total.div_(total_weight)
+        piece = image[where].to(device)
+        for flip in flips:
+            yield (torch.flip(piece, flip) if flip else piece), flip
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# -- the GPU's memory --------------------------------------------------------------------------------------------------
+
+
+def _has_room(device: torch.device, window: _Window, image: Tensor) -> bool:
+    """Whether the sums fit onto the device, by what it has free; if it does not say, it is tried."""
+    if device.type != "cuda":
+        return True
+    voxels = image[0].numel()
+    needed = (window.num_heads + 1) * voxels * window.weights.element_size() + image.numel() * image.element_size()
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed < _SHARE_FOR_SUMS * free:
+        return True
+    _say_too_small(image)
+    return False
+
+
+def _say_too_small(image: Tensor) -> None:
+    logger.warning(
+        "GPU memory is too small for the logits of an image of %s: kept in main memory, slower", tuple(image.shape[1:])
+    )
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _pad_to_patch(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
@@ -179,21 +322,9 @@ def _tiles(shape: Sequence[int], patch_size: Sequence[int], step: float) -> list
 
 
 def _flips(mirror_axes: Sequence[int] | None) -> list[tuple[int, ...]]:
-    """Every combination of axes of a batch (B, C, Z, Y, X) to flip, first of all none."""
-    axes = [axis + 2 for axis in mirror_axes or ()]
+    """Every combination of axes of an image (C, Z, Y, X) to flip, first of all none."""
+    axes = [axis + 1 for axis in mirror_axes or ()]
     return [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
-
-
-def _mirrored(network: nn.Module, batch: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
-    """Mean of the network's output over all flips, float32."""
-    total: Tensor | None = None
-    for flip in flips:
-        output = network(torch.flip(batch, flip) if flip else batch)
-        output = (output[0] if isinstance(output, (list, tuple)) else output).float()
-        output = torch.flip(output, flip) if flip else output
-        total = output if total is None else total + output
-    assert total is not None
-    return total / len(flips)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
@@ -209,3 +340,14 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
+
+
+@contextmanager
+def _trying_algorithms(device: torch.device) -> Iterator[None]:
+    """Let cuDNN time its algorithms: every tile has the same shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

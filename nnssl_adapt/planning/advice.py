@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nnssl_adapt.geometry.spacing import SPACING_MODES, Spacing, choose_spacing, median_spacing, resampled_shape
+from nnssl_adapt.planning.memory import gib
 from nnssl_adapt.planning.patch import fit_patch
 
 AUTO = "auto"
@@ -33,6 +34,7 @@ class ModeOutlook:
         coverage: share (0 to 1) of the median image that one patch sees.
         voxels: voxels of the resampled median image, relative to now: above 1 they are interpolated, below 1 lost.
         tiles: patches needed to predict the median image (half overlapping).
+        memory: bytes that training takes at batch 2, predicted; None where nobody asked.
     """
 
     mode: str
@@ -42,6 +44,7 @@ class ModeOutlook:
     coverage: float
     voxels: float
     tiles: int
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class SpacingAdvice:
     reason: str
 
     def __str__(self) -> str:
-        rows = [("mode", "spacing (mm)", "median image", "patch", "one patch sees", "voxels", "tiles an image")]
+        rows: list[tuple[str, ...]] = [
+            ("mode", "spacing (mm)", "median image", "patch", "one patch sees", "voxels", "tiles an image", "memory")
+        ]
         for outlook in self.outlooks:
             spacing = "each its own" if outlook.spacing is None else " × ".join(f"{s:.3g}" for s in outlook.spacing)
             rows.append(
@@ -65,8 +70,11 @@ class SpacingAdvice:
                     f"{outlook.coverage:.0%}",
                     f"× {outlook.voxels:.2g}",
                     str(outlook.tiles),
+                    "" if outlook.memory is None else gib(outlook.memory),
                 )
             )
+        if all(outlook.memory is None for outlook in self.outlooks):
+            rows = [row[:-1] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"* auto picks {self.picked}: {self.reason}"])
@@ -79,6 +87,7 @@ def advise_spacing(
     wanted_patch: Sequence[int],
     divisors: Sequence[int],
     fixed: Spacing | None = None,
+    memory_of: Callable[[Sequence[int]], int] | None = None,
 ) -> SpacingAdvice:
     """Compare the spacing modes for a dataset and pick one by a stated rule.
 
@@ -93,6 +102,7 @@ def advise_spacing(
         wanted_patch: of the pre-training, voxels.
         divisors: what each axis of a patch must be divisible by.
         fixed: a spacing to compare as well.
+        memory_of: bytes that training takes at a patch, to be shown.
     """
     outlooks = []
     for mode in SPACING_MODES:
@@ -101,7 +111,8 @@ def advise_spacing(
         choice = choose_spacing(
             mode, pretrained=pretrained, spacings=spacings, shapes=shapes, fixed=fixed if mode == "fixed" else None
         )
-        outlooks.append(_outlook(mode, choice.spacing, spacings, shapes, wanted_patch, divisors))
+        outlook = _outlook(mode, choice.spacing, spacings, shapes, wanted_patch, divisors)
+        outlooks.append(replace(outlook, memory=memory_of(outlook.patch_size)) if memory_of else outlook)
     picked, reason = _pick(pretrained, median_spacing(spacings, shapes), {o.mode: o for o in outlooks})
     return SpacingAdvice(tuple(outlooks), picked, reason)
 

@@ -45,26 +45,31 @@ class BasePlans:
         return str(self.content.get("image_reader_writer", "SimpleITKIO"))
 
 
-def load_topology(dataset_name: str, name: str | None) -> FinetunePlan:
-    """The plan whose network is to be kept: ``name``, by default ``nnUNetPlans``.
+def find_topology(dataset_name: str, name: str | None) -> FinetunePlan | None:
+    """The plan whose network is to be kept: ``name``, or ``nnUNetPlans`` where it exists; else None.
 
-    Raises PlanError, with the nnU-Net command that makes one, where it does not exist or is not this dataset's.
+    Raises PlanError where ``name`` does not exist, or the plan found is not this dataset's.
     """
     chosen = (name or NNUNET_PLANS[0]).removesuffix(".json")
     path = preprocessed_folder() / dataset_name / f"{chosen}.json"
     if not path.is_file():
-        planner = {"nnUNetResEncUNetMPlans": "M", "nnUNetResEncUNetLPlans": "L", "nnUNetResEncUNetXLPlans": "XL"}
-        flags = f" -pl nnUNetPlannerResEnc{planner[chosen]}" if chosen in planner else ""
-        dataset = int(dataset_name[7:10]) if dataset_name[7:10].isdigit() else dataset_name
+        if name is None:
+            return None
+        preset = _PRESET_OF_PLANS.get(chosen)
+        instead = f"with --preset {preset}" if preset else "without it, or with another name"
         raise PlanError(
-            f"--keep-topology needs nnU-Net plans, and there is no {path} (found: {plans_beside(dataset_name)}). Make them "
-            f"with: nnUNetv2_plan_and_preprocess -d {dataset} --no_pp{flags}; or name others with -pl"
+            f"-pl {name}: there is no {path} (found: {plans_beside(dataset_name)}). Run this command {instead}: the "
+            "network is then planned here, by nnU-Net's rules"
         )
     plan = FinetunePlan.load(path)
     refuse_ignored_keys(plan.settings_of_configuration, CONFIGURATION, path)
     if plan.dataset_name != dataset_name:
         raise PlanError(f"{path} is a plan for {plan.dataset_name}, not for {dataset_name}")
     return plan
+
+
+_PRESET_OF_PLANS = dict(zip(NNUNET_PLANS, ("default", "ResEncM", "ResEncL", "ResEncXL"), strict=True))
+"""Which preset nnU-Net's planners of these names are."""
 
 
 def plans_beside(dataset_name: str) -> str:

@@ -13,13 +13,14 @@ import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.fingerprint import DatasetFingerprint
-from nnssl_adapt.geometry.spacing import SpacingChoice, median_spacing, resampled_shape
+from nnssl_adapt.geometry.spacing import Spacing, SpacingChoice, median_spacing, resampled_shape
 from nnssl_adapt.planning.base_plans import BasePlans
 from nnssl_adapt.planning.naming import describe_settings
-from nnssl_adapt.planning.normalization import FROM_PRETRAINING, choose_normalization
+from nnssl_adapt.planning.normalization import FROM_PRETRAINING, Normalization, choose_normalization
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.architectures import Architecture
 from nnssl_adapt.weights.checkpoint import Checkpoint
 from nnssl_adapt.weights.settings import TransferSettings
 from nnssl_adapt.weights.source import Origin
@@ -44,51 +45,22 @@ def plans_content(
     """The plans file; ``plans_name`` replaces the name that is made up of ``name``, spacing and normalisation."""
     reference_spacing = choice.spacing or median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
     forward = _axis_order(choice, reference_spacing, checkpoint.plan)
-    backward = [forward.index(axis) for axis in range(3)]
     spacing = [float(reference_spacing[axis]) for axis in forward]
-    median_shape = _median_shape(fingerprint, choice, forward)
+    median_shape = resampled_median_shape(fingerprint, choice.spacing, forward)
     architecture = checkpoint.architecture
     wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
     patch = fit_patch(wanted, architecture.total_stride, median_shape)
     if message := describe_fit(wanted, patch, median_shape):
         logger.info(message)
     schemes, use_mask = choose_normalization(normalization, checkpoint.plan, raw, fingerprint, settings)
-    resampling = (
-        {"force_separate_z": None, "is_seg": False, "order": 3, "order_z": 0},
-        {"force_separate_z": None, "is_seg": True, "order": 1, "order_z": 0},
-        {"force_separate_z": None, "is_seg": False, "order": 1, "order_z": 0},
+    configuration = configuration_entries(
+        architecture, patch, DEFAULT_BATCH_SIZE, spacing, median_shape, (schemes, use_mask), base.batch_dice
     )
-    keep = choice.spacing is None
-    data_kwargs, seg_kwargs, probability_kwargs = ({}, {}, {}) if keep else resampling
-    function = KEEP if keep else RESAMPLE
-    configuration: dict[str, Any] = {
-        "data_identifier": "",  # filled in below, since it names the digest of these settings
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": DEFAULT_BATCH_SIZE,
-        "patch_size": list(patch),
-        "median_image_size_in_voxels": [float(n) for n in median_shape],
-        "spacing": spacing,
-        "normalization_schemes": list(schemes),
-        "use_mask_for_norm": list(use_mask),
-        "resampling_fn_data": function,
-        "resampling_fn_seg": function,
-        "resampling_fn_data_kwargs": data_kwargs,
-        "resampling_fn_seg_kwargs": seg_kwargs,
-        "resampling_fn_probabilities": function,
-        "resampling_fn_probabilities_kwargs": probability_kwargs,
-        "architecture": architecture.to_plans_dict(patch),
-        "batch_dice": base.batch_dice,
-    }
-    median_original_spacing = np.median(np.asarray(fingerprint.spacings, dtype=float), axis=0)[forward]
-    median_original_shape = np.median(np.asarray(fingerprint.shapes_after_crop, dtype=float), axis=0)[forward]
+    if choice.spacing is None:
+        keep_own_spacing(configuration)
     content: dict[str, Any] = {
-        "dataset_name": raw.name,
+        **dataset_entries(raw, fingerprint, base.image_reader, forward),
         "plans_name": plans_name or f"ptPlans__{name}____{describe_settings(choice.spacing, schemes)}",
-        "original_median_spacing_after_transp": [float(s) for s in median_original_spacing],
-        "original_median_shape_after_transp": [round(n) for n in median_original_shape.tolist()],
-        "image_reader_writer": base.image_reader,
-        "transpose_forward": forward,
-        "transpose_backward": backward,
         "configurations": {CONFIGURATION: configuration},
         "experiment_planner_used": "nnssl_adapt",
         "label_manager": "LabelManager",
@@ -105,6 +77,60 @@ def plans_content(
     configuration["data_identifier"], digest = data_identifier(FinetunePlan(content))
     content["nnssl_adapt"]["preprocessing_digest"] = digest
     return content
+
+
+def dataset_entries(
+    raw: RawDataset, fingerprint: DatasetFingerprint, image_reader: str, forward: Sequence[int]
+) -> dict[str, Any]:
+    """What a plans file says of the dataset and of the order of its axes (``forward``)."""
+    spacing = np.median(np.asarray(fingerprint.spacings, dtype=float), axis=0)[list(forward)]
+    shape = np.median(np.asarray(fingerprint.shapes_after_crop, dtype=float), axis=0)[list(forward)]
+    return {
+        "dataset_name": raw.name,
+        "original_median_spacing_after_transp": [float(s) for s in spacing],
+        "original_median_shape_after_transp": [round(n) for n in shape.tolist()],
+        "image_reader_writer": image_reader,
+        "transpose_forward": list(forward),
+        "transpose_backward": [forward.index(axis) for axis in range(3)],
+    }
+
+
+def configuration_entries(
+    architecture: Architecture,
+    patch_size: Sequence[int],
+    batch_size: int,
+    spacing: Sequence[float],
+    median_shape: Sequence[float],
+    normalization: Normalization,
+    batch_dice: bool,
+) -> dict[str, Any]:
+    """A configuration that resamples to ``spacing`` (mm, transposed axes) as nnU-Net does."""
+    schemes, use_mask = normalization
+    return {
+        "data_identifier": "",  # filled in later, since it names the digest of these settings
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": batch_size,
+        "patch_size": list(patch_size),
+        "median_image_size_in_voxels": [float(n) for n in median_shape],
+        "spacing": [float(s) for s in spacing],
+        "normalization_schemes": list(schemes),
+        "use_mask_for_norm": list(use_mask),
+        "resampling_fn_data": RESAMPLE,
+        "resampling_fn_seg": RESAMPLE,
+        "resampling_fn_data_kwargs": {"force_separate_z": None, "is_seg": False, "order": 3, "order_z": 0},
+        "resampling_fn_seg_kwargs": {"force_separate_z": None, "is_seg": True, "order": 1, "order_z": 0},
+        "resampling_fn_probabilities": RESAMPLE,
+        "resampling_fn_probabilities_kwargs": {"force_separate_z": None, "is_seg": False, "order": 1, "order_z": 0},
+        "architecture": architecture.to_plans_dict(patch_size),
+        "batch_dice": batch_dice,
+    }
+
+
+def keep_own_spacing(configuration: dict[str, Any]) -> None:
+    """Change a configuration so that images keep their own spacing."""
+    for what in ("data", "seg", "probabilities"):
+        configuration[f"resampling_fn_{what}"] = KEEP
+        configuration[f"resampling_fn_{what}_kwargs"] = {}
 
 
 def data_identifier(plan: FinetunePlan) -> tuple[str, str]:
@@ -169,11 +195,13 @@ def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: Ad
     return [coarsest, *(axis for axis in range(3) if axis != coarsest)]
 
 
-def _median_shape(fingerprint: DatasetFingerprint, choice: SpacingChoice, forward: Sequence[int]) -> list[float]:
-    """Median shape (voxels, transposed axes) of the cropped images once they are resampled."""
+def resampled_median_shape(
+    fingerprint: DatasetFingerprint, spacing: Spacing | None, forward: Sequence[int]
+) -> list[float]:
+    """Median shape (voxels, transposed axes) of the cropped images once they are resampled to ``spacing`` (mm)."""
     shapes = [
-        tuple(shape) if choice.spacing is None else resampled_shape(shape, spacing, choice.spacing)
-        for shape, spacing in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
+        tuple(shape) if spacing is None else resampled_shape(shape, own, spacing)
+        for shape, own in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
     ]
     return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]
 

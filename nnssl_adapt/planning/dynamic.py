@@ -8,6 +8,7 @@ from typing import Any
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.planning.content import data_identifier, pretrain_info, provenance
+from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint import Checkpoint
 from nnssl_adapt.weights.settings import TransferSettings
@@ -20,6 +21,8 @@ def dynamic_content(
     raw: RawDataset, checkpoint: Checkpoint, base: FinetunePlan, plans_name: str, settings: TransferSettings
 ) -> dict[str, Any]:
     """The plans file: the base plan's ``3d_fullres`` as it is, plus where the weights come from.
+
+    ``base`` is a file that nnU-Net wrote, or what :func:`nnunet_plan` made by its rules, which is said in the result.
 
     Spacing, patch, batch size, normalisation, resampling, order of axes and the network stay the base plan's. The
     preprocessed cases get a folder of our own, since nnU-Net would take one of its own name for finished.
@@ -44,13 +47,20 @@ def dynamic_content(
         nnssl_adapt={
             **provenance(checkpoint, settings),
             "spacing_mode": SPACING_MODE,
-            "base_plans": base.plans_name,
+            **_described(base),
             "architecture_preset": base.provenance.get("architecture_preset"),
         },
     )
     chosen["data_identifier"], digest = data_identifier(FinetunePlan(content))
     content["nnssl_adapt"]["preprocessing_digest"] = digest
     return content
+
+
+def _described(base: FinetunePlan) -> dict[str, Any]:
+    """Whose network it is. A plan made here exists in no file and has no name."""
+    if base.plans_name != PLANNED_HERE:
+        return {"base_plans": base.plans_name}
+    return {"base_plans": None, "topology": {"planned_by": "nnssl_adapt", "preset": base.provenance["preset"]}}
 
 
 _REPLACED = ("plans_name", "configurations", "experiment_planner_used", "pretrain_info", "nnssl_adapt")

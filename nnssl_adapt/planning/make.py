@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from nnssl_adapt.files import atomic_path, make_folder
 from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, checked_spacing, choose_spacing
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
-from nnssl_adapt.planning.base_plans import BasePlans, load_topology
+from nnssl_adapt.planning.base_plans import BasePlans, find_topology
 from nnssl_adapt.planning.checks import check_orientation, check_transfer, find_other_orientations
 from nnssl_adapt.planning.content import plans_content
 from nnssl_adapt.planning.dynamic import dynamic_content
+from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget, usual_step
+from nnssl_adapt.planning.memory import MIN_BATCH, by, estimate_memory
 from nnssl_adapt.planning.naming import check_name, check_plans_name, refuse_to_replace_stranger
+from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE, nnunet_plan, preset_for
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.topology import check_preset
 from nnssl_adapt.weights.architectures import nearest_patch
 from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.settings import TransferSettings
@@ -52,6 +57,8 @@ def make_plan(
     workers: int = 2,
     progress: bool = False,
     fingerprint: DatasetFingerprint | None = None,
+    preset: str | None = None,
+    fit_gpu: str | None = None,
 ) -> FinetunePlan:
     """Plan the fine-tuning of ``checkpoint`` on ``dataset``; nothing is preprocessed yet.
 
@@ -73,7 +80,7 @@ def make_plan(
         plans_name: full name of the plan, e.g. ``nnUNetPlans_contrast_agnostic``, instead of one made up of ``name``,
             spacing and normalisation.
         keep_topology: keep the network, spacing, patch and everything else of ``base_plans`` and fit the weights to it; the
-            plan is called ``ptPlans_dynamic__NAME``.
+            plan is called ``ptPlans_dynamic__NAME``. Where there are no nnU-Net plans, its rules are followed here.
         reorient: a code such as ``RPI``: plan for copies of the images in this orientation, see :func:`reorient_dataset`.
             The plan is then of another dataset, ``plan.dataset_name``.
         ignore_orientation: go on although images lie another way than the weights want.
@@ -81,6 +88,9 @@ def make_plan(
         workers: processes that read images when the fingerprint (or copies) have to be made.
         progress: whether to draw progress bars.
         fingerprint: of the dataset, where it is known; else it is read, or made and saved.
+        preset: with ``keep_topology``: follow this planner of nnU-Net (``default``, ``ResEncM``, ``ResEncL`` or
+            ``ResEncXL``) although there may be plans; by default the one that the weights fit, where there are none.
+        fit_gpu: choose patch and batch for the memory of a GPU: ``auto`` or an amount, see :func:`fit_plan`.
 
     Returns:
         An unsaved plan; call ``.save()``, or :func:`preprocess_dataset`, which saves it.
@@ -104,21 +114,24 @@ def make_plan(
         checkpoint = open_checkpoint(checkpoint)
     transfer = transfer or TransferSettings()
     orient = partial(_oriented, checkpoint, reorient, ignore_orientation, plans_name, workers, progress)
+    if preset is not None:
+        _check_preset_use(preset, keep_topology, base_plans)
+    if fit_gpu is not None:
+        memory_budget(fit_gpu)  # a mistake in it should not wait for the images
+    know = partial(_known_fingerprint, fingerprint, workers, progress)
     if keep_topology:
+        _refuse_spacing(mode, spacing)
         raw = orient(raw)  # a plan knows the order of its images' axes, so it must be the oriented dataset's
-        topology = _topology(raw, base_plans, mode, spacing)
+        topology = _topology(raw, checkpoint, base_plans, preset, know)
         check_transfer(raw, checkpoint, topology.architecture, topology.patch_size, transfer)
         _compare_axes(topology, checkpoint)
-        if fingerprint is None:
-            load_or_make_fingerprint(raw, workers=workers, progress=progress)
-        return FinetunePlan(
-            dynamic_content(raw, checkpoint, topology, plans_name or f"ptPlans_dynamic__{name}", transfer)
-        )
+        know(raw)
+        plans_name = plans_name or f"ptPlans_dynamic__{name}"
+        return _fitted(FinetunePlan(dynamic_content(raw, checkpoint, topology, plans_name, transfer)), raw, fit_gpu)
     patch = nearest_patch(checkpoint.architecture, checkpoint.plan.patch_size)
     check_transfer(raw, checkpoint, checkpoint.architecture, patch, transfer)
     raw = orient(raw)
-    if fingerprint is None:
-        fingerprint = load_or_make_fingerprint(raw, workers=workers, progress=progress)
+    fingerprint = know(raw)
     if mode == AUTO:
         advice = spacing_advice(checkpoint, fingerprint)
         logger.info("%s", advice)
@@ -133,18 +146,29 @@ def make_plan(
     if choice.note:
         logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
     base = BasePlans.find(raw.name, base_plans)
-    return FinetunePlan(
-        plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer, normalization)
-    )
+    content = plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer, normalization)
+    return _fitted(FinetunePlan(content), raw, fit_gpu)
 
 
 def spacing_advice(
-    checkpoint: Checkpoint, fingerprint: DatasetFingerprint, fixed: Sequence[float] | None = None
+    checkpoint: Checkpoint,
+    fingerprint: DatasetFingerprint,
+    fixed: Sequence[float] | None = None,
+    heads: int | None = None,
 ) -> SpacingAdvice:
-    """Compare what the spacing modes would mean for a dataset, and pick one; see :func:`advise_spacing` for the rule."""
-    plan = checkpoint.plan
+    """Compare what the spacing modes would mean for a dataset, and pick one; see :func:`advise_spacing` for the rule.
+
+    With ``heads``, the outputs of the network for the dataset, also what memory each would take.
+    """
+    plan, network = checkpoint.plan, checkpoint.architecture
     axes = [plan.transpose_forward.index(axis) for axis in range(3)]  # of the weights, in the images' own order
-    wanted, divisors = plan.recommended_patch_size or plan.patch_size, checkpoint.architecture.total_stride
+    wanted, divisors = plan.recommended_patch_size or plan.patch_size, network.total_stride
+
+    def memory_of(patch: Sequence[int]) -> int:
+        of_weights = [patch[axis] for axis in plan.transpose_forward]
+        step = usual_step(network)
+        return estimate_memory(network, len(fingerprint.intensity), heads or 1, of_weights, MIN_BATCH, step).total
+
     return advise_spacing(
         pretrained=_spacing_of_images(checkpoint),
         spacings=fingerprint.spacings,
@@ -152,16 +176,62 @@ def spacing_advice(
         wanted_patch=[wanted[axis] for axis in axes],
         divisors=[divisors[axis] for axis in axes],
         fixed=None if fixed is None else checked_spacing(fixed),
+        memory_of=None if heads is None else memory_of,
     )
 
 
-def _topology(raw: RawDataset, name: str | None, mode: str, spacing: Sequence[float] | None) -> FinetunePlan:
-    """The plan whose network is kept; its spacing can't be chosen as well."""
+def _topology(
+    raw: RawDataset,
+    checkpoint: Checkpoint,
+    name: str | None,
+    preset: str | None,
+    know: Callable[[RawDataset], DatasetFingerprint],
+) -> FinetunePlan:
+    """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is asked for."""
+    if preset is None and (found := find_topology(raw.name, name)) is not None:
+        return found
+    chosen = preset or preset_for(checkpoint.architecture)
+    topology = nnunet_plan(raw, know(raw), chosen)
+    logger.info(
+        "network planned here by nnU-Net's rules, preset %s%s: %s, patch %s, batch %d",
+        chosen,
+        "" if preset else " (as the weights; --preset chooses another)",
+        topology.architecture,
+        by(topology.patch_size),
+        topology.batch_size,
+    )
+    return topology
+
+
+def _refuse_spacing(mode: str, spacing: Sequence[float] | None) -> None:
+    """The spacing of a kept network can't be chosen as well."""
     if mode != "like_pretrained" or spacing is not None:
         raise ConfigurationError(
             "--keep-topology keeps the spacing of the nnU-Net plans too: leave -am and -os out, or leave --keep-topology out"
         )
-    return load_topology(raw.name, name)
+
+
+def _check_preset_use(preset: str, keep_topology: bool, base_plans: str | None) -> None:
+    check_preset(preset)
+    if not keep_topology:
+        raise ConfigurationError(
+            f"--preset {preset} is a network of nnU-Net's planner: add --keep-topology, or leave --preset out to train the "
+            "network of the weights"
+        )
+    if base_plans is not None:
+        raise ConfigurationError(
+            f"--preset {preset} plans a network, -pl {base_plans} names one that is planned already: leave one of them out"
+        )
+
+
+def _known_fingerprint(
+    known: DatasetFingerprint | None, workers: int, progress: bool, raw: RawDataset
+) -> DatasetFingerprint:
+    return known if known is not None else load_or_make_fingerprint(raw, workers=workers, progress=progress)
+
+
+def _fitted(plan: FinetunePlan, raw: RawDataset, fit_gpu: str | None) -> FinetunePlan:
+    return plan if fit_gpu is None else fit_plan(plan, raw.labels.num_heads, len(raw.cases), fit_gpu)
 
 
 def _oriented(
@@ -203,8 +273,8 @@ def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:
     """Kernels trained along one axis and used along another are not wrong, but worth a word."""
     if tuple(base.transpose_forward) != checkpoint.plan.transpose_forward:
         logger.warning(
-            "plan %s puts the images' axes in the order %s, the weights were trained with %s",
-            base.plans_name,
+            "%s puts the images' axes in the order %s, the weights were trained with %s",
+            "nnU-Net's rule" if base.plans_name == PLANNED_HERE else f"plan {base.plans_name}",
             list(base.transpose_forward),
             list(checkpoint.plan.transpose_forward),
         )
@@ -231,9 +301,12 @@ def load_or_make_fingerprint(
     for warning in report.warnings:
         logger.warning("%s", warning)
     report.raise_if_bad()
-    fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress)
-    if save:
-        fingerprint.save(path)
+    if not save:
+        return fingerprint_dataset(raw, workers=workers, progress=progress)
+    parts = path.parent / ".nnssl_adapt_fingerprint"
+    fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress, parts=parts)
+    fingerprint.save(path)
+    shutil.rmtree(parts, ignore_errors=True)
     return fingerprint
 
 

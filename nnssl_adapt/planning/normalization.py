@@ -51,7 +51,7 @@ def choose_normalization(
     """
     wishes = _parsed(wish, raw)
     pretrained = _of_pretraining(pretraining, raw, settings) if FROM_PRETRAINING in wishes else ([], [])
-    natural = _of_data(raw, fingerprint)
+    natural = normalization_of_data(raw, fingerprint)
     schemes, masks = [], []
     for channel, (name, chosen) in enumerate(zip(raw.channel_names, wishes, strict=True)):
         if chosen == FROM_PRETRAINING:
@@ -87,7 +87,8 @@ def _parsed(wish: str, raw: RawDataset) -> list[str]:
     return words * raw.num_channels if len(words) == 1 else words
 
 
-def _of_data(raw: RawDataset, fingerprint: DatasetFingerprint) -> Normalization:
+def normalization_of_data(raw: RawDataset, fingerprint: DatasetFingerprint) -> Normalization:
+    """nnU-Net's own choice: by the channels' names, of nonzero voxels where cropping takes much away."""
     schemes = [_usual_scheme(name) for name in raw.channel_names]
     cropped = fingerprint.median_relative_size_after_cropping < _MUCH_IS_CROPPED
     return schemes, [cropped and scheme == "ZScoreNormalization" for scheme in schemes]

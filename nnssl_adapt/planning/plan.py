@@ -231,11 +231,13 @@ class FinetunePlan:
         spacing = "each image's own" if self.spacing is None else " × ".join(f"{s:g}" for s in self.spacing) + " mm"
         patch = " × ".join(str(n) for n in self.patch_size)
         source = self.provenance.get("source", {}).get("source", "no pre-trained weights")
+        fit = self.provenance.get("fit_gpu")
         return (
             f"{self.plans_name} ({self.dataset_name}, {self.configuration})\n"
             f"  spacing {spacing}, patch {patch}, batch {self.batch_size}, "
             f"normalisation {', '.join(self.settings.normalization_schemes)}\n"
             f"  {self.architecture.preset or self.architecture.class_name} from {source}"
+            + (f"\n  {fit['reason']}" if fit else "")
         )
 
 

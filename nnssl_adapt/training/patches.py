@@ -7,7 +7,6 @@ in whatever process it is made and however often the run was stopped and resumed
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.memory import reuse_freed_memory
 from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import NnsslAdaptError, TrainingError
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.resources import default_workers as default_workers
+from nnssl_adapt.training.resources import memory_kills, why_a_worker_died
+from nnssl_adapt.training.spatial import Box, Size
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[..., dict[str, Any]]
-"""A chain of batchgeneratorsv2: takes and returns ``image`` (C, Z, Y, X) and ``segmentation`` (1, Z, Y, X)."""
+Transform = Callable[[Sequence["Place"]], dict[str, Any]]
+"""Makes a batch of the places of its samples: ``image``, ``target`` and what else it is to carry."""
 
 TRAINING, VALIDATION = "training", "validation"
 _PHASES = (TRAINING, VALIDATION)
@@ -110,22 +114,70 @@ class PatchSampler:
         return None if len(voxels) == 0 else np.asarray(voxels[random.choice(len(voxels))])[1:]
 
 
-def read_patch(case: StoredCase, corner: Sequence[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Read a patch, unpacking only the blocks that it touches; beyond the image are zeros and label -1.
+@dataclass(frozen=True)
+class Place:
+    """Where a sample comes from.
 
-    Returns float32 (C, Z, Y, X) and int16 (1, Z, Y, X).
+    Attributes:
+        case: its case.
+        corner: first voxel (Z, Y, X; may be negative) of what would be read for it.
+        read_size: how much that is; beyond, nothing of the image is seen, however the patch is turned.
+        patch_size: what the network sees, in the middle of it.
+        seed: what else is drawn for the sample follows from it.
     """
-    shape = case.data.shape[1:]
-    start = [min(max(0, c), n) for c, n in zip(corner, shape, strict=True)]
-    stop = [max(min(c + s, n), a) for c, s, n, a in zip(corner, size, shape, start, strict=True)]
+
+    case: StoredCase
+    corner: Size
+    read_size: Size
+    patch_size: Size
+    seed: int
+
+    @property
+    def channels(self) -> int:
+        """Of the image."""
+        return int(self.case.data.shape[0])
+
+    @property
+    def patch_box(self) -> Box:
+        """The patch, if it is not turned."""
+        start = [c + r // 2 - p // 2 for c, r, p in zip(self.corner, self.read_size, self.patch_size, strict=True)]
+        z, y, x = self.patch_size
+        return Box((start[0], start[1], start[2]), (start[0] + z, start[1] + y, start[2] + x))
+
+    @property
+    def filled(self) -> Box:
+        """The voxels that have values: what would be read, as far as there is an image."""
+        shape = self.case.data.shape[1:]
+        start = [min(max(0, c), n) for c, n in zip(self.corner, shape, strict=True)]
+        stop = [max(min(c + r, n), a) for c, r, n, a in zip(self.corner, self.read_size, shape, start, strict=True)]
+        return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
+
+def read_box(place: Place, box: Box, image: Tensor, codes: Tensor, flipped: Sequence[int] = ()) -> None:
+    """Fill ``image`` and ``codes`` with a box of a place's case, unpacking only the blocks that it touches.
+
+    Args:
+        place: whose ``filled`` voxels have values; the others become 0.
+        box: what to read (voxels of the image; may stick out).
+        image: float32 (C, Z, Y, X) of the box's size.
+        codes: uint8 or int16 (Z, Y, X): label + 1, 0 outside.
+        flipped: axes along which what is read is written backwards.
+    """
+    filled = place.filled
+    start = [min(max(a, f), g) for a, f, g in zip(box.start, filled.start, filled.stop, strict=True)]
+    stop = [max(min(b, g), a) for b, g, a in zip(box.stop, filled.stop, start, strict=True)]
     source = (slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))
-    target = (slice(None), *(slice(a - c, b - c) for a, b, c in zip(start, stop, corner, strict=True)))
-    image = np.zeros((case.data.shape[0], *size), np.float32)
-    labels = np.full((1, *size), OUTSIDE, np.int16)
-    if all(b > a for a, b in zip(start, stop, strict=True)):
-        image[target] = case.data[source]
-        labels[target] = case.seg[source]
-    return torch.from_numpy(image), torch.from_numpy(labels)
+    target = (slice(None), *(slice(a - c, b - c) for a, b, c in zip(start, stop, box.start, strict=True)))
+    flips = (slice(None), *(slice(None, None, -1 if axis in flipped else 1) for axis in range(3)))
+    pixels, marks = image.numpy()[flips], codes[None].numpy()[flips]
+    for values in (pixels, marks):
+        for axis, within in enumerate(target[1:], start=1):  # zeros around what there is, and no more
+            across = np.moveaxis(values, axis, 0)
+            across[: within.start] = 0
+            across[within.stop :] = 0
+    if all(a < b for a, b in zip(start, stop, strict=True)):
+        pixels[target] = place.case.data[source]
+        np.add(place.case.seg[source], 1, out=marks[target], casting="unsafe")
 
 
 # -- which, and in what random state ---------------------------------------------------------------------------------------
@@ -134,21 +186,6 @@ def read_patch(case: StoredCase, corner: Sequence[int], size: Sequence[int]) -> 
 def seeds_for(*key: int) -> list[int]:
     """Return three independent 32-bit seeds for a tuple of counters."""
     return [int(seed) for seed in np.random.SeedSequence(key).generate_state(3)]
-
-
-@contextmanager
-def global_random_state(numpy_seed: int, torch_seed: int) -> Iterator[None]:
-    """Seed NumPy's and torch's (CPU) global generators, which batchgeneratorsv2 draws from, and put them back after."""
-    numpy_state = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    np.random.seed(numpy_seed)
-    # Not torch.manual_seed, which would also reach for the CUDA generators, thousands of times an epoch.
-    torch.default_generator.manual_seed(torch_seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
 
 
 @dataclass(frozen=True)
@@ -195,8 +232,22 @@ class PhaseData:
 class Batches(Dataset):  # type: ignore[type-arg]
     """Makes any batch of a run on request. Picklable, so that it travels to worker processes.
 
-    ``self[BatchRequest(...)]`` is a dict with ``image`` float32 (B, C, Z, Y, X), ``target`` (B, 1, Z, Y, X) int16 labels or
-    (B, R, Z, Y, X) bool regions, and ``cases``, the B identifiers.
+    ``self[BatchRequest(...)]`` is what the phase's transform returns, usually ``image`` float32 (B, C, Z, Y, X) and ``target``
+    (B, 1, Z, Y, X) int16 labels or (B, R, Z, Y, X) bool regions; and ``cases``, the B identifiers.
+
+    Of several processes ("ranks") each makes its share of every batch, and together they make what one would.
+
+    Args:
+        store_folder: of the preprocessed cases.
+        phases: what batches are made of.
+        batch_size: samples of the combined batch.
+        foreground_fraction: of samples centred on foreground.
+        seed: of all that is drawn.
+        rank: of this process.
+        size: how many processes there are.
+
+    Raises:
+        ConfigurationError: there are more processes than samples.
     """
 
     def __init__(
@@ -206,35 +257,33 @@ class Batches(Dataset):  # type: ignore[type-arg]
         batch_size: int,
         foreground_fraction: float,
         seed: int,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         self.store = CaseStore(store_folder)
         self.phases = dict(phases)
         self.batch_size = batch_size
         self.foreground_fraction = foreground_fraction
         self.seed = seed
+        self.samples = Ranks(rank=rank, size=size).samples(batch_size)
 
     def __getitem__(self, request: BatchRequest) -> dict[str, Any]:
-        samples = [self._sample(request, index) for index in range(self.batch_size)]
-        return {
-            "image": torch.stack([sample["image"] for sample in samples]),
-            "target": torch.stack([sample["segmentation"] for sample in samples]),
-            "cases": [sample["case"] for sample in samples],
-        }
+        places = [self._place(request, index) for index in self.samples]
+        with torch.no_grad():
+            batch = self.phases[request.phase].transform(places)
+        return {**batch, "cases": [place.case.identifier for place in places]}
 
-    def _sample(self, request: BatchRequest, index: int) -> dict[str, Any]:
+    def _place(self, request: BatchRequest, index: int) -> Place:
         data = self.phases[request.phase]
-        seed, numpy_seed, torch_seed = seeds_for(
-            self.seed, _PHASES.index(request.phase), request.epoch, request.iteration, index
-        )
+        counters = self.seed, _PHASES.index(request.phase), request.epoch, request.iteration, index
+        seed, later, _ = seeds_for(*counters)
         random = np.random.RandomState(seed)
         case = self.store.open(data.cases[random.randint(len(data.cases))])
         forced = is_forced_foreground(index, self.batch_size, self.foreground_fraction)
         corner = data.sampler.lower_corner(
             case.data.shape[1:], forced, lambda: case.properties.get("class_locations") or {}, random
         )
-        image, labels = read_patch(case, corner, data.sampler.read_size)
-        with global_random_state(numpy_seed, torch_seed), torch.no_grad():
-            return {**data.transform(image=image, segmentation=labels), "case": case.identifier}
+        return Place(case, corner, data.sampler.read_size, data.sampler.patch_size, later)
 
 
 # -- how they reach the trainer ----------------------------------------------------------------------------------------------
@@ -254,7 +303,7 @@ def iterate_batches(
         sampler=schedule,  # type: ignore[arg-type]  # any iterable will do
         num_workers=workers,
         multiprocessing_context="spawn",  # a fork of a process that uses CUDA or threads may hang
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
         prefetch_factor=2,
         generator=torch.Generator(),  # keeps its hands off the global one
@@ -267,18 +316,20 @@ def iterate_batches(
 
 @contextmanager
 def explained_worker_death() -> Iterator[None]:
-    """Turn torch's error for a dead worker into a TrainingError that says why it happens.
+    """Turn torch's error for a dead worker into a TrainingError that says why it happened, as far as can be told.
 
     Not only while waiting for a batch: torch raises it wherever the process is when it learns of the death.
     """
+    kills = memory_kills()
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        message = str(error)
         raise TrainingError(
-            f"a data-loading worker died ({str(error).splitlines()[0].rstrip('. ')}); the usual cause is too little memory "
-            "or shared memory (/dev/shm): try fewer --workers, and go on with --c"
+            f"a data-loading worker died ({message.splitlines()[0].rstrip('. ')}); "
+            f"{why_a_worker_died(message, kills)}; go on with --c"
         ) from error
 
 
@@ -295,26 +346,16 @@ class _ErrorsAsItems(Dataset):  # type: ignore[type-arg]
             return error
 
 
-def _prepare_worker(number: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes of a job. The trainer decides when workers end, so that it can
-    # finish its step; but the second SIGTERM, which is the trainer's own, must work.
+def prepare_worker(number: int) -> None:
+    """Make this process a worker: one thread, freed memory is used again, signals are left to the trainer."""
+    torch.set_num_threads(1)
+    reuse_freed_memory()
+    # Ctrl-C and a scheduler's SIGTERM and SIGUSR1 reach all processes of a job. The trainer decides when workers end, so
+    # that it can finish its step; but the second SIGTERM, which is the trainer's own, must work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def default_workers(device_type: str) -> int:
-    """Processes that make batches when nothing else is asked for.
-
-    ``nnUNet_n_proc_DA`` decides where it is set. Beside a GPU: one less than the cores this process may use, at most
-    nnU-Net's 12. On a CPU the network needs the cores: none of two, at most two of more.
-    """
-    wish = os.environ.get("nnUNet_n_proc_DA", "")
-    if wish.isdigit():
-        return int(wish)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device_type == "cpu":
-        return min(2, cores - 1) if cores > 2 else 0
-    return max(1, min(12, cores - 1))
 
 
 def annotated_key(labels: LabelScheme) -> tuple[int, ...] | None:

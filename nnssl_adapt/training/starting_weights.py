@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,10 +35,29 @@ def build_initial_network(plan: FinetunePlan, num_heads: int, seed: int) -> nn.M
     )
 
 
+@dataclass(frozen=True)
+class StartingWeights:
+    """What a network started from.
+
+    Attributes:
+        report: what became of every tensor.
+        citations: of the weights' authors, as ``{type, name, apa_citations | bibtex_citations}``.
+    """
+
+    report: TransferReport
+    citations: tuple[dict[str, Any], ...] = ()
+
+
 def fill_with_starting_weights(
-    network: nn.Module, plan: FinetunePlan, checkpoint: Checkpoint | str | Path | None, from_scratch: bool
-) -> TransferReport:
+    network: nn.Module,
+    plan: FinetunePlan,
+    checkpoint: Checkpoint | str | Path | None,
+    from_scratch: bool,
+    options: Mapping[str, Any] | None = None,
+) -> StartingWeights:
     """Put the pre-trained weights into ``network`` (changes it), or, from scratch, leave it; account for every tensor.
+
+    ``options`` as of :func:`find_checkpoint`.
 
     Raises:
         ConfigurationError: pre-trained weights are wanted and neither given nor named in the plan.
@@ -42,12 +65,26 @@ def fill_with_starting_weights(
         TransferError: they don't fit.
     """
     if from_scratch:
-        return scratch_report(network)
-    found = find_checkpoint(plan, checkpoint)
+        return StartingWeights(scratch_report(network))
+    found = find_checkpoint(plan, checkpoint, options)
     if "source" not in plan.provenance:  # nobody has compared the plan with the weights yet
         _compare_axes(plan, found)
     settings = plan.transfer_settings.to_dict()
-    return transfer_weights(found, network, head_names=plan.labels.head_names, **settings)
+    report = transfer_weights(found, network, head_names=plan.labels.head_names, **settings)
+    return StartingWeights(report, found.citations)
+
+
+def describe_citations(citations: Sequence[Mapping[str, Any]]) -> str:
+    """What to cite, a line each (the whole of it where it is text, the name where it is BibTeX); empty for nothing."""
+    lines = []
+    for entry in citations:
+        name = ": ".join(str(entry[key]) for key in ("type", "name") if entry.get(key))
+        texts = entry.get("apa_citations") or ()
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        lines += [textwrap.shorten(f"{name}: {text}", 300, placeholder=" …") for text in texts] or [name]
+    if not lines:
+        return ""
+    return "\n  ".join(("please cite what this training starts from (debug.json has the entries):", *lines))
 
 
 def _compare_axes(plan: FinetunePlan, checkpoint: Checkpoint) -> None:
@@ -84,14 +121,18 @@ def _compare_axes(plan: FinetunePlan, checkpoint: Checkpoint) -> None:
         )
 
 
-def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = None) -> Checkpoint:
+def find_checkpoint(
+    plan: FinetunePlan,
+    given: Checkpoint | str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Open the checkpoint that the plan was made for, wherever it lies now; its digest decides.
 
     Looked for: ``given``; then the source that the plan names (found as
     :func:`~nnssl_adapt.weights.checkpoint.open_checkpoint` does, at the recorded revision); then the path that the plan
-    keeps as a hint.
+    keeps as a hint. ``options``: more of its arguments; they go before what the plan records.
     """
-    checkpoint = given if isinstance(given, Checkpoint) else _open(plan, given)
+    checkpoint = given if isinstance(given, Checkpoint) else _open(plan, given, dict(options or {}))
     recorded = plan.provenance.get("source", {}).get("sha256")
     if recorded and checkpoint.origin.sha256 != recorded:
         raise DigestMismatch(
@@ -102,13 +143,13 @@ def find_checkpoint(plan: FinetunePlan, given: Checkpoint | str | Path | None = 
     return checkpoint
 
 
-def _open(plan: FinetunePlan, given: str | Path | None) -> Checkpoint:
-    choices = plan.provenance.get("source_choices", {})
+def _open(plan: FinetunePlan, given: str | Path | None, options: dict[str, Any]) -> Checkpoint:
+    choices = dict(plan.provenance.get("source_choices", {}))
     if given is not None:
         path = Path(given)
         if path.is_file() and path.suffix.lower() != ".zip":  # the file itself: nothing is left to choose in it
             choices = {key: value for key, value in choices.items() if key not in ("filename", "fold")}
-        return open_checkpoint(given, **choices)
+        return open_checkpoint(given, **{**choices, **options})
     source = plan.provenance.get("source", {})
     hint = plan.pretrain_info.get("checkpoint_path")
     if not source and hint is None:
@@ -117,15 +158,16 @@ def _open(plan: FinetunePlan, given: str | Path | None) -> Checkpoint:
             "--from_scratch, or make a plan with nnUNetv2_preprocess_like_nnssl"
         )
     if not source and hint is not None:
-        return open_checkpoint(hint)
+        return open_checkpoint(hint, **options)
     problems: list[SourceError] = []
+    settings = {"revision": source.get("revision"), **choices, **options}
     for name in dict.fromkeys((source["source"], source.get("repo_id"))):  # as typed: an address may name a file
         try:
             if name:
-                return open_checkpoint(name, revision=source.get("revision"), **choices)
+                return open_checkpoint(name, **settings)
         except SourceError as error:
             problems.append(error)
     if hint and Path(hint).exists():  # relative sources mean nothing in another folder
         logger.info("%s is not found as such; using %s", source["source"], hint)
-        return open_checkpoint(hint, **choices)
+        return open_checkpoint(hint, **{**choices, **options})
     raise problems[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,15 +16,19 @@ from torch import nn
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.errors import TrainingError
+from nnssl_adapt.errors import TrainingStopped
 from nnssl_adapt.evaluation.metrics import Summary, evaluate_folder
 from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.sliding_window import Progress, sliding_window_logits
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.checkpointing import StopRequest
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
+
+_SEEN_WITHIN = 120.0
+"""Seconds after which a file that another machine wrote is seen: twice what NFS remembers a directory by default."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class FoldValidation:
         folder: of the fold; results go to ``validation/`` in it.
         device: where the network runs.
         save_probabilities: also write nnU-Net's ``.npz`` and ``.pkl``.
+        ranks: the processes that share the cases; the main one judges what all have predicted.
     """
 
     plan: FinetunePlan
@@ -50,35 +57,68 @@ class FoldValidation:
     folder: Path
     device: torch.device
     save_probabilities: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def output(self) -> Path:
         return self.folder / "validation"
 
     def run(self, network: nn.Module, mirror_axes: Sequence[int], weights_id: str | None, stop: StopRequest) -> Summary:
-        """Predict every case that is not done, write ``summary.json``, and return it.
+        """Predict every case that is not done, write ``summary.json``, and return it (on all ranks).
 
-        Cases are done when an earlier call with the same ``weights_id`` (a digest; None: never the same) wrote them.
-        Changes nothing in ``network`` but its device. Raises TrainingError when ``stop`` was asked for.
+        Cases are done when an earlier call with the same ``weights_id`` (a digest; None: never the same) wrote them, with
+        however many ranks. Changes nothing in ``network`` but its device. Raises TrainingStopped when ``stop`` was asked
+        for, OtherRankFailed when another rank can't go on.
         """
         make_folder(self.output)
-        done = self._done(weights_id)
-        for number, case in enumerate(self.cases, start=1):
-            if case in done:
-                continue
+        done = self.ranks.from_main(self._done(weights_id))
+        stopped = not self._predict_share(network, mirror_axes, weights_id, done, stop)
+        self.ranks.barrier()
+        # Agreed only here, and not case by case: a signal and a deadline reach all ranks, which then meet within a tile.
+        stopped = self.ranks.any(stopped)
+        if self.ranks.is_main:
+            done = self._done(weights_id) if stopped else list(self.cases)
+            self._merge_records(weights_id, done)
+        if stopped:
+            done = self.ranks.from_main(done)
+            raise TrainingStopped(
+                f"stopped by {stop.reason or 'another process'} in validation, {len(done)} of {len(self.cases)} cases done; "
+                "the same command with --val goes on"
+            )
+        return self.ranks.from_main(self._judge() if self.ranks.is_main else None)  # type: ignore[return-value]
 
-            def leave_if_asked(tile: int, tiles: int, finished: int = len(done)) -> None:
-                if stop:
-                    raise TrainingError(
-                        f"stopped by {stop.signal_name} in validation, {finished} of {len(self.cases)} cases done; "
-                        "the same command with --val goes on"
-                    )
+    def _predict_share(
+        self,
+        network: nn.Module,
+        mirror_axes: Sequence[int],
+        weights_id: str | None,
+        done: Sequence[str],
+        stop: StopRequest,
+    ) -> bool:
+        """Predict this rank's part of the cases that are not done; False when stopped in the middle of it."""
+        remaining = [case for case in self.cases if case not in done]
+        costs = [math.prod(self.store.open(case).data.shape) for case in remaining] if self.ranks.size > 1 else None
+        mine = self.ranks.share_of(remaining, costs)
+        known = list(done) if self.ranks.is_main else []
 
-            logger.info("validating %s (%d/%d)", case, number, len(self.cases))
-            self._predict(network, case, mirror_axes, leave_if_asked)
-            done.append(case)
+        def leave_if_asked(tile: int, tiles: int) -> None:
+            if stop:
+                raise TrainingStopped("in validation")
+
+        for number, case in enumerate(mine, start=1):
+            logger.info("validating %s (%d/%d)", case, number, len(mine))
+            try:
+                self._predict(network, case, mirror_axes, leave_if_asked)
+            except TrainingStopped:
+                return False
+            known.append(case)
             if weights_id is not None:
-                write_json(self._record, {"weights": weights_id, "cases": done})
+                write_json(self._record(self.ranks.rank), {"weights": weights_id, "cases": known})
+        return True
+
+    def _judge(self) -> Summary:
+        if self.ranks.size > self.ranks.local_size:
+            self._wait_for_predictions()
         return evaluate_folder(
             self.output,
             self.references,
@@ -87,6 +127,13 @@ class FoldValidation:
             cases=list(self.cases),
             output=self.output / "summary.json",
         )
+
+    def _wait_for_predictions(self) -> None:
+        """Until files that other machines wrote are seen here: network file systems remember for a while what was not there."""
+        until = time.monotonic() + _SEEN_WITHIN
+        wanted = {f"{case}{self.file_ending}" for case in self.cases}
+        while wanted - {path.name for path in self.output.iterdir()} and time.monotonic() < until:
+            time.sleep(1)
 
     def _predict(self, network: nn.Module, identifier: str, mirror_axes: Sequence[int], after_tile: Progress) -> None:
         case = self.store.open(identifier)
@@ -107,15 +154,30 @@ class FoldValidation:
         geometry = ImageGeometry.from_properties(case.properties, labels.shape)
         write_labels(self.output / f"{identifier}{self.file_ending}", labels, geometry)
 
-    @property
-    def _record(self) -> Path:
-        return self.folder / "validation_done.json"
+    # -- what is done ------------------------------------------------------------------------------------------------
+
+    def _record(self, rank: int) -> Path:
+        """Where a rank notes what it has done: a file of its own, so that two never write the same one."""
+        return self.folder / "validation_done.json" if rank == 0 else self.output / f".done_{rank}.json"
 
     def _done(self, weights_id: str | None) -> list[str]:
-        try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-            recorded = set(record["cases"]) if weights_id is not None and record["weights"] == weights_id else set()
-        except (OSError, ValueError, KeyError, TypeError):
-            recorded = set()
+        records = [self._record(0), *self.output.glob(".done_*.json")]
+        recorded = {case for path in records for case in _read_record(path, weights_id)}
         endings = (self.file_ending, ".npz") if self.save_probabilities else (self.file_ending,)
         return [c for c in self.cases if c in recorded and all((self.output / f"{c}{e}").is_file() for e in endings)]
+
+    def _merge_records(self, weights_id: str | None, cases: Sequence[str]) -> None:
+        """Note what is done in one record instead of one for each rank."""
+        if weights_id is not None:
+            write_json(self._record(0), {"weights": weights_id, "cases": list(cases)})
+        for path in self.output.glob(".done_*.json"):
+            path.unlink(missing_ok=True)
+
+
+def _read_record(path: Path, weights_id: str | None) -> set[str]:
+    """The cases that a record says were predicted with these weights."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return set(record["cases"]) if weights_id is not None and record["weights"] == weights_id else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -92,3 +92,31 @@ def test_our_store_for_it_is_not_nnunets(planned, small_resenc):
     assert not (planned.folder / "nnUNetPlans_3d_fullres").exists()
     data = store.open("case_00").data[:]
     assert data.shape[1] < data.shape[2]  # the axis of thick voxels, the image's last, has come first
+
+
+@pytest.mark.parametrize(
+    ("weights", "preset", "theirs"),
+    [("small_plainconv", "default", "nnUNetPlans"), ("small_resenc", "ResEncM", "nnUNetResEncUNetMPlans")],
+)
+def test_a_plan_made_without_nnunets_is_as_theirs(planned, small_resenc, weights, preset, theirs):
+    """Entry for entry, but for the folder of the cases."""
+    checkpoint = na.open_checkpoint(small_resenc.parent / weights)
+    ours = na.make_plan(991, checkpoint, name="own", keep_topology=True, preset=preset, workers=1)
+    path = ours.save()
+    content = json.loads((planned.folder / f"{theirs}.json").read_text())
+    own = json.loads(path.read_text())
+    one, other = own["configurations"].pop("3d_fullres"), content["configurations"].pop("3d_fullres")
+    for entries in (one, other):
+        entries.pop("data_identifier")
+        entries["architecture"].pop("_kw_requires_import")  # in any order
+    assert (
+        na.FinetunePlan.load(path).architecture == na.FinetunePlan.load(planned.folder / f"{theirs}.json").architecture
+    )
+    assert one.pop("architecture")["arch_kwargs"]["strides"] == other.pop("architecture")["arch_kwargs"]["strides"]
+    assert one == other
+    differ = {"plans_name", "configurations", "experiment_planner_used", "pretrain_info", "nnssl_adapt"}
+    assert {key: own[key] for key in own if key not in differ} == {
+        key: content[key] for key in content if key not in differ
+    }
+    assert own["nnssl_adapt"]["base_plans"] is None
+    path.unlink()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from model_folders import ARCHITECTURE, LABELS, plans_content
 from synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
@@ -24,6 +25,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 import nnssl_adapt as na
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.trainer_class import trainer_for_nnunet, write_trainer_class
+from nnssl_adapt.weights.architectures import Architecture, build_network
 
 TESTS = Path(__file__).parents[1]
 CHECKPOINT = TESTS / "data" / "nnssl_checkpoints" / "small_resenc"
@@ -73,17 +76,17 @@ def ours(world, peer):
     return SimpleNamespace(plan=plan, model=trainer.run().path)
 
 
-def run(words):
+def run(words, **environment):
     # nnU-Net takes a thread a core whatever we say; on a busy machine threads that spin while they wait cost minutes.
     calm = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **calm})
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **calm, **environment})
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-def by_nnunets_command(model, images, output):
+def by_nnunets_command(model, images, output, **environment):
     command = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
     flags = ["-i", images, "-o", output, "-m", model, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    run([sys.executable, "-c", command, *(str(flag) for flag in flags)])
+    run([sys.executable, "-c", command, *(str(flag) for flag in flags)], **environment)
 
 
 def by_nnunets_predictor(model, images, output):
@@ -137,6 +140,46 @@ def test_we_predict_with_nnunets_model(peer, world, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=2e-3)
         properties = load_properties(path.with_suffix(".pkl"))
         assert load_properties(tmp_path / "ours" / f"{path.stem}.pkl").keys() >= properties.keys() - {"nibabel_stuff"}
+
+
+def primus_folder(root, architecture, trainer_name, patch=(16, 24, 32), planned=None):
+    """A model folder with a Primus of random weights; ``planned``: the network that its plans speak of instead."""
+    folder = root / "Dataset991_Tiny" / f"{trainer_name}__nnUNetPlans__3d_fullres"
+    (folder / "fold_0").mkdir(parents=True)
+    content = plans_content(transpose=(0, 1, 2), spacing=(1.6, 1.0, 1.2))
+    content["configurations"]["3d_fullres"]["architecture"] = (planned or architecture).to_plans_dict(patch)
+    content["foreground_intensity_properties_per_channel"] = {"0": {}}
+    (folder / "plans.json").write_text(json.dumps(content))
+    description = {"channel_names": {"0": "MR"}, "labels": LABELS, "numTraining": 5, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    torch.manual_seed(0)
+    network = build_network(architecture, 1, 3, patch)
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "trainer_name": trainer_name,
+        "init_args": {"configuration": "3d_fullres", "fold": 0},
+        "inference_allowed_mirroring_axes": (0, 2),
+    }
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    return folder
+
+
+def test_nnunet_predicts_with_a_primus_that_none_of_its_trainers_builds(world, tmp_path):
+    small = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": [8, 8, 8]}
+    architecture = Architecture.named("PrimusS", **small)
+    name = trainer_for_nnunet(architecture)
+    model = primus_folder(tmp_path, architecture, name)
+    write_trainer_class(model, architecture)
+    by_nnunets_command(model, world.images, tmp_path / "theirs", nnUNet_extTrainer=str(model))
+    check_same_labels(model, world, tmp_path)
+
+
+def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path):
+    """Whose plans know nothing of it."""
+    architecture = Architecture.named("PrimusS")
+    model = primus_folder(tmp_path, architecture, "nnUNet_Primus_S_Trainer", planned=ARCHITECTURE)
+    by_nnunets_command(model, world.images, tmp_path / "theirs")
+    check_same_labels(model, world, tmp_path)
 
 
 def test_a_model_folder_of_nnunet_says_what_it_is(peer):

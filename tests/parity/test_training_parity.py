@@ -1,4 +1,4 @@
-"""Losses, schedules, sampling and augmentation against the real nnunetv2."""
+"""Losses, steps, pseudo-Dice and where patches lie, against the real nnunetv2."""
 
 import copy
 import math
@@ -7,34 +7,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_plans import CNN
 
 pytest.importorskip("nnunetv2")
 
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
+from nnssl_adapt.training.augment import SpatialRange
 from nnssl_adapt.training.checkpointing import TrainingState
-from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice
+from nnssl_adapt.training.loop import TrainingLoop
+from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice, steps_of_outputs, thinned
+from nnssl_adapt.training.network_options import to_device
 from nnssl_adapt.training.optimizer import build_optimizer
-from nnssl_adapt.training.patches import (
-    PatchSampler,
-    annotated_key,
-    global_random_state,
-    is_forced_foreground,
-)
+from nnssl_adapt.training.patches import PatchSampler, annotated_key, is_forced_foreground
 from nnssl_adapt.training.progress import History
 from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.schedule import learning_rate
-from nnssl_adapt.training.trainer import PretrainedTrainer
+from nnssl_adapt.weights.architectures import Architecture, build_network
 
 PLAIN = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
 IGNORE = {"labels": {**PLAIN["labels"], "ignore": 4}}
@@ -42,7 +38,22 @@ REGIONS = {"labels": {"background": 0, "all": [1, 2, 3], "mid": [2, 3], "c": 3},
 REGIONS_IGNORE = {**REGIONS, "labels": {**REGIONS["labels"], "ignore": 4}}
 ALL_LABELS = [PLAIN, IGNORE, REGIONS, REGIONS_IGNORE]
 NAMES = ["labels", "ignore", "regions", "regions+ignore"]
-SHAPE = (6, 8, 10)
+CPU = torch.device("cpu")
+
+STRIDES = [(1, 1, 1), (1, 2, 2), (2, 3, 2), (2, 1, 2)]
+SHAPE = (4, 12, 16)
+DEEP = Architecture(
+    "ResidualEncoderUNet",
+    {
+        **CNN.kwargs,
+        "n_stages": 4,
+        "features_per_stage": [4, 6, 8, 10],
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [list(stride) for stride in STRIDES],
+        "n_blocks_per_stage": [1, 1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1, 1],
+    },
+)
 
 
 def schemes(content):
@@ -50,40 +61,58 @@ def schemes(content):
     return LabelScheme.from_dataset_json(content), theirs
 
 
-def their_loss(labels, batch_dice):
-    if labels.has_regions:
-        return DC_and_BCE_loss(
-            {},
-            {"batch_dice": batch_dice, "do_bg": True, "smooth": 1e-5, "ddp": False},
-            use_ignore_label=labels.ignore_label is not None,
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
-    return DC_and_CE_loss(
-        {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False},
-        {},
-        ignore_label=labels.ignore_label,
-        dice_class=MemoryEfficientSoftDiceLoss,
+def their_trainer(content, batch_dice, deep_supervision=False, **more):
+    """What nnUNetTrainer's own methods look at."""
+    _, labels = schemes(content)
+    plan = SimpleNamespace(batch_dice=batch_dice, pool_op_kernel_sizes=STRIDES)
+    trainer = SimpleNamespace(
+        label_manager=labels,
+        configuration_manager=plan,
+        is_ddp=False,
+        enable_deep_supervision=deep_supervision,
+        _do_i_compile=lambda: False,
+        device=CPU,
+        grad_scaler=None,
+        **more,
     )
+    trainer._get_deep_supervision_scales = lambda: nnUNetTrainer._get_deep_supervision_scales(trainer)
+    trainer.loss = nnUNetTrainer._build_loss(trainer)
+    return trainer
 
 
-def batch(labels, seed=0):
+def their_targets(trainer, target):
+    """A list of targets, finest first, as nnU-Net's data loaders make them of one sample each."""
+    scales = trainer._get_deep_supervision_scales()
+    if scales is None:
+        return target
+    each = [DownsampleSegForDSTransform(scales)(segmentation=sample)["segmentation"] for sample in target]
+    return [torch.stack(level) for level in zip(*each, strict=True)]
+
+
+def batch(content, seed=0, shape=SHAPE):
+    """Labels, or regions, (2, 1 or R, Z, Y, X), and logits of the right number of channels."""
+    labels, their_labels = schemes(content)
     random = torch.Generator().manual_seed(seed)
     values = len(labels.all_labels) + (labels.ignore_label is not None)
-    target = torch.randint(0, values, (2, 1, *SHAPE), generator=random).to(torch.int16)
-    target[0, 0, :3] = 0
+    target = torch.randint(0, values, (2, 1, *shape), generator=random).to(torch.int16)
+    target[0, 0, : shape[0] // 2] = 0
     if labels.has_regions:
-        chain = plain_transforms(labels)
-        target = torch.stack([chain(image=t.float(), segmentation=t.clone())["segmentation"] for t in target])
-    return 3 * torch.randn(2, labels.num_heads, *SHAPE, generator=random), target
+        ignored = [labels.ignore_label] if labels.ignore_label is not None else []
+        convert = ConvertSegmentationToRegionsTransform([*their_labels.foreground_regions, *ignored])
+        target = torch.stack([convert(segmentation=sample)["segmentation"] for sample in target])
+    return 3 * torch.randn(2, labels.num_heads, *shape, generator=random), target
+
+
+# -- loss and gradients ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("content", ALL_LABELS, ids=NAMES)
-def test_loss_and_gradients(content, batch_dice):
+def test_loss_and_its_gradient(content, batch_dice):
     labels, _ = schemes(content)
-    logits, target = batch(labels)
+    logits, target = batch(content)
     results = []
-    for loss in (build_loss(labels, batch_dice), their_loss(labels, batch_dice)):
+    for loss in (build_loss(labels, batch_dice), their_trainer(content, batch_dice).loss):
         own = logits.clone().requires_grad_()
         value = loss(own, target.clone())
         value.backward()
@@ -94,39 +123,109 @@ def test_loss_and_gradients(content, batch_dice):
     assert (our_gradient - their_gradient).abs().max().item() < 1e-5 * scale
 
 
-@pytest.mark.parametrize(("name", "clip"), [("default", 12.0), ("primus", 1.0)])
-def test_steps_change_the_weights_alike(name, clip):
+def their_network(labels, deep_supervision):
+    keys = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    return get_network_from_plans(name, DEEP.kwargs, keys, 2, labels.num_heads, deep_supervision=deep_supervision)
+
+
+@pytest.mark.parametrize("deep_supervision", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("content", ALL_LABELS, ids=NAMES)
+def test_gradients_of_all_weights(content, batch_dice, deep_supervision):
+    """The same weights, batch and seed through both: network, targets, loss and backward pass."""
+    labels, _ = schemes(content)
+    recipe = Recipe(deep_supervision=deep_supervision)
+    torch.manual_seed(1)
+    theirs = their_network(labels, deep_supervision)
+    ours = to_device(build_network(DEEP, 2, labels.num_heads, SHAPE), recipe, CPU)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    _, target = batch(content)
+
+    value = build_loss(labels, batch_dice, STRIDES if deep_supervision else None)(ours(image), target)
+    value.backward()
+    trainer = their_trainer(content, batch_dice, deep_supervision)
+    expected = trainer.loss(theirs(image), their_targets(trainer, target))
+    expected.backward()
+
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    expected_gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    scale = max(gradient.abs().max().item() for gradient in expected_gradients.values())
+    assert scale > 1e-3
+    got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert got.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (got[name] - gradient).abs().max().item() < 1e-5 * scale, name
+
+
+SCALES = [(1, 1, 1), (1, 2, 2), (2, 2, 3), (3, 3, 1), (4, 6, 5), (7, 4, 8)]
+
+
+@pytest.mark.parametrize("content", [IGNORE, REGIONS_IGNORE], ids=["labels", "regions"])
+@pytest.mark.parametrize("shape", [(12, 24, 40), (84, 12, 120), (28, 12, 15), (10, 25, 13), (7, 9, 11)])
+def test_coarser_targets(content, shape):
+    """Even and odd factors, of sizes that divide and of sizes that don't."""
+    _, target = batch(content, shape=shape)
+    theirs = DownsampleSegForDSTransform([[1 / every for every in step] for step in SCALES])
+    for step, expected in zip(SCALES, theirs(segmentation=target[1])["segmentation"], strict=True):
+        thin = thinned(target, step)
+        assert thin.dtype == target.dtype and thin[1].shape == expected.shape and torch.equal(thin[1], expected), step
+
+
+@pytest.mark.parametrize("strides", [STRIDES, [(1, 1, 1), (3, 3, 3), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)]])
+def test_factors_and_weights_of_the_outputs(strides):
+    trainer = their_trainer(PLAIN, False)
+    trainer.enable_deep_supervision, trainer.configuration_manager.pool_op_kernel_sizes = True, strides
+    scales = trainer._get_deep_supervision_scales()
+    assert [[1 / every for every in step] for step in steps_of_outputs(strides)] == scales
+    ours = build_loss(schemes(PLAIN)[0], False, strides)
+    assert ours.weights == pytest.approx(nnUNetTrainer._build_loss(trainer).weight_factors)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip", "deep_supervision"), [("default", 12.0, False), ("default", 12.0, True), ("primus", 1.0, False)]
+)
+def test_steps_change_the_weights_alike(name, clip, deep_supervision):
     labels, _ = schemes(PLAIN)
-    recipe = Recipe.load(name).override(learning_rate=0.05)
+    recipe = Recipe.load(name).override(learning_rate=0.05, precision="fp32", deep_supervision=deep_supervision)
+    assert recipe.gradient_clip == clip
     torch.manual_seed(0)
-    ours = torch.nn.Sequential(torch.nn.Conv3d(2, 6, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv3d(6, 4, 1))
+    ours = to_device(build_network(DEEP, 2, labels.num_heads, SHAPE), recipe, CPU)
     theirs = copy.deepcopy(ours)
-    trainer = PretrainedTrainer.__new__(PretrainedTrainer)
-    trainer.recipe, trainer.device, trainer.autocast_dtype = recipe, torch.device("cpu"), None
-    trainer._loss = build_loss(labels, batch_dice=False)
-    state = TrainingState(ours, build_optimizer(ours, recipe, trainer.device), scaler=None)
-    fake = SimpleNamespace(device=trainer.device, network=theirs, grad_scaler=None, loss=their_loss(labels, False))
+    loss = build_loss(labels, False, STRIDES if deep_supervision else None)
+    loop = TrainingLoop(recipe, loss, labels, batch_size=2, device=CPU)
+    state = TrainingState(ours, build_optimizer(ours, recipe, CPU), scaler=None)
+    trainer = their_trainer(PLAIN, False, deep_supervision, network=theirs)
     if name == "default":
-        fake.optimizer = torch.optim.SGD(theirs.parameters(), 0.05, weight_decay=3e-5, momentum=0.99, nesterov=True)
+        trainer.optimizer = torch.optim.SGD(theirs.parameters(), 0.05, weight_decay=3e-5, momentum=0.99, nesterov=True)
         step = nnUNetTrainer.train_step
     else:
-        fake.optimizer = torch.optim.AdamW(theirs.parameters(), 0.05, weight_decay=5e-2, betas=(0.9, 0.98))
+        trainer.optimizer = torch.optim.AdamW(theirs.parameters(), 0.05, weight_decay=5e-2, betas=(0.9, 0.98))
         step = AbstractPrimus.train_step
-    assert recipe.gradient_clip == clip
     before = [p.detach().clone() for p in ours.parameters()]
-    for seed in range(4):
-        _, target = batch(labels, seed)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.05
+    for seed in range(3):
+        _, target = batch(PLAIN, seed)
         image = 20 * torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(seed))
-        value = trainer._step(state, {"image": image, "target": target})
-        assert value == pytest.approx(step(fake, {"data": image, "target": target})["loss"].item(), abs=1e-5)
+        value = loop.step(state, [{"image": image, "target": target}], ours)
+        theirs_batch = {"data": image, "target": their_targets(trainer, target)}
+        assert value == pytest.approx(step(trainer, theirs_batch)["loss"].item(), abs=1e-5)
+    moved = 0
     for mine, other, old in zip(ours.parameters(), theirs.parameters(), before, strict=True):
-        assert torch.allclose(mine, other, atol=1e-5) and not torch.allclose(mine, old, atol=1e-3)
+        assert torch.allclose(mine, other, atol=1e-4 if name == "primus" else 1e-5)
+        moved += not torch.allclose(mine, old, atol=1e-3)
+    assert moved > 10
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ALL_LABELS, ids=NAMES)
 def test_pseudo_dice(content):
     labels, their_labels = schemes(content)
-    logits, target = batch(labels, seed=4)
+    logits, target = batch(content, seed=4)
     fake = SimpleNamespace(
         device=torch.device("cpu"),
         network=lambda image: logits,
@@ -148,28 +247,10 @@ def test_smoothed_pseudo_dice(tmp_path):
         theirs.log("mean_fg_dice", dice, epoch)
         ours.add(1.0, 1.0, [dice - 0.1, dice + 0.1, math.nan], 0.1, 0.0, 1.0)
     assert ours.ema_fg_dice == pytest.approx(theirs.get_value("ema_fg_dice", None))
-    assert ours.to_dict().keys() == theirs.get_checkpoint().keys()
+    assert ours.to_dict().keys() == theirs.get_checkpoint().keys()  # nnU-Net goes on from our checkpoints
 
 
-@pytest.mark.parametrize(("epochs", "warmup"), [(1000, 50), (150, 15), (7, 3)])
-def test_learning_rates_with_warm_up(epochs, warmup):
-    recipe = Recipe(epochs=epochs, warmup_epochs=warmup)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
-    scheduler = Lin_incr_LRScheduler(optimizer, recipe.learning_rate, warmup)
-    for epoch in range(epochs):
-        if epoch == warmup:
-            scheduler = PolyLRScheduler_offset(optimizer, recipe.learning_rate, epochs, warmup)
-        scheduler.step(epoch)
-        assert learning_rate(epoch, recipe) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-
-
-def test_learning_rates_without_warm_up():
-    recipe = Recipe.load("from_scratch")
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
-    scheduler = PolyLRScheduler(optimizer, 1e-2, 1000)
-    for epoch in range(1000):
-        scheduler.step(epoch)
-        assert learning_rate(epoch, recipe) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+# -- sampling ------------------------------------------------------------------------------------------------------------
 
 
 def locations_of(labels, shape, random):
@@ -234,75 +315,3 @@ def test_rotation_and_size_to_read(patch):
     assert ours.slice_by_slice == dummy_2d
     assert list(ours.read_size) == list(read_size)
     assert Recipe().mirror_axes == mirror_axes
-
-
-def chains(patch, content, masks):
-    labels, their_labels = schemes(content)
-    rotation, dummy_2d, read_size, mirror_axes = their_spatial_range(patch)
-    theirs = nnUNetTrainer.get_training_transforms(
-        patch,
-        rotation,
-        None,
-        mirror_axes,
-        dummy_2d,
-        use_mask_for_norm=masks,
-        foreground_labels=their_labels.foreground_labels,
-        regions=their_labels.foreground_regions if their_labels.has_regions else None,
-        ignore_label=their_labels.ignore_label,
-    )
-    ours = training_transforms(patch, SpatialRange.of(patch), (0, 1, 2), masks, labels)
-    return ours, theirs, tuple(int(n) for n in read_size)
-
-
-TIMED_CHOICE = {"benchmark", "benchmark_use_fft", "benchmark_num_runs"}
-
-
-def described(thing):
-    """Type and settings of a transform, all the way down; without blur's choice of an algorithm by timing."""
-    if isinstance(thing, torch.Tensor):
-        return thing.tolist()
-    if isinstance(thing, (list, tuple)):
-        return [described(item) for item in thing]
-    if hasattr(thing, "__dict__"):
-        return type(thing).__name__, {k: described(v) for k, v in vars(thing).items() if k not in TIMED_CHOICE}
-    return round(thing, 12) if isinstance(thing, float) else thing
-
-
-@pytest.mark.parametrize("masks", [[False, False], [True, False]])
-@pytest.mark.parametrize("content", ALL_LABELS, ids=NAMES)
-@pytest.mark.parametrize("patch", [(16, 32, 24), (8, 32, 24)])
-def test_the_augmentation_chain(patch, content, masks):
-    ours, theirs, _ = chains(patch, content, masks)
-    assert described(ours) == described(theirs)
-
-
-@pytest.mark.parametrize("patch", [(8, 16, 12), (4, 16, 20)])
-def test_augmented_samples(patch):
-    ours, theirs, read_size = chains(patch, REGIONS_IGNORE, [True, False])
-    for transform in theirs.transforms:
-        if type(getattr(transform, "transform", None)).__name__ == "GaussianBlurTransform":
-            transform.transform.benchmark = False
-    random = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *read_size, generator=random)
-    labels = torch.randint(-1, 5, (1, *read_size), generator=random).to(torch.int16)
-    changed = 0
-    for seed in range(30):
-        results = []
-        for chain in (ours, theirs):
-            with global_random_state(seed, seed):
-                results.append(chain(image=image.clone(), segmentation=labels.clone()))
-        assert torch.equal(results[0]["image"], results[1]["image"])
-        assert torch.equal(results[0]["segmentation"], results[1]["segmentation"])
-        changed += results[0]["image"].std().item() != pytest.approx(image.std().item(), rel=1e-3)
-    assert changed > 5
-
-
-@pytest.mark.parametrize("content", ALL_LABELS, ids=NAMES)
-def test_the_chain_of_validation(content):
-    labels, their_labels = schemes(content)
-    theirs = nnUNetTrainer.get_validation_transforms(
-        None,
-        regions=their_labels.foreground_regions if their_labels.has_regions else None,
-        ignore_label=their_labels.ignore_label,
-    )
-    assert described(plain_transforms(labels)) == described(theirs)

@@ -22,6 +22,7 @@ ROOMS = [
     "training",
     "demo",
     "cli",
+    "train",
 ]
 PEERS = {"nnunetv2", "batchgenerators", "sklearn", "skimage"}
 

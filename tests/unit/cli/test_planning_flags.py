@@ -11,11 +11,12 @@ from model_folders import write_model_folder
 
 import nnssl_adapt as na
 from nnssl_adapt.cli import finetune, main, plan_dynamic, preprocess, train, transfer_flags
-from nnssl_adapt.cli.planning_flags import MODES, WEIGHTS_OWN
+from nnssl_adapt.cli.planning_flags import MODES, PRESETS, WEIGHTS_OWN
 from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings_from
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import SPACING_MODES
+from nnssl_adapt.planning.topology import NNUNET_PRESETS
 from nnssl_adapt.weights import settings
 from nnssl_adapt.weights.settings import TransferSettings
 
@@ -29,6 +30,7 @@ def transfer(*words, channels=("T1", "T2", "FLAIR")):
 def test_choices_on_the_screen_are_the_librarys():
     assert transfer_flags._SCOPES == settings.SCOPES
     assert transfer_flags._TOKEN_ORDERS == settings.TOKEN_ORDER_CHOICES
+    assert tuple(NNUNET_PRESETS) == PRESETS
     assert set(MODES) == {*SPACING_MODES, "default_nnunet", "auto"}
 
 
@@ -75,8 +77,8 @@ def test_topology_and_spacing_exclude_each_other(tiny_dataset, small_resenc, cap
 def test_the_dynamic_command(tiny_dataset, small_resenc, capsys):
     folder = tiny_dataset()
     words = ["-d", "991", "-n", "mae", "-pc", str(small_resenc), "-np", "1"]
-    assert plan_dynamic.main(words) == 1
-    assert "nnUNetv2_plan_and_preprocess -d 991 --no_pp" in capsys.readouterr().err
+    assert plan_dynamic.main([*words, "-pl", "nnUNetResEncUNetMPlans"]) == 1
+    assert "Run this command with --preset ResEncM" in capsys.readouterr().err
     base = na.make_plan(991, na.open_checkpoint(small_resenc), mode="median", workers=1)
     content = {key: value for key, value in base.content.items() if key not in ("nnssl_adapt", "pretrain_info")}
     (base.dataset_folder / "nnUNetPlans.json").write_text(json.dumps({**content, "plans_name": "nnUNetPlans"}))
@@ -86,6 +88,37 @@ def test_the_dynamic_command(tiny_dataset, small_resenc, capsys):
     assert "weights fit: 100.0% of the encoder" in said
     assert (base.dataset_folder / "ptPlans_dynamic__mae.json").is_file()
     assert folder.is_dir()
+
+
+def test_the_dynamic_command_needs_no_nnunet(tiny_dataset, small_resenc, capsys):
+    tiny_dataset(shape=(20, 28, 36))
+    weights = str(small_resenc.parent / "small_plainconv")
+    words = ["-d", "991", "-n", "mae", "-pc", weights, "-np", "1", "--dry-run", "--fit-gpu", "6GB"]
+    assert plan_dynamic.main(words) == 0
+    said = capsys.readouterr().out
+    assert "planned here by nnU-Net's rules, preset default (as the weights" in said
+    assert "the largest patch within the median image" in said and "in 5.6 GiB" in said
+    assert "Memory on a GPU, predicted: PlainConvUNet at patch" in said
+
+
+def test_memory_is_shown_beside_the_spacing_modes(tiny_dataset, small_resenc, capsys):
+    tiny_dataset(shape=(20, 28, 36))
+    words = ["-d", "991", "-n", "mae", "-pc", str(small_resenc), "-np", "1", "--dry-run"]
+    assert preprocess.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.lstrip("* ").startswith(("mode", "like_pretrained", "no_resample"))]
+    assert table[0].endswith("memory")
+    assert all(line.endswith("iB") for line in table[1:])
+
+
+def test_a_budget_that_can_not_be_read_or_met(tiny_dataset, small_resenc, capsys):
+    tiny_dataset()
+    words = ["-d", "991", "-n", "mae", "-pc", str(small_resenc), "-np", "1", "--fit-gpu"]
+    assert preprocess.main([*words, "much"]) == 1
+    assert "--fit-gpu much: expected auto or an amount of memory such as 16GB" in capsys.readouterr().err
+    assert preprocess.main([*words, "100MB"]) == 1
+    said = capsys.readouterr().err
+    assert "95.4 MiB of memory are too few" in said and "at batch 2" in said
 
 
 # -- the contrast-agnostic road --------------------------------------------------------------------------------------

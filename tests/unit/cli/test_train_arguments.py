@@ -5,9 +5,9 @@ import argparse
 import pytest
 
 from nnssl_adapt.cli import finetune, main, train
-from nnssl_adapt.cli.common import checked_workers
+from nnssl_adapt.cli.common import checked_workers, run_command, source_options
 from nnssl_adapt.cli.training_flags import recipe_from
-from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.errors import ConfigurationError, TrainingStopped
 
 
 def parse(*words):
@@ -41,6 +41,59 @@ def test_a_run_can_be_named_both_ways(words):
 def test_a_run_that_is_not_named(words, message):
     with pytest.raises(ConfigurationError, match=message):
         train._dataset_configuration_fold(parse(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("41", "3d_fullres", "0"), None),
+        (("41", "3d_fullres", "0", "--c"), "yes"),
+        (("--c", "41", "3d_fullres", "0"), "yes"),
+        (("41", "3d_fullres", "0", "--c", "auto"), "auto"),
+        (("--c", "auto", "-d", "41", "-f", "0"), "auto"),
+        (("--c", "-d", "41", "-f", "0"), "yes"),
+    ],
+)
+def test_going_on_has_two_ways(words, expected):
+    arguments = parse(*words)
+    assert train._dataset_configuration_fold(arguments) == ("41", "3d_fullres", 0)
+    assert arguments.resume == expected
+
+
+def test_how_to_read_the_source_can_be_said_in_training_too():
+    words = [
+        "-d",
+        "41",
+        "-f",
+        "0",
+        "-pc",
+        "x",
+        "--fold-of-source",
+        "mean",
+        "--file",
+        "a.pth",
+        "--stem",
+        "3",
+        "--axes",
+        "xyz",
+    ]
+    assert source_options(parse(*words)) == {"filename": "a.pth", "fold": "mean", "stem": "3", "axes": "xyz"}
+    assert source_options(parse("-d", "41", "-f", "0")) == {}
+
+
+def test_a_time_limit_counts_from_the_commands_start(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "9000")
+    assert train.deadline_of(parse("--time-limit", "10"), started=1000.0).at == 1600
+    assert train.deadline_of(parse(), started=1000.0).at == 9000
+    assert train.deadline_of(parse("--time-limit", "none"), started=1000.0) is None
+
+
+def test_what_was_stopped_exits_with_a_code_of_its_own(capsys):
+    def run(arguments):
+        raise TrainingStopped("stopped by SIGTERM; run the same command with --c to go on")
+
+    assert run_command(argparse.ArgumentParser(), run, []) == 75
+    assert capsys.readouterr().err == "stopped by SIGTERM; run the same command with --c to go on\n"
 
 
 def test_flags_override_the_recipe():

@@ -19,8 +19,7 @@ from nnssl_adapt.errors import (
     OutputError,
     PredictionError,
 )
-from nnssl_adapt.inference import predictor as predictor_module
-from nnssl_adapt.inference import tasks
+from nnssl_adapt.inference import steps, tasks
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.predictor import Predictor
 
@@ -56,6 +55,7 @@ def test_a_folder(model, images, tmp_path):
         "b.nii.gz",
         "dataset.json",
         "plans.json",
+        "predicted.jsonl",
     ]
     for name in "ab":
         image, labels = (
@@ -148,35 +148,6 @@ def test_one_bad_image_by_itself_raises_its_own_error(model, images):
         Predictor(model, device="cpu").predict(images / "a_0000.nii.gz")
 
 
-def test_what_exists_is_skipped_unless_it_may_be_overwritten(model, images, tmp_path):
-    out = tmp_path / "out"
-    predictor = Predictor(model, device="cpu", tta=False)
-    out.mkdir()
-    (out / "a.nii.gz").write_bytes(b"precious")
-    assert len(predictor.predict(images, out, overwrite=False)) == 2
-    assert (out / "a.nii.gz").read_bytes() == b"precious" and read(out / "b.nii.gz").shape == (16, 28, 44)
-    predictor.predict(images, out)
-    assert read(out / "a.nii.gz").shape == (14, 30, 40)
-
-
-def test_a_segmentation_without_its_probabilities_is_not_done(model, images, tmp_path):
-    out = tmp_path / "out"
-    predictor = Predictor(model, device="cpu", tta=False)
-    predictor.predict(images, out)
-    (out / "a.nii.gz").write_bytes(b"old")
-    before = read(out / "b.nii.gz")
-    predictor.predict(images, out, overwrite=False, save_probabilities=True)
-    for name, shape in (("a", (14, 30, 40)), ("b", (16, 28, 44))):
-        probabilities = np.load(out / f"{name}.npz")["probabilities"]
-        assert probabilities.shape == (3, *shape)
-        assert np.array_equal(probabilities.argmax(0), read(out / f"{name}.nii.gz"))
-        assert (out / f"{name}.pkl").is_file()
-    assert np.array_equal(before, read(out / "b.nii.gz"))
-    (out / "a.nii.gz").write_bytes(b"old")
-    predictor.predict(images, out, overwrite=False, save_probabilities=True)
-    assert (out / "a.nii.gz").read_bytes() == b"old"  # both are there now: done
-
-
 def test_several_channels(make_model, tmp_path):
     model = make_model(channels=2)
     image, _ = make_case(np.random.default_rng(0), (14, 30, 40), 2, 3)
@@ -258,10 +229,10 @@ def test_a_full_disk_stops_the_work_at_once(model, images, tmp_path, monkeypatch
         calls.append(path)
         raise OutputError(f"no space left while writing {path}")
 
-    monkeypatch.setattr(predictor_module, "write_labels", full)
+    monkeypatch.setattr(steps, "write_labels", full)
     with pytest.raises(OutputError, match="no space left"):
         Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out")
-    assert len(calls) == 1
+    assert calls == [tmp_path / "out" / "a.nii.gz"]
 
 
 def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkeypatch):
@@ -283,8 +254,15 @@ def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkey
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_progress_bar_names_images_and_on_a_terminal_tiles(model, images, tmp_path, capsys, monkeypatch, terminal):
+def test_the_progress_bar_counts_tiles_of_all_folds_and_names_images(
+    make_model, images, tmp_path, capsys, monkeypatch, terminal
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out", progress=True)
-    shown = capsys.readouterr().err
-    assert "Predicting: 100%" in shown and "2/2" in shown and ("tile" in shown) == terminal
+    model = make_model(folds=(0, 1))
+    with pytest.raises(PredictionError):
+        (images / "c_0000.nii.gz").write_bytes(b"nothing")
+        Predictor(model, device="cpu", tta=False).predict(images, tmp_path / "out", progress=True)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    tiles = 2 * (2 + 3)  # two folds; of the two good images, as they are cropped
+    assert f" {tiles}/{tiles} " in last[-1] and "3/3 images" in last[-1] and "100%" in last[-1]
+    assert (len(last) > 5) == terminal  # a line for every tile would fill log files

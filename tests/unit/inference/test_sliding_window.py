@@ -121,6 +121,68 @@ def test_the_finest_output_of_deep_supervision_is_taken_and_training_mode_comes_
     assert network.training
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 8, 100])
+@pytest.mark.parametrize("axes", [(), (0, 2)])
+def test_batches_of_any_size_give_the_same(batch_size, axes):
+    class Counting(Directional):
+        sizes = []
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            return super().forward(x)
+
+    data = image(1, 10, 20, 30)
+    expected = sliding_window_logits(Directional(), data, PATCH, 1, mirror_axes=axes)
+    network = Counting()
+    network.sizes = []
+    logits = sliding_window_logits(network, data, PATCH, 1, mirror_axes=axes, batch_size=batch_size)
+    torch.testing.assert_close(logits, expected)
+    looks = 2 * 3 * 3 * 2 ** len(axes)
+    assert sum(network.sizes) == looks and max(network.sizes) == min(batch_size, looks)
+
+
+def test_a_batch_that_is_too_large_is_halved_and_finished_tiles_are_kept():
+    class Small(Directional):
+        seen = 0
+
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("too much")
+            self.seen += len(x)
+            return super().forward(x)
+
+    data = image(1, 10, 20, 30)
+    network, calls = Small(), []
+    logits = sliding_window_logits(
+        network, data, PATCH, 1, mirror_axes=(1,), batch_size=8, progress=lambda *c: calls.append(c)
+    )
+    torch.testing.assert_close(logits, sliding_window_logits(Directional(), data, PATCH, 1, mirror_axes=(1,)))
+    assert network.seen == 2 * 18 and calls == [(i, 18) for i in range(1, 19)]
+
+
+def test_a_network_too_large_for_the_memory_says_so():
+    class Huge(nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sliding_window_logits(Huge(), image(1, *PATCH), PATCH, 1, batch_size=4)
+
+
+@pytest.mark.parametrize("shape", [(10, 20, 30), (8, 12, 16), (5, 20, 9)])
+def test_the_result_lies_in_the_memory_it_was_given(shape):
+    given = []
+
+    def allocate(size, dtype):
+        given.append(torch.zeros(size, dtype=dtype))
+        return given[-1]
+
+    data = image(2, *shape)
+    logits = sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=None, allocate=allocate)
+    assert len(given) == 1 and logits.data_ptr() == given[0].data_ptr()
+    assert torch.equal(logits, sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=None))
+
+
 def test_progress_counts_tiles():
     calls = []
     sliding_window_logits(

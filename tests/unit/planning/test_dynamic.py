@@ -89,13 +89,69 @@ def test_a_plan_by_a_name_of_its_own(base, small_resenc):
     assert plan.plans_name == "mine"
 
 
-def test_without_base_plans_the_command_that_makes_them_is_named(tiny_dataset, small_resenc):
+def test_without_nnunets_plans_the_network_is_planned_here(tiny_dataset, small_resenc):
+    """Residual weights get the network of ResEncL; nothing is written that passes for nnU-Net's own."""
+    tiny_dataset(shape=(20, 28, 36), spacing=(2.0, 1.0, 1.3))
+    plan = na.make_plan(991, na.open_checkpoint(small_resenc), name="mae", keep_topology=True, workers=1)
+    assert plan.plans_name == "ptPlans_dynamic__mae"
+    assert plan.content["experiment_planner_used"] == "nnssl_adapt"
+    assert plan.provenance["base_plans"] is None
+    assert plan.provenance["topology"] == {"planned_by": "nnssl_adapt", "preset": "ResEncL"}
+    assert plan.provenance["spacing_mode"] == "base_plans"
+    assert plan.architecture.class_name == "ResidualEncoderUNet"
+    assert plan.architecture.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 2))
+    assert plan.spacing == pytest.approx((2.0, 1.0, 1.3))
+    assert plan.settings.normalization_schemes == ("ZScoreNormalization",)
+    assert not list(plan.dataset_folder.glob("*Plans*"))
+    path = plan.save()
+    assert [p.name for p in path.parent.glob("*Plans*")] == ["ptPlans_dynamic__mae.json"]
+    assert na.FinetunePlan.load(path).content == json.loads(json.dumps(plan.content))
+
+
+def test_plain_weights_get_the_default_network(tiny_dataset, small_resenc):
+    tiny_dataset(shape=(20, 28, 36))
+    checkpoint = na.open_checkpoint(small_resenc.parent / "small_plainconv")
+    plan = na.make_plan(991, checkpoint, keep_topology=True, workers=1)
+    assert plan.provenance["topology"]["preset"] == "default"
+    assert plan.architecture.class_name == "PlainConvUNet"
+
+
+def test_a_preset_is_taken_whatever_plans_there_are(base, small_resenc):
+    checkpoint = na.open_checkpoint(small_resenc)
+    plan = na.make_plan(991, checkpoint, keep_topology=True, preset="ResEncM", workers=1)
+    assert plan.provenance["base_plans"] is None
+    assert plan.provenance["topology"]["preset"] == "ResEncM"
+    assert plan.transpose_forward == (0, 1, 2) != tuple(base.transpose_forward)
+    with pytest.raises(ConfigurationError, match="leave one of them out"):
+        na.make_plan(991, checkpoint, keep_topology=True, preset="ResEncM", base_plans="nnUNetPlans", workers=1)
+    with pytest.raises(ConfigurationError, match="add --keep-topology"):
+        na.make_plan(991, checkpoint, preset="ResEncM", workers=1)
+    with pytest.raises(ConfigurationError, match="presets are default, ResEncM, ResEncL, ResEncXL"):
+        na.make_plan(991, checkpoint, keep_topology=True, preset="M", workers=1)
+
+
+def test_plans_named_but_missing(tiny_dataset, small_resenc):
     tiny_dataset()
     checkpoint = na.open_checkpoint(small_resenc)
-    with pytest.raises(PlanError, match=r"found: none.*nnUNetv2_plan_and_preprocess -d 991 --no_pp;"):
-        na.make_plan(991, checkpoint, keep_topology=True, workers=1)
-    with pytest.raises(PlanError, match=r"-d 991 --no_pp -pl nnUNetPlannerResEncL;"):
+    with pytest.raises(
+        PlanError, match=r"-pl nnUNetResEncUNetLPlans: there is no .*found: none.*with --preset ResEncL"
+    ):
         na.make_plan(991, checkpoint, keep_topology=True, base_plans="nnUNetResEncUNetLPlans", workers=1)
+    with pytest.raises(PlanError, match=r"-pl mine: there is no .*without it, or with another name"):
+        na.make_plan(991, checkpoint, keep_topology=True, base_plans="mine", workers=1)
+
+
+def test_nnunet_plans_no_transformers(tiny_dataset, small_resenc):
+    tiny_dataset()
+    weights = na.open_checkpoint(small_resenc.parent / "small_primus_simmim")
+    with pytest.raises(PlanError, match="--keep-topology is for U-Nets"):
+        na.make_plan(991, weights, keep_topology=True, workers=1)
+
+
+def test_images_too_small_for_a_network(tiny_dataset, small_resenc):
+    tiny_dataset(shape=(9, 7, 8), spacing=(1.0, 2.2, 2.3))
+    with pytest.raises(PlanError, match="too small for a U-Net"):
+        na.make_plan(991, na.open_checkpoint(small_resenc), keep_topology=True, workers=1)
 
 
 def test_spacing_can_not_be_chosen_as_well(base, small_resenc):
@@ -139,7 +195,8 @@ def test_another_order_of_axes_is_worth_a_word(base, small_resenc, caplog):
     assert any("in the order [1, 2, 0], the weights were trained with [0, 1, 2]" in m for m in caplog.messages)
 
 
-def test_reoriented_copies_need_plans_of_their_own(base, small_resenc):
-    """nnU-Net's plan of the original knows another order of axes."""
-    with pytest.raises(PlanError, match=r"no .*Dataset999_Tiny_RPI.*-d 999 --no_pp"):
-        na.make_plan(991, na.open_checkpoint(small_resenc), keep_topology=True, reorient="RPI", workers=1)
+def test_reoriented_copies_get_a_network_of_their_own(base, small_resenc):
+    """nnU-Net's plan of the original knows another order of axes, and is not taken for the copies."""
+    plan = na.make_plan(991, na.open_checkpoint(small_resenc), keep_topology=True, reorient="RPI", workers=1)
+    assert plan.dataset_name == "Dataset999_Tiny_RPI"
+    assert plan.provenance["topology"]["planned_by"] == "nnssl_adapt"

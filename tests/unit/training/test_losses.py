@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.training.losses import DiceBCELoss, DiceCELoss, build_loss, count_overlap, pseudo_dice, soft_dice
+from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.losses import (
+    DeepSupervisionLoss,
+    DiceBCELoss,
+    DiceCELoss,
+    build_loss,
+    count_overlap,
+    pseudo_dice,
+    soft_dice,
+    steps_of_outputs,
+    supervision_weights,
+    thinned,
+)
 
 SHAPE = (3, 4, 5)
 PLAIN = LabelScheme.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2}})
@@ -101,6 +113,79 @@ def test_counts_of_regions():
     target[:, 1, 0] = True
     logits = torch.full((1, 2, *SHAPE), 1.0)
     assert count_overlap(logits, target, scheme).tolist() == [[40, 20], [20, 40], [0, 0]]
+
+
+# -- deep supervision --------------------------------------------------------------------------------------------------
+
+STRIDES = [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 3)]
+
+
+def test_what_a_voxel_of_each_output_is():
+    assert steps_of_outputs(STRIDES) == ((1, 1, 1), (1, 2, 2), (2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "weights"),
+    [(1, (1,)), (2, (1, 0)), (3, (2 / 3, 1 / 3, 0)), (5, (8 / 15, 4 / 15, 2 / 15, 1 / 15, 0))],
+)
+def test_weights_halve_and_leave_the_coarsest_out(outputs, weights):
+    assert supervision_weights(outputs) == pytest.approx(weights)
+
+
+def test_targets_are_thinned_without_a_copy():
+    target = torch.arange(2 * 4 * 6 * 9).view(2, 1, 4, 6, 9)
+    thin = thinned(target, (2, 1, 3))
+    assert thin.shape == (2, 1, 2, 6, 3) and torch.equal(thin, target[:, :, [1, 3]][..., [1, 4, 7]])
+    assert thin.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+    assert thinned(target, (1, 1, 1)).equal(target)
+
+
+def test_the_loss_is_the_weighted_mean_over_resolutions():
+    random = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 3, (2, 1, 4, 8, 12), generator=random)
+    logits = [torch.randn(2, 3, 4, 8 // f, 12 // f, generator=random) for f in (1, 2)]
+    logits.append(torch.full((2, 3, 2, 2, 3), math.nan))  # the coarsest doesn't count, whatever it says
+    single, loss = build_loss(PLAIN, True), build_loss(PLAIN, True, STRIDES)
+    assert isinstance(loss, DeepSupervisionLoss)
+    fine, coarse = single(logits[0], labels), single(logits[1], labels[..., 1::2, 1::2])
+    assert loss(logits, labels).item() == pytest.approx((2 * fine + coarse).item() / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [torch.zeros(1, 3, *SHAPE), [torch.zeros(1, 3, *SHAPE)]])
+def test_a_network_without_deep_supervision_is_told_so(outputs):
+    with pytest.raises(
+        ConfigurationError, match=r"expected 3 outputs.*got (1|a single tensor).*deep_supervision=false"
+    ):
+        build_loss(PLAIN, False, STRIDES)(outputs, torch.zeros(1, 1, *SHAPE, dtype=torch.int16))
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [PLAIN, IGNORE], ids=["labels", "ignore"])
+def test_the_dice_of_a_shared_batch_is_that_of_the_whole(scheme):
+    random = torch.Generator().manual_seed(6)
+    labels = torch.randint(0, 4 if scheme is IGNORE else 3, (2, 1, *SHAPE), generator=random)
+    labels[1, 0, 1:] = 0
+    logits = torch.randn(2, 3, *SHAPE, generator=random)
+    whole = build_loss(scheme, batch_dice=True)(logits, labels)
+    seen = [[], []]
+    for turn in (0, 1):  # each process tells its sums first, then gets everybody's
+
+        def reduce(tensor, turn=turn):
+            seen[turn].append(tensor)
+            return tensor
+
+        build_loss(scheme, True, reduce=reduce)(logits[turn : turn + 1], labels[turn : turn + 1])
+    sums = [sum(pair) for pair in zip(*seen, strict=True)]
+    shared = []
+    for turn in (0, 1):
+        left = iter(sums)
+        loss = build_loss(scheme, True, reduce=lambda tensor, left=left: next(left))
+        shared.append(loss(logits[turn : turn + 1], labels[turn : turn + 1]).item())
+    assert sum(shared) / 2 == pytest.approx(whole.item(), abs=1e-6)
+    alone = [build_loss(scheme, True)(logits[i : i + 1], labels[i : i + 1]).item() for i in (0, 1)]
+    assert sum(alone) / 2 != pytest.approx(whole.item(), abs=1e-3)
 
 
 def test_losses_do_not_change_their_inputs():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nnssl_adapt.data.store import CaseStore, PreprocessedCase
-from nnssl_adapt.errors import CaseError
+from nnssl_adapt.errors import CaseError, ConfigurationError, TrainingError
+from nnssl_adapt.training import patches
 from nnssl_adapt.training.patches import (
     TRAINING,
     VALIDATION,
@@ -14,26 +15,33 @@ from nnssl_adapt.training.patches import (
     BatchSchedule,
     PatchSampler,
     PhaseData,
-    global_random_state,
+    Place,
+    explained_worker_death,
     is_forced_foreground,
     iterate_batches,
-    read_patch,
+    read_box,
 )
+from nnssl_adapt.training.spatial import Box
 
 SHAPE = (10, 20, 30)
 PATCH = (4, 8, 12)
 
 
 class Noisy:
-    """A transform that draws from both global generators, as batchgeneratorsv2 does."""
+    """A transform that draws from the sample's seed."""
 
-    def __call__(self, image, segmentation):
-        return {"image": image + np.random.uniform() + torch.rand(1), "segmentation": segmentation}
+    def __call__(self, places):
+        noise = [torch.rand(1, generator=torch.Generator().manual_seed(place.seed)) for place in places]
+        return {"image": torch.stack(noise), "target": torch.zeros(len(places))}
 
 
 class Keep:
-    def __call__(self, image, segmentation):
-        return {"image": image, "segmentation": segmentation}
+    def __call__(self, places):
+        images = torch.empty((len(places), 1, *PATCH))
+        codes = torch.empty((len(places), *PATCH), dtype=torch.int16)
+        for place, image, marks in zip(places, images, codes, strict=True):
+            read_box(place, place.patch_box, image, marks)
+        return {"image": images, "target": codes[:, None] - 1}
 
 
 @pytest.fixture
@@ -49,13 +57,13 @@ def store(tmp_path):
     return store
 
 
-def batches_of(store, transform, batch_size=2, seed=0):
+def batches_of(store, transform, batch_size=2, seed=0, **ranks):
     sampler = PatchSampler(PATCH, PATCH)
     phases = {
         TRAINING: PhaseData(("case_0", "case_1"), sampler, transform),
         VALIDATION: PhaseData(("case_2",), sampler, transform),
     }
-    return Batches(store.folder, phases, batch_size, 0.33, seed)
+    return Batches(store.folder, phases, batch_size, 0.33, seed, **ranks)
 
 
 def test_a_third_of_two_is_one():
@@ -65,16 +73,49 @@ def test_a_third_of_two_is_one():
     assert not is_forced_foreground(0, 1, 0.33)
 
 
+def place_of(case, corner, read_size=PATCH):
+    return Place(case, corner, read_size, PATCH, 0)
+
+
+@pytest.mark.parametrize("flipped", [(), (0, 2), (1,)])
 @pytest.mark.parametrize("corner", [(0, 0, 0), (3, 6, 9), (-2, -3, -5), (8, 15, 25), (-1, 13, 20), (20, 0, 0)])
-def test_reading_equals_padding_and_cutting(store, corner):
+def test_reading_equals_padding_and_cutting(store, corner, flipped):
     case = store.open("case_1")
-    image, labels = read_patch(case, corner, PATCH)
+    place = place_of(case, corner)
+    image, codes = torch.full((1, *PATCH), torch.nan), torch.full(PATCH, 77, dtype=torch.uint8)
+    read_box(place, place.patch_box, image, codes, flipped)
     margin = 40
     around = ((0, 0), *[(margin, margin)] * 3)
     where = (slice(None), *(slice(margin + c, margin + c + p) for c, p in zip(corner, PATCH, strict=True)))
-    assert np.array_equal(image.numpy(), np.pad(case.data[:], around)[where])
-    assert np.array_equal(labels.numpy(), np.pad(case.seg[:], around, constant_values=-1)[where])
-    assert (image.dtype, labels.dtype) == (torch.float32, torch.int16)
+    pixels, marks = np.pad(case.data[:], around)[where], np.pad(case.seg[:] + 1, around)[where]
+    axes = [axis + 1 for axis in flipped]
+    assert np.array_equal(image.numpy(), np.flip(pixels, axes))
+    assert np.array_equal(codes.numpy()[None], np.flip(marks, axes))
+
+
+def test_beyond_what_would_be_read_nothing_is_seen(store):
+    case = store.open("case_0")
+    place = place_of(case, (2, -3, 10), (5, 9, 13))
+    assert place.filled == Box((2, 0, 10), (7, 6, 23)) and place.patch_box == Box((2, -3, 10), (6, 5, 22))
+    box = Box((0, 0, 0), SHAPE)
+    image, codes = torch.empty((1, *SHAPE)), torch.empty(SHAPE, dtype=torch.int16)
+    read_box(place, box, image, codes)
+    expected = np.zeros((1, *SHAPE), np.float32)
+    expected[:, 2:7, 0:6, 10:23] = case.data[:, 2:7, 0:6, 10:23]
+    assert np.array_equal(image.numpy(), expected)
+    assert set(np.unique(codes.numpy())) <= {0, 1, 2} and (codes.numpy() > 0).sum() == 5 * 6 * 13
+
+
+def test_labels_below_zero_are_outside(store):
+    class Case:
+        data = np.ones((1, *SHAPE), np.float32)
+        seg = np.full((1, *SHAPE), -1, np.int16)
+
+    Case.seg[0, 0] = 253
+    for dtype in (torch.uint8, torch.int16):
+        image, codes = torch.empty((1, *SHAPE)), torch.empty(SHAPE, dtype=dtype)
+        read_box(Place(Case, (0, 0, 0), SHAPE, SHAPE, 0), Box((0, 0, 0), SHAPE), image, codes)
+        assert (codes[0] == 254).all() and (codes[1:] == 0).all()
 
 
 def test_only_what_a_patch_touches_is_read(store):
@@ -92,7 +133,8 @@ def test_only_what_a_patch_touches_is_read(store):
         data = Recorder(np.zeros((1, *SHAPE), np.float32))
         seg = Recorder(np.zeros((1, *SHAPE), np.int16))
 
-    read_patch(Case, (-2, 5, 25), PATCH)
+    place = place_of(Case, (-2, 5, 25))
+    read_box(place, place.patch_box, torch.empty((1, *PATCH)), torch.empty(PATCH, dtype=torch.uint8))
     expected = [(slice(None), slice(0, 2), slice(5, 13), slice(25, 30))]
     assert Case.data.asked == Case.seg.asked == expected
 
@@ -164,23 +206,26 @@ def test_batches_have_the_shapes_the_network_wants_and_forced_foreground(store):
     assert batches[BatchRequest(VALIDATION, 0, 0)]["cases"] == ["case_2", "case_2"]
 
 
+def test_ranks_make_the_batch_of_one_process(store):
+    request = BatchRequest(TRAINING, 2, 5)
+    whole = batches_of(store, Keep(), batch_size=5)[request]
+    for size in (2, 3, 5):
+        parts = [batches_of(store, Keep(), batch_size=5, rank=rank, size=size)[request] for rank in range(size)]
+        assert torch.equal(torch.cat([part["image"] for part in parts]), whole["image"])
+        assert torch.equal(torch.cat([part["target"] for part in parts]), whole["target"])
+        assert [case for part in parts for case in part["cases"]] == whole["cases"]
+    with pytest.raises(ConfigurationError, match="a batch of 5 can't be shared by 6"):
+        batches_of(store, Keep(), batch_size=5, rank=0, size=6)
+
+
 def test_making_batches_leaves_the_global_generators_alone(store):
     np.random.seed(5)
     torch.manual_seed(5)
     expected = np.random.uniform(), torch.rand(1)
     np.random.seed(5)
     torch.manual_seed(5)
-    _ = batches_of(store, Noisy())[BatchRequest(TRAINING, 0, 0)]
+    _ = batches_of(store, Keep())[BatchRequest(TRAINING, 0, 0)]
     assert (np.random.uniform(), torch.rand(1)) == expected
-
-
-def test_the_generators_are_put_back_after_an_error():
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    with pytest.raises(ZeroDivisionError), global_random_state(0, 0):
-        raise ZeroDivisionError
-    assert torch.rand(1) == expected
 
 
 def test_a_schedule_can_start_in_the_middle():
@@ -201,3 +246,17 @@ def test_workers_make_the_same_batches_and_hand_errors_over(store):
     assert torch.equal(next(made)["image"], here[0]) and torch.equal(next(made)["image"], here[1])
     with pytest.raises(CaseError, match="^.*has no whole case 'case_2'"):
         next(made)
+
+
+def test_a_dead_worker_is_explained(monkeypatch):
+    monkeypatch.setattr(patches, "memory_kills", lambda: 3)
+    monkeypatch.setattr(patches, "why_a_worker_died", lambda message, kills: f"because of {kills}")
+    with (
+        pytest.raises(
+            TrainingError, match=r"^a data-loading worker died \(DataLoader worker .*\); because of 3; go on with --c$"
+        ),
+        explained_worker_death(),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+    with pytest.raises(RuntimeError, match="something else"), explained_worker_death():
+        raise RuntimeError("something else")

@@ -14,7 +14,14 @@ from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFoun
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.prepare import preprocess_dataset
-from nnssl_adapt.training.starting_weights import build_initial_network, fill_with_starting_weights, find_checkpoint
+from nnssl_adapt.training import starting_weights
+from nnssl_adapt.training.checkpointing import load_checkpoint
+from nnssl_adapt.training.starting_weights import (
+    build_initial_network,
+    describe_citations,
+    fill_with_starting_weights,
+    find_checkpoint,
+)
 from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.checkpoint import open_checkpoint
 
@@ -72,14 +79,14 @@ def test_plans_without_weights_need_from_scratch(plan):
     ):
         find_checkpoint(bare)
     network = build_initial_network(bare, 3, seed=1)
-    assert fill_with_starting_weights(network, bare, None, from_scratch=True).coverage == 0
+    assert fill_with_starting_weights(network, bare, None, from_scratch=True).report.coverage == 0
 
 
 def test_weights_for_a_plan_that_names_none(plan, weights):
     bare = without(plan, "nnssl_adapt", "pretrain_info")
     network = build_initial_network(bare, 3, seed=1)
     preprocess_dataset(plan, workers=1, progress=False)  # for dataset.json, which names the heads
-    report = fill_with_starting_weights(network, bare, weights, from_scratch=False)
+    report = fill_with_starting_weights(network, bare, weights, from_scratch=False).report
     assert report.coverage == 1
     assert report.origin["sha256"] == plan.provenance["source"]["sha256"]
 
@@ -153,3 +160,46 @@ def test_training_starts_from_them_and_resuming_does_not_need_them(plan, weights
     assert all(torch.allclose(trained[name], source[name], atol=1e-6) for name in shared)
     shutil.rmtree(weights)
     PretrainedTrainer(plan, recipe=recipe, device="cpu", workers=0).run(resume=True)
+
+
+def test_what_to_cite_is_said_in_full_where_it_is_text():
+    citations = [
+        {
+            "type": "Architecture",
+            "name": "ResEncL",
+            "apa_citations": ["Somebody, A. (2024). On encoders.", "Other, B. (2023)."],
+        },
+        {"type": "Dataset", "name": "OpenMind", "bibtex_citations": ["@article{…}"]},
+    ]
+    assert describe_citations(citations).splitlines()[1:] == [
+        "  Architecture: ResEncL: Somebody, A. (2024). On encoders.",
+        "  Architecture: ResEncL: Other, B. (2023).",
+        "  Dataset: OpenMind",
+    ]
+    assert describe_citations([]) == ""
+
+
+def test_citations_of_weights_that_the_plan_does_not_name(bare, weights, recipe, package_log):
+    checkpoint = replace(open_checkpoint(weights), citations=({"type": "Dataset", "name": "Named nowhere else"},))
+    recipe = recipe.override(from_scratch=False, epochs=1, warmup_epochs=0)
+    trainer = PretrainedTrainer(bare, recipe=recipe, device="cpu", workers=0, checkpoint=checkpoint)
+    fold = trainer.run().path / "fold_0"
+    assert "please cite" in package_log.text and "Dataset: Named nowhere else" in package_log.text
+    assert json.loads((fold / "debug.json").read_text())["citations"] == list(checkpoint.citations)
+    content = load_checkpoint(fold / "checkpoint_final.pth")
+    assert content["nnssl_adapt"]["citations"] == list(checkpoint.citations)
+
+
+def test_options_go_before_what_the_plan_records(plan, monkeypatch):
+    opened = []
+
+    def recording(source, **options):
+        opened.append((str(source), options))
+        return open_checkpoint(source)
+
+    monkeypatch.setattr(starting_weights, "open_checkpoint", recording)
+    content = copy.deepcopy(plan.content)
+    content["nnssl_adapt"]["source_choices"] = {"fold": "1", "stem": "2"}
+    find_checkpoint(FinetunePlan(content), options={"fold": "mean", "cache_dir": "/here"})
+    ((_, options),) = opened
+    assert options == {"revision": None, "fold": "mean", "stem": "2", "cache_dir": "/here"}

@@ -1,0 +1,74 @@
+"""What predicting an image will take, from its header alone: tiles for the progress bar, bytes for the memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nnssl_adapt.data.dataset import RawCase
+from nnssl_adapt.data.images import ImageGeometry, read_geometry
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.preprocess_cases import memory_needed
+from nnssl_adapt.errors import CaseError
+from nnssl_adapt.geometry.spacing import resampled_shape
+from nnssl_adapt.inference.sliding_window import tile_positions
+from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.planning.plan import FinetunePlan
+
+_RESAMPLED_LOGIT = 10
+"""Bytes a voxel and class when all classes are held at the image's own size: float32 twice and float16 once."""
+
+_PROBABILITY = 8
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What one image will take, at most: as if nothing were cropped.
+
+    Attributes:
+        tiles: that each network will see.
+        memory: bytes, from reading to the written labels; 0 where the header can't be read (reading will tell why).
+    """
+
+    tiles: int
+    memory: int
+
+
+def foresee(
+    task: ImageTask,
+    plan: FinetunePlan,
+    labels: LabelScheme,
+    step: float,
+    bytes_per_logit: int = 4,
+    with_probabilities: bool = False,
+) -> Foresight:
+    """Foresee one image; ``bytes_per_logit`` is of the sums over tiles."""
+    try:
+        geometry = task.loaded[1] if task.loaded is not None else read_geometry(task.files[0])
+    except CaseError:
+        return Foresight(1, 0)
+    shape = network_shape(geometry, plan)
+    source, target = math.prod(geometry.size), math.prod(shape)
+    padded = math.prod(max(n, patch) for n, patch in zip(shape, plan.patch_size, strict=True))
+    heads = labels.num_heads
+    running = padded * (heads * bytes_per_logit + 8) + target * 4 * plan.num_channels
+    exporting = target * (heads * bytes_per_logit + 4) + source * 4
+    if labels.has_regions or with_probabilities:
+        exporting += source * heads * (_RESAMPLED_LOGIT + (_PROBABILITY if with_probabilities else 0))
+    reading = memory_needed(RawCase(task.identifier, task.files), plan.settings) if task.files else 0
+    return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting))
+
+
+def network_shape(geometry: ImageGeometry, plan: FinetunePlan) -> tuple[int, ...]:
+    """Voxels (transposed axes) of the image as the network would see it if nothing were cropped."""
+    size = [geometry.size[axis] for axis in plan.transpose_forward]
+    if plan.spacing is None:
+        return tuple(size)
+    spacing = [geometry.spacing[axis] for axis in plan.transpose_forward]
+    return tuple(resampled_shape(size, spacing, plan.spacing))
+
+
+def count_tiles(shape: tuple[int, ...], patch_size: tuple[int, ...], step: float) -> int:
+    """Tiles of an image of ``shape`` (voxels), padded to the patch where it is smaller."""
+    padded = [max(n, patch) for n, patch in zip(shape, patch_size, strict=True)]
+    return math.prod(len(starts) for starts in tile_positions(padded, patch_size, step))

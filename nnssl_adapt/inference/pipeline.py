@@ -1,0 +1,244 @@
+"""Images on their way: while the network works on one, the next are read and preprocessed and the last are exported.
+
+An image is let in when what it needs at most, by its header, fits into memory beside those that are under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_adapt.data.parallel import Budget, kill_workers, prepare_worker
+from nnssl_adapt.errors import OutputError, PredictionError
+from nnssl_adapt.inference.sliding_window import Allocate
+from nnssl_adapt.inference.steps import Prepared, SharedMemory, Steps, export_in_worker, prepare_in_worker
+from nnssl_adapt.inference.tasks import ImageTask
+
+logger = logging.getLogger(__name__)
+
+Predict = Callable[[ImageTask, np.ndarray, Allocate, Callable[[], None]], Tensor]
+"""From a preprocessed image (C, Z, Y, X) to logits (K, Z, Y, X) in memory of the given kind; calls the last argument often."""
+
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an image: ``labels`` where it has no target, unless ``error`` says why not."""
+
+    task: ImageTask
+    labels: np.ndarray | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Pipeline:
+    """Takes images through reading, network and export.
+
+    Attributes:
+        steps: what is done before and after the network.
+        predict: the network.
+        workers: processes that read and export; 0: threads of this process do.
+        memory: bytes that each image needs (identifier → bytes).
+    """
+
+    steps: Steps
+    predict: Predict
+    workers: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+    def run(self, tasks: Sequence[ImageTask]) -> Iterator[Result]:
+        """Yield what became of each image, as it is done.
+
+        Raises:
+            OutputError: an image could not be written, and the next could not be either.
+            PredictionError: a worker process was killed.
+        """
+        if self.workers > 0 and SharedMemory.is_available():
+            with _processes(self.workers) as pool:
+                yield from _Run(self, _Processes(self.steps, pool), tasks).results()
+        else:
+            with _threads() as pool:
+                yield from _Run(self, _Threads(self.steps, pool), tasks).results()
+
+
+class _Run:
+    """One pass over images."""
+
+    def __init__(self, pipeline: Pipeline, hands: _Threads | _Processes, tasks: Sequence[ImageTask]) -> None:
+        self.predict = pipeline.predict
+        self.hands = hands
+        self.size = max(1, pipeline.workers)
+        self.budget = Budget.of(pipeline.memory, pipeline.workers)
+        self.waiting = deque(tasks)
+        self.preparing: dict[Future[Any], ImageTask] = {}
+        self.ready: deque[tuple[ImageTask, Future[Any]]] = deque()
+        self.running: str | None = None
+        self.exporting: dict[Future[Any], ImageTask] = {}
+        self.finished: list[Result] = []
+
+    def results(self) -> Iterator[Result]:
+        try:
+            while True:
+                self._move_on()
+                yield from self._taken()
+                if self.ready and len(self.exporting) <= self.size:
+                    self._run_network(*self.ready.popleft())
+                elif self.preparing or self.exporting:
+                    wait([*self.preparing, *self.exporting], return_when=FIRST_COMPLETED)
+                else:
+                    return
+        except BrokenProcessPool as error:
+            yield from self._taken()
+            raise PredictionError(
+                f"a worker process was killed while {', '.join(self._in_hand())} were being read or exported, most likely "
+                "because memory ran out: run the same command with --continue and fewer workers (-np); finished images are "
+                "kept. (If this is your own script, is the call below `if __name__ == '__main__':`?)"
+            ) from error
+
+    def _move_on(self) -> None:
+        """See what is done, and let images in that there is room for. Also called between two tiles."""
+        for future in [f for f in self.exporting if f.done()]:
+            task = self.exporting.pop(future)
+            try:
+                self.finished.append(Result(task, future.result()))
+            except (OutputError, BrokenProcessPool):
+                self.exporting[future] = task
+                raise
+            except Exception as error:
+                self.finished.append(Result(task, error=error))
+        for future in [f for f in self.preparing if f.done()]:
+            if isinstance(future.exception(), BrokenProcessPool):
+                future.result()
+            self.ready.append((self.preparing.pop(future), future))
+        while (
+            self.waiting
+            and len(self.preparing) + len(self.ready) < self.size
+            and self.budget.allows(self.waiting[0].identifier, self._in_hand())
+        ):
+            task = self.waiting.popleft()
+            self.preparing[self.hands.prepare(task)] = task
+
+    def _in_hand(self) -> list[str]:
+        tasks = [*self.preparing.values(), *(task for task, _ in self.ready), *self.exporting.values()]
+        return [task.identifier for task in tasks] + ([self.running] if self.running is not None else [])
+
+    def _taken(self) -> Iterator[Result]:
+        while self.finished:
+            yield self.finished.pop(0)
+
+    def _run_network(self, task: ImageTask, future: Future[Any]) -> None:
+        self.running = task.identifier
+        try:
+            prepared = self.hands.prepared(future)
+            self._move_on()  # the next image may come in now
+            logits = self.predict(task, prepared.data, self.hands.allocate, self._move_on)
+            self.exporting[self.hands.export(task, logits, prepared)] = task
+        except (OutputError, BrokenProcessPool):
+            raise
+        except Exception as error:
+            self.finished.append(Result(task, error=error))
+        finally:
+            self.running = None
+
+
+class _Threads:
+    """Work in threads of this process: nothing is copied."""
+
+    def __init__(self, steps: Steps, pool: Executor) -> None:
+        self.steps = steps
+        self.pool = pool
+        self.allocate: Allocate = lambda shape, dtype: torch.zeros(shape, dtype=dtype)
+
+    def prepare(self, task: ImageTask) -> Future[Prepared]:
+        return self.pool.submit(self.steps.prepare, task)
+
+    def prepared(self, future: Future[Prepared]) -> Prepared:
+        return future.result()
+
+    def export(self, task: ImageTask, logits: Tensor, prepared: Prepared) -> Future[Any]:
+        return self.pool.submit(self.steps.export, task, logits, prepared.properties, prepared.geometry)
+
+
+class _Processes:
+    """Work in other processes; images and logits lie in memory that both sides map."""
+
+    def __init__(self, steps: Steps, pool: Executor) -> None:
+        self.steps = steps
+        self.pool = pool
+        self._logits: tuple[SharedMemory, int] | None = None
+        self._images: dict[Future[Any], SharedMemory] = {}
+
+    def prepare(self, task: ImageTask) -> Future[Any]:
+        memory = SharedMemory()
+        future = self.pool.submit(prepare_in_worker, self.steps, task, memory.path)
+        self._images[future] = memory
+        return future
+
+    def prepared(self, future: Future[Any]) -> Prepared:
+        memory = self._images.pop(future)
+        try:
+            shape, properties, geometry = future.result()
+            return Prepared(memory.array(shape, np.float32), properties, geometry)
+        finally:
+            memory.close()
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = SharedMemory()
+        tensor = torch.from_numpy(memory.array(shape, _numpy_name(dtype), new=True))
+        if self._logits is not None:
+            self._logits[0].close()
+        self._logits = memory, tensor.data_ptr()
+        return tensor
+
+    def export(self, task: ImageTask, logits: Tensor, prepared: Prepared) -> Future[Any]:
+        if self._logits is None or self._logits[1] != logits.data_ptr() or not logits.is_contiguous():
+            logits = self.allocate(tuple(logits.shape), logits.dtype).copy_(logits)
+        assert self._logits is not None
+        memory, _ = self._logits
+        self._logits = None
+        shape, dtype = tuple(logits.shape), _numpy_name(logits.dtype)
+        future = self.pool.submit(
+            export_in_worker, self.steps, task, memory.path, shape, dtype, prepared.properties, prepared.geometry
+        )
+        future.add_done_callback(lambda _: memory.close())
+        return future
+
+
+def _numpy_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="prepare_and_export")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[Executor]:
+    """Fresh processes with one computing thread each. Left by an error, they are killed; they leave nothing half-written."""
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=prepare_worker, initargs=(export_in_worker,)
+    )
+    try:
+        yield pool
+    except BaseException:
+        kill_workers(pool)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

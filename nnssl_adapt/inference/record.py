@@ -1,0 +1,107 @@
+"""What of an output folder is done, by which model: so that ``--continue`` trusts nothing else.
+
+``predicted.jsonl`` lies beside the segmentations: a line for every way of predicting that was used there, and a line for
+every finished image. Lines are only ever appended, so that several processes, each with its part, can share the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnssl_adapt.data.preprocess import digest_of
+from nnssl_adapt.data.store import describe_source
+from nnssl_adapt.files import explain_write_errors, make_folder
+from nnssl_adapt.inference.tasks import ImageTask
+
+logger = logging.getLogger(__name__)
+
+RECORD = "predicted.jsonl"
+
+
+@dataclass
+class PredictionRecord:
+    """What is finished in a folder.
+
+    Attributes:
+        folder: of the segmentations.
+        settings: everything that the labels depend on beside the image: the weights' digests, the step, … (plain values).
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    _known: dict[str, Mapping[str, Any]] = field(default_factory=dict, init=False)
+    _images: dict[str, Mapping[str, Any]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.digest = digest_of(self.settings)[:16]
+        for line in _lines(self.folder / RECORD):
+            if "settings" in line:
+                self._known[str(line.get("id"))] = line["settings"]
+            elif "image" in line:
+                self._images[str(line["image"])] = line
+
+    def is_done(self, task: ImageTask, with_probabilities: bool) -> bool:
+        """Whether this model with these settings has finished this image, whose files are unchanged and whole."""
+        line = self._images.get(task.identifier)
+        if line is None or line.get("settings_id") != self.digest or line.get("sources") != _sources(task):
+            return False
+        written = line.get("files")
+        return isinstance(written, dict) and all(
+            path.is_file() and written.get(path.name) == path.stat().st_size
+            for path in task.outputs(with_probabilities)
+        )
+
+    def changed_since(self, task: ImageTask) -> tuple[str, ...]:
+        """Names of the settings that differ from those that this image was last predicted with."""
+        line = self._images.get(task.identifier, {})
+        before = self._known.get(str(line.get("settings_id")))
+        if before is None:
+            return ()
+        names = sorted({*before, *self.settings})
+        plain = json.loads(json.dumps(dict(self.settings)))
+        return tuple(name for name in names if before.get(name) != plain.get(name))
+
+    def add(self, task: ImageTask, with_probabilities: bool) -> None:
+        """Note that an image is done. Raises OutputError when that can't be written."""
+        files = {path.name: path.stat().st_size for path in task.outputs(with_probabilities)}
+        line = {"image": task.identifier, "settings_id": self.digest, "sources": _sources(task), "files": files}
+        if self.digest not in self._known:
+            self._append({"id": self.digest, "settings": dict(self.settings)})
+            self._known[self.digest] = dict(self.settings)
+        self._append(line)
+        self._images[task.identifier] = line
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        path = make_folder(self.folder) / RECORD
+        # A line begins with a line break too: what a killed process or a full disk left of one then spoils no other.
+        text = "\n" + json.dumps(line) + "\n"
+        with explain_write_errors(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(handle, text.encode())
+            finally:
+                os.close(handle)
+
+
+def _sources(task: ImageTask) -> list[dict[str, Any]]:
+    return [describe_source(path) for path in task.files]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a record."""
+    if not path.is_file():
+        return
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text) if text.strip() else None
+        except ValueError:
+            logger.debug("%s: half a line, left out", path)
+            continue
+        if isinstance(line, dict):
+            yield line

@@ -1,0 +1,141 @@
+"""What is done to an image before and after the network, here or in a worker process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_adapt.data.images import ImageGeometry, write_labels
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.memory import give_back_freed_memory
+from nnssl_adapt.data.preprocess import preprocess_arrays
+from nnssl_adapt.data.store import PreprocessedCase
+from nnssl_adapt.errors import CaseError
+from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
+from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.planning.plan import FinetunePlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A preprocessed image: ``data`` is float32 (C, Z, Y, X) in transposed axes."""
+
+    data: np.ndarray
+    properties: dict[str, Any]
+    geometry: ImageGeometry
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Reading and preprocessing, export and writing; small enough to be sent to a worker with every image.
+
+    Attributes:
+        plan: with the preprocessing, and the way back.
+        labels: what the network's outputs mean.
+        num_channels: of an image.
+        expected: how an image should look, for messages.
+        save_probabilities: whether to write nnU-Net's ``.npz`` and ``.pkl`` too.
+    """
+
+    plan: FinetunePlan
+    labels: LabelScheme
+    num_channels: int
+    expected: str
+    save_probabilities: bool = False
+
+    def prepare(self, task: ImageTask) -> Prepared:
+        """Read and preprocess. Raises CaseError."""
+        image, geometry = task.read(self.num_channels, self.expected)
+        try:
+            case = self.preprocess(image, geometry)
+        except CaseError as error:
+            raise CaseError(f"{task.files[0]}: {error}" if task.files else str(error)) from error
+        return Prepared(case.data, case.properties, geometry)
+
+    def preprocess(self, image: np.ndarray, geometry: ImageGeometry) -> PreprocessedCase:
+        """Preprocess an image (C, Z, Y, X)."""
+        return preprocess_arrays(image, None, geometry, self.plan.settings, self.labels)
+
+    def export(
+        self, task: ImageTask, logits: Tensor | np.ndarray, properties: dict[str, Any], geometry: ImageGeometry
+    ) -> np.ndarray:
+        """Labels (Z, Y, X) from logits (K, Z, Y, X); written where the task has a target. Raises OutputError."""
+        if task.target is not None and self.save_probabilities:
+            labels, probabilities = logits_to_probabilities(logits, properties, self.plan, self.labels)
+            write_probabilities(task.beside_target(), probabilities, properties)
+        else:
+            labels = logits_to_segmentation(logits, properties, self.plan, self.labels)
+        if task.target is not None:
+            write_labels(task.target, labels, geometry)  # last: it is the sign that the image is done
+        return labels
+
+
+# -- in a worker process -----------------------------------------------------------------------------------------------
+
+
+class SharedMemory:
+    """Memory that other processes of this machine can map, and that is gone with the last of them, whatever ends them.
+
+    Unlike ``/dev/shm``, which containers often limit to 64 MB, it is bounded by nothing but the machine's memory.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("nnssl_adapt")
+
+    @staticmethod
+    def is_available() -> bool:
+        """Linux has it."""
+        return hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()
+
+    @property
+    def path(self) -> str:
+        """Where others open it."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+    def array(self, shape: tuple[int, ...], dtype: Any, new: bool = False) -> np.ndarray:
+        """Map it; ``new``: zeros, of this size from now on."""
+        return np.memmap(self.path, dtype=dtype, mode="w+" if new else "r+", shape=shape)
+
+    def close(self) -> None:
+        """Let go of it; arrays stay valid."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def prepare_in_worker(
+    steps: Steps, task: ImageTask, memory: str
+) -> tuple[tuple[int, ...], dict[str, Any], ImageGeometry]:
+    """Prepare an image and leave it in shared memory; returns its shape and what else is known of it."""
+    try:
+        prepared = steps.prepare(task)
+        np.memmap(memory, dtype=np.float32, mode="w+", shape=prepared.data.shape)[:] = prepared.data
+        return prepared.data.shape, prepared.properties, prepared.geometry
+    finally:
+        give_back_freed_memory()
+
+
+def export_in_worker(
+    steps: Steps,
+    task: ImageTask,
+    memory: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    properties: dict[str, Any],
+    geometry: ImageGeometry,
+) -> None:
+    """Write the labels of logits that lie in shared memory."""
+    try:
+        logits = torch.from_numpy(np.memmap(memory, dtype=dtype, mode="r+", shape=shape))
+        steps.export(task, logits, properties, geometry)
+    finally:
+        give_back_freed_memory()

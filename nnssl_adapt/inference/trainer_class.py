@@ -1,0 +1,83 @@
+"""How released nnU-Net finds the network of a model folder: by the name of a trainer class.
+
+Its own trainers build every CNN that a plan spells out, and the published sizes of Primus. For any other Primus the class
+is written beside the model, where nnU-Net (2.7 on) finds it by the environment variable ``nnUNet_extTrainer``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnssl_adapt.files import write_text
+from nnssl_adapt.weights.architectures import Architecture
+
+TRAINER_FILE = "trainer_class.py"
+PRIMUS_FROM_PLANS = "nnsslAdaptPrimusFromPlansTrainer"
+"""Name of the class in that file: unlike any of nnU-Net's, which are looked for first."""
+
+STOCK_TRAINER = "nnUNetTrainer"
+STOCK_PRIMUS_TRAINERS = {f"Primus{size}": f"nnUNet_Primus_{size}_Trainer" for size in "SBML"}
+
+_CLASS = f'''"""The trainer that released nnU-Net needs in order to build this model's network, a Primus of its own size.
+
+    export nnUNet_extTrainer=/path/to/the/folder/of/this/file
+    nnUNetv2_predict_from_modelfolder -i IMAGES -o OUTPUT -m /path/to/the/folder/of/this/file
+"""
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+
+class {PRIMUS_FROM_PLANS}(nnUNetTrainer):
+    """Builds what the plans describe, without the deep supervision that Primus does not have."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.enable_deep_supervision = False
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+    ):
+        return get_network_from_plans(
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+        )
+
+    def set_deep_supervision_enabled(self, enabled):
+        pass
+'''
+
+
+def trainer_for_nnunet(architecture: Architecture) -> str:
+    """Name of the trainer class with which nnU-Net builds this network: its own, or :data:`PRIMUS_FROM_PLANS`."""
+    if not architecture.is_transformer:
+        return STOCK_TRAINER
+    for preset, trainer in STOCK_PRIMUS_TRAINERS.items():
+        if dict(architecture.kwargs) == dict(Architecture.named(preset).kwargs):
+            return trainer
+    return PRIMUS_FROM_PLANS
+
+
+def write_trainer_class(model_folder: str | Path, architecture: Architecture) -> Path | None:
+    """Write ``trainer_class.py`` into a model folder whose network no trainer of nnU-Net's builds.
+
+    Returns the file, or None where none is needed. The checkpoints must name :func:`trainer_for_nnunet`.
+    Raises OutputError when it can't be written.
+    """
+    if trainer_for_nnunet(architecture) != PRIMUS_FROM_PLANS:
+        return None
+    path = Path(model_folder) / TRAINER_FILE
+    write_text(path, _CLASS)
+    return path
+
+
+def architecture_of_stock_trainer(trainer_name: str) -> Architecture | None:
+    """The Primus that a trainer of nnU-Net's builds whatever its plans say; None for all that follow the plans."""
+    for preset, trainer in STOCK_PRIMUS_TRAINERS.items():
+        if trainer_name == trainer or trainer_name.startswith(f"{trainer}_"):
+            return Architecture.named(preset)
+    return None

@@ -1,0 +1,46 @@
+"""``torchrun --nproc-per-node 4 -m nnssl_adapt.train …``: fine-tune one fold with several processes.
+
+The arguments are those of ``nnUNetv2_train_pretrained``. Only the first process talks. Without ``torchrun``, it is that
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from nnssl_adapt.cli import train
+from nnssl_adapt.cli.common import run_command
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.training.launch import end_with_launcher, note_error
+
+    end_with_launcher()
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            return train.run(arguments)
+        if not getattr(arguments, "verbose", False):
+            logging.getLogger("nnssl_adapt").setLevel(logging.ERROR)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return train.run(arguments)
+    except Exception as error:
+        note_error(error)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="nnssl_adapt.train", description=__doc__)
+    train.add_arguments(parser)
+    # Before torch is loaded, from each process: DDP looks for weights without a gradient, and where there are none it says,
+    # at length, that it need not have.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return run_command(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The training loop: take a step, judge, end the epoch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.errors import NonFiniteLoss, TrainingError, TrainingStopped
+from nnssl_adapt.training.checkpointing import CheckpointWriter, TrainingState, predicting
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.losses import count_overlap, pseudo_dice
+from nnssl_adapt.training.network_options import training_forward
+from nnssl_adapt.training.patches import seeds_for
+from nnssl_adapt.training.progress import EpochClock, EpochDisplay, History
+from nnssl_adapt.training.recipe import Recipe
+from nnssl_adapt.training.schedule import prepare_epoch
+from nnssl_adapt.training.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Prepare = Callable[[Batch, torch.device], tuple[Tensor, Tensor]]
+
+_NETWORK = 11
+"""First counter of the network's random seeds, beside those of :mod:`nnssl_adapt.training.patches`."""
+
+_SMALLEST_SCALE = 1.0
+"""Loss scales above it are still looking for their size, and gradients that overflow are part of that."""
+
+
+def moved(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch's image and target, moved."""
+    return batch["image"].to(device, non_blocking=True), batch["target"].to(device, non_blocking=True)
+
+
+@dataclass
+class TrainingLoop:
+    """Trains a network from where its state is to the recipe's last epoch.
+
+    Attributes:
+        recipe: what to do.
+        loss: of (logits, target).
+        labels: what the logits mean.
+        batch_size: samples of a batch, those of all processes together.
+        device: where it happens.
+        autocast_dtype: what the network computes in; None: float32.
+        ranks: the processes that share the work.
+        prepare: brings a training batch to the device as (image, target); it may augment it there.
+        epoch_ended: called with the history after each epoch.
+        progress: whether to show a live line on a terminal.
+    """
+
+    recipe: Recipe
+    loss: Callable[[Any, Tensor], Tensor]
+    labels: LabelScheme
+    batch_size: int
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    prepare: Prepare = moved
+    epoch_ended: Callable[[History], None] = lambda history: None
+    progress: bool = False
+    _wrapped: tuple[tuple[bool, ...], Callable[[Tensor], Any]] | None = field(default=None, init=False)
+
+    def run(
+        self, state: TrainingState, batches: Iterator[Batch], checkpoints: CheckpointWriter, stop: StopRequest
+    ) -> None:
+        """Train: changes ``state``. ``batches`` are those that are still to come, of all epochs.
+
+        Raises:
+            TrainingStopped: asked for by ``stop``, and saved.
+            NonFiniteLoss: the loss was NaN or infinite too often in a row.
+            OutputError: a checkpoint can't be written.
+        """
+        recipe, clock = self.recipe, EpochClock(self.device)
+        batches = clock.watched(batches)
+        while state.epoch < recipe.epochs:
+            started = time.time()
+            clock.start()
+            rate = prepare_epoch(state.network, state.optimizer, state.epoch, recipe)
+            forward = self._forward(state.network)
+            with self._display(state, rate) as display:
+                state.network.train()
+                while state.iteration < recipe.iterations_per_epoch:
+                    loss = self.step(state, itertools.islice(batches, recipe.accumulate), forward)
+                    clock.rest()
+                    display.step(loss)
+                    if self.ranks.any(stop.asked()):
+                        self._stop(state, checkpoints, stop)
+                    checkpoints.after_step(state)
+                judged = self._judge_epoch(state, batches, forward, display, stop)
+                if judged is None:
+                    self._stop(state, checkpoints, stop)
+            val_loss, dice = judged
+            state.history.add(_mean(state.losses), val_loss, dice, rate, started, time.time(), clock.stop())
+            state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
+            checkpoints.after_epoch(state)
+            self.epoch_ended(state.history)
+        checkpoints.final(state)
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self, state: TrainingState, batches: Iterable[Batch], forward: Callable[[Tensor], Any]) -> float:
+        """One optimiser step, on the mean gradient of ``batches``; returns their mean loss.
+
+        A step whose loss or gradient is not finite changes no weight.
+        """
+        state.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            self._seed(state, number)
+            image, target = self.prepare(batch, self.device)
+            # Of the samples of all processes, times the processes, over which gradients are averaged; 1 for a single one.
+            share = len(image) * self.ranks.size / self.batch_size / self.recipe.accumulate
+            with self._autocast():
+                loss = self.loss(forward(image), target) * share
+            (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+            total += loss.detach().float()
+        if state.scaler is not None:
+            state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.network.parameters(), self.recipe.gradient_clip)
+        total = self.ranks.sum(total) / self.ranks.size
+        value, norm_value = torch.stack([total, norm.detach().float()]).tolist()
+        finite = math.isfinite(value) and math.isfinite(norm_value)
+        if state.scaler is not None:  # it skips steps with gradients that overflowed, and lowers the scale
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        elif finite:
+            state.optimizer.step()
+        if finite and state.average is not None:
+            state.average.update(state.network)
+        self._account(state, value, finite)
+        return value
+
+    def _seed(self, state: TrainingState, number: int) -> None:
+        """Dropout and the like depend on where the run is, not on how it got there."""
+        counters = [state.epoch, state.iteration * self.recipe.accumulate + number]
+        counters += [self.ranks.rank] if self.ranks.rank else []
+        torch.manual_seed(seeds_for(self.recipe.seed, _NETWORK, *counters)[0])
+
+    def _account(self, state: TrainingState, loss: float, finite: bool) -> None:
+        state.iteration += 1
+        searching = state.scaler is not None and math.isfinite(loss) and state.scaler.get_scale() >= _SMALLEST_SCALE
+        if finite or searching:
+            state.losses.append(loss)
+            state.non_finite_in_a_row = 0
+            return
+        state.non_finite_in_a_row += 1
+        logger.warning(
+            "epoch %d, step %d: the loss or its gradient is not finite, skipped", state.epoch, state.iteration
+        )
+        if state.non_finite_in_a_row >= self.recipe.non_finite_limit:
+            raise NonFiniteLoss(
+                f"the loss or its gradient was not finite {state.non_finite_in_a_row} times in a row (epoch {state.epoch}, "
+                f"step {state.iteration}); the last good checkpoint is kept. Try a lower --lr or --set precision=fp32, with "
+                "--c to go on from there"
+            )
+
+    # -- judging -----------------------------------------------------------------------------------------------------
+
+    def _judge_epoch(
+        self,
+        state: TrainingState,
+        batches: Iterator[Batch],
+        forward: Callable[[Tensor], Any],
+        display: EpochDisplay,
+        stop: StopRequest,
+    ) -> tuple[float, list[float]] | None:
+        """Mean loss and pseudo-Dice of each class, by the weights that are to predict; None when asked to stop."""
+        losses = []
+        counts = torch.zeros(3, len(self.labels.class_names), dtype=torch.int64)
+        state.network.eval()
+        with predicting(state):
+            for batch in itertools.islice(batches, self.recipe.validation_iterations):
+                loss, overlap = self.judge(forward, batch)
+                losses.append(loss)
+                counts += overlap
+                display.step(loss)
+                if self.ranks.any(stop.asked()):
+                    return None
+        return _mean(losses), pseudo_dice(counts)
+
+    @torch.no_grad()
+    def judge(self, forward: Callable[[Tensor], Any], batch: Batch) -> tuple[float, Tensor]:
+        """Loss of a validation batch, and its overlap counts (3, classes), both over all processes."""
+        image, target = moved(batch, self.device)
+        with self._autocast():
+            output = forward(image)
+            loss = self.loss(output, target) * (len(image) / self.batch_size)
+        logits = output[0] if isinstance(output, (list, tuple)) else output
+        counts = count_overlap(logits, target, self.labels)
+        return float(self.ranks.sum(loss.float())), self.ranks.sum(counts.to(self.device)).cpu()
+
+    # -- around them -------------------------------------------------------------------------------------------------
+
+    def _forward(self, network: nn.Module) -> Callable[[Tensor], Any]:
+        """The network as it is called: compiled, and of one gradient with the other processes'.
+
+        Made anew only when an epoch trains other weights than the one before: wrappers look at that once.
+        """
+        trained = tuple(weight.requires_grad for weight in network.parameters())
+        if self._wrapped is None or self._wrapped[0] != trained:
+            self._wrapped = trained, training_forward(self.ranks.wrap(network), self.recipe, self.device)
+        return self._wrapped[1]
+
+    def _stop(self, state: TrainingState, checkpoints: CheckpointWriter, stop: StopRequest) -> NoReturn:
+        checkpoints.stopping(state)
+        self.ranks.barrier()  # nobody leaves before the one that writes has written
+        where = (
+            f"stopped by {stop.reason or 'another process'} in epoch {state.epoch} after {state.iteration} of "
+            f"{self.recipe.iterations_per_epoch} steps"
+        )
+        if not checkpoints.enabled:
+            raise TrainingError(f"{where}; nothing was saved, as asked")
+        raise TrainingStopped(f"{where}; run the same command with --c to go on")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _display(self, state: TrainingState, rate: float) -> EpochDisplay:
+        steps = self.recipe.iterations_per_epoch + self.recipe.validation_iterations
+        return EpochDisplay(state.history, state.epoch, self.recipe.epochs, steps, state.iteration, rate, self.progress)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

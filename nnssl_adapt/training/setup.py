@@ -1,0 +1,141 @@
+"""What a run is made of: recipe, plan and batches that go together, and torch's global settings while it lasts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.planning.patch import describe_fit, fit_patch
+from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
+from nnssl_adapt.training.augment_gpu import DeviceAugmentation, device_transforms
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.loop import Batch, Prepare, moved
+from nnssl_adapt.training.patches import (
+    TRAINING,
+    VALIDATION,
+    Batches,
+    BatchSchedule,
+    PatchSampler,
+    PhaseData,
+    annotated_key,
+    iterate_batches,
+)
+from nnssl_adapt.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def without_pretraining(recipe: Recipe) -> Recipe:
+    """The recipe with random weights, and a folder of its own: the pre-trained run must not be overwritten by its baseline."""
+    name = recipe.trainer_name
+    return recipe.override(
+        from_scratch=True, trainer_name=name if name.endswith("_from_scratch") else f"{name}_from_scratch"
+    )
+
+
+def adapted_plan(plan: FinetunePlan, recipe: Recipe) -> FinetunePlan:
+    """The plan with the recipe's patch and batch, the patch fitted to the network's strides and the images."""
+    if recipe.patch_size is None and recipe.batch_size is None:
+        return plan
+    patch = plan.patch_size
+    if recipe.patch_size is not None:
+        extent = plan.settings_of_configuration.get("median_image_size_in_voxels") or recipe.patch_size
+        patch = fit_patch(recipe.patch_size, plan.architecture.total_stride, extent)
+        if message := describe_fit(recipe.patch_size, patch, extent):
+            logger.warning(message)
+    return plan.replaced(patch_size=patch, batch_size=recipe.batch_size)
+
+
+def batch_bytes(plan: FinetunePlan, recipe: Recipe) -> int:
+    """Bytes of a batch as workers hand it over: float32 images and int16 labels, which a GPU still has to turn and cut."""
+    of_patch = recipe.augmentation != "gpu"
+    voxels = math.prod(plan.patch_size if of_patch else SpatialRange.of(plan.patch_size).read_size)
+    return plan.batch_size * voxels * (4 * plan.num_channels + 2)
+
+
+def batches_of_fold(
+    plan: FinetunePlan,
+    store: CaseStore,
+    recipe: Recipe,
+    cases: tuple[Sequence[str], Sequence[str]],
+    start: tuple[int, int],
+    ranks: Ranks,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """All batches of a run from some point on, in the order in which the loop takes them.
+
+    Args:
+        plan: says patch, batch and labels.
+        store: of the preprocessed cases.
+        recipe: says the rest.
+        cases: for training, and for validation.
+        start: epoch, and its optimiser steps that are done.
+        ranks: the processes that share each batch.
+        workers: processes that make batches ahead.
+        pin_memory: whether they go to a GPU.
+    """
+    labels, patch, key = plan.labels, plan.patch_size, annotated_key(plan.labels)
+    spatial, masks = SpatialRange.of(patch), plan.settings.use_mask_for_norm
+    chain: Any = plain_transforms(labels)
+    if recipe.augmentation == "gpu":
+        chain = device_transforms(spatial, recipe.mirror_axes, labels)
+    elif recipe.augmentation == "default":
+        chain = training_transforms(patch, spatial, recipe.mirror_axes, masks, labels)
+    read_size = patch if recipe.augmentation == "none" else spatial.read_size
+    training, validation = (tuple(names) for names in cases)
+    phases = {
+        TRAINING: PhaseData(training, PatchSampler(read_size, patch, key), chain),
+        VALIDATION: PhaseData(validation, PatchSampler(patch, patch, key), plain_transforms(labels)),
+    }
+    batches = Batches(
+        store.folder,
+        phases,
+        plan.batch_size,
+        recipe.foreground_fraction,
+        recipe.seed,
+        rank=ranks.rank,
+        size=ranks.size,
+    )
+    epoch, step = start
+    schedule = BatchSchedule(
+        recipe.epochs,
+        recipe.iterations_per_epoch * recipe.accumulate,
+        recipe.validation_iterations,
+        epoch,
+        step * recipe.accumulate,
+    )
+    return iterate_batches(batches, schedule, workers, pin_memory)
+
+
+def preparation(plan: FinetunePlan, recipe: Recipe) -> Prepare:
+    """How the loop brings those training batches to the device: as they are, or augmented there."""
+    if recipe.augmentation != "gpu":
+        return moved
+    return DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm)
+
+
+@contextmanager
+def restored_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, torch's generators are as they were afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def cudnn_benchmark(device: torch.device) -> Iterator[None]:
+    """Let cuDNN choose its fastest convolutions by trying: patches all have one size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -1,0 +1,157 @@
+"""Every flag of training stands for a field of the recipe, and all mistakes come at once."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from nnssl_adapt.cli import finetune, train
+from nnssl_adapt.cli.training_flags import FIELD_FLAGS, add_training_flags, recipe_from
+from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.recipe import Recipe, configs_folder, recipe_names
+
+
+def asked(*words, is_transformer=False, source=None):
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    parser.set_defaults(source=source)
+    return recipe_from(parser.parse_args(["-device", "cpu", *words]), is_transformer)
+
+
+EXAMPLES = {  # flag: (what is typed after it, the field's value)
+    "--epochs": (["70"], 70),
+    "--iters": (["11"], 11),
+    "--val-iters": (["7"], 7),
+    "--warmup": (["3"], 3),
+    "--decoder-warmup": (["9"], 9),
+    "--schedule": (["cosine"], "cosine"),
+    "--optimizer": (["adam"], "adam"),
+    "--lr": (["3e-4"], 3e-4),
+    "--encoder-lr": (["1e-5"], 1e-5),
+    "--llrd": (["0.8"], 0.8),
+    "--weight-decay": (["0.02"], 0.02),
+    "--clip": (["2"], 2.0),
+    "--accumulate": (["4"], 4),
+    "--ema": (["0.99"], 0.99),
+    "--freeze": (["encoder"], "encoder"),
+    "--lora": (["8"], 8),
+    "--batch": (["5"], 5),
+    "--patch": (["32", "48", "64"], (32, 48, 64)),
+    "--augment": (["gpu"], "gpu"),
+    "--no-mirror": ([], ()),
+    "--deep-supervision": ([], True),
+    "--precision": (["bf16"], "bf16"),
+    "--compile": (["off"], "off"),
+    "--channels-last": ([], True),
+    "--activation-checkpointing": ([], True),
+    "--seed": (["17"], 17),
+}
+
+
+def test_every_flag_is_tried_and_stands_for_a_field_of_its_own():
+    assert {flag.flag for flag in FIELD_FLAGS} == set(EXAMPLES)
+    fields = [flag.field for flag in FIELD_FLAGS]
+    assert len(fields) == len(set(fields))
+    assert set(fields) <= {field.name for field in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize("flag", FIELD_FLAGS, ids=lambda flag: flag.flag)
+def test_a_flag_changes_its_field_and_no_other(flag, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # peft is there or not
+    words, value = EXAMPLES[flag.flag]
+    is_transformer = flag.field == "lora_rank"
+    before = asked(is_transformer=is_transformer)
+    after = asked(flag.flag, *words, is_transformer=is_transformer)
+    assert getattr(after, flag.field) == value != getattr(before, flag.field)
+    assert after == dataclasses.replace(before, **{flag.field: value})
+
+
+def test_flags_that_may_go_without_a_value():
+    assert asked("--ema").ema_decay == 0.999
+    assert asked("--compile").compile == "on"
+
+
+@pytest.mark.parametrize("command", [train, finetune])
+def test_both_commands_have_them(command):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert {*EXAMPLES, "-tr", "--recipe", "--set", "--from_scratch", "-device", "--npz", "--workers"} <= known
+
+
+def test_the_last_word_is_a_flags():
+    recipe = asked("--recipe", "llrd", "--set", "layer_decay=0.5", "--set", "weight-decay=1", "--llrd", "0.6")
+    assert (recipe.name, recipe.layer_decay, recipe.weight_decay) == ("llrd", 0.6, 1.0)
+
+
+def test_mistakes_of_flags_settings_network_and_device_come_together():
+    words = ["--epochs", "ten", "--lr", "-1", "--schedule", "polly", "--precision", "fp16", "--freeze", "encoder"]
+    words += ["--set", "lora_alpha", "--set", "sede=3", "--lora", "4"]
+    with pytest.raises(ConfigurationError) as caught:
+        asked(*words)
+    for part in (
+        "epochs: expected a whole number, got 'ten'",
+        "learning_rate: expected a number above 0, got -1.0",
+        "schedule: expected one of poly, cosine, constant, got 'polly' (did you mean 'poly'?)",
+        "--set lora_alpha: expected field=value",
+        "unknown field 'sede' (did you mean 'seed'?)",
+        "freeze encoder and lora_rank 4",
+        "lora_rank: adapters go into a transformer's attention",
+        "fp16 needs a CUDA device, not cpu",
+    ):
+        assert part in str(caught.value)
+    assert "8 mistakes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_transformer", "message"),
+    [
+        (("--lora", "8"), False, "this network is a CNN"),
+        (("--recipe", "lora"), False, "this network is a CNN"),
+        (("--deep-supervision",), True, "a transformer has a single output"),
+        (("-tr", "nnUNetTrainer"), True, "a transformer has a single output"),
+        (("--set", "compile=on", "--device", "mps"), False, "not on mps"),
+        (("--from_scratch", "--freeze", "encoder"), False, "random weights would stay random"),
+        (("--from_scratch", "--recipe", "linear_probe"), False, "random weights would stay random"),
+        (("--recipe", "frozen_encoder", "--encoder-lr", "1e-5"), False, "freeze encoder and encoder_learning_rate"),
+        (("--set", "compile=off", "--warmup", "1000"), False, "warmup_epochs: expected fewer than epochs"),
+    ],
+)
+def test_what_does_not_go_together(words, is_transformer, message):
+    with pytest.raises(ConfigurationError, match=message):
+        asked(*words, is_transformer=is_transformer)
+
+
+def test_nnunets_own_trainers_fine_tune_weights_that_are_named():
+    words = ("-tr", "nnUNetTrainer_50epochs")
+    assert asked(*words).from_scratch
+    named = asked(*words, source="model.zip")
+    assert not named.from_scratch and named.trainer_name == "PretrainedTrainer_as_nnUNetTrainer_50epochs"
+    assert asked(*words, "--from_scratch", source="model.zip").from_scratch
+
+
+def test_a_wrong_name_does_not_hide_other_mistakes():
+    for words, message in (
+        (("-tr", "PretrainedTrainer_151ep"), "did you mean 'PretrainedTrainer_150ep'"),
+        (("--recipe", "primsu"), "did you mean 'primus'"),
+        (("--recipe", "primus", "-tr", "PretrainedTrainer"), "give one of them"),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"(?s)3 mistakes.*{message}.*epochs: .*lora_rank: .*CNN"):
+            asked(*words, "--epochs", "0", "--lora", "8")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipes_file_is_headed_by_the_command_that_runs_it(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: object())  # peft is there or not
+    command, *words = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0].removeprefix("# ").split()
+    assert command == "nnUNetv2_train_pretrained"
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    assert (arguments.dataset, arguments.configuration, arguments.fold, arguments.plans) == (
+        "41",
+        "3d_fullres",
+        "0",
+        "PLANS",
+    )
+    assert recipe_from(arguments, is_transformer=name in ("primus", "lora")) == Recipe.load(name)

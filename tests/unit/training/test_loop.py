@@ -1,0 +1,222 @@
+"""The loop: steps of one batch or several, precision, and steps that go wrong."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from tiny_plans import TRANSFORMER
+from training_runs import assert_same_training, interrupt, trainer_of
+
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, TrainingError
+from nnssl_adapt.training import trainer as trainer_module
+from nnssl_adapt.training.checkpointing import TrainingState, load_checkpoint
+from nnssl_adapt.training.ema import WeightAverage
+from nnssl_adapt.training.loop import TrainingLoop
+from nnssl_adapt.training.losses import build_loss
+from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer
+from nnssl_adapt.training.recipe import Recipe
+from nnssl_adapt.training.schedule import prepare_epoch
+from nnssl_adapt.training.starting_weights import StartingWeights
+from nnssl_adapt.training.trainer import PretrainedTrainer
+from nnssl_adapt.weights.transfer import scratch_report
+
+
+def test_a_few_bad_steps_are_skipped(plan, recipe, monkeypatch, package_log):
+    weights = []
+
+    def sometimes_nan(self, image, target, original=None):
+        loss = original(image, target)
+        return loss * math.nan if 2 <= len(weights) <= 3 else loss
+
+    def keeping_weights(self, state, *arguments, original=TrainingLoop.step):
+        value = original(self, state, *arguments)
+        weights.append(next(state.network.parameters()).detach().clone())
+        return value
+
+    trainer = trainer_of(plan, recipe)
+    inner = trainer._loss
+    trainer._loss = lambda logits, target: sometimes_nan(trainer, logits, target, inner)
+    monkeypatch.setattr(TrainingLoop, "step", keeping_weights)
+    trainer.run()
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert same == [False, True, True, False, False]
+    assert package_log.text.count("not finite, skipped") == 2
+    assert all(math.isfinite(loss) for loss in trainer.history.train_losses)
+
+
+def test_many_bad_steps_end_the_run(plan, recipe):
+    trainer = trainer_of(plan, recipe.override(iterations_per_epoch=30))
+    inner = trainer._loss
+    trainer._loss = lambda logits, target: inner(logits, target) / 0
+    with pytest.raises(NonFiniteLoss, match=r"10 times in a row \(epoch 0, step 10\).*lower --lr"):
+        trainer.run()
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------------
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16
+    with pytest.raises(ConfigurationError, match="fp16 needs a CUDA device"):
+        autocast_dtype("fp16", cpu)
+
+
+def test_bf16_trains_on_a_cpu(plan, recipe):
+    trainer = trainer_of(plan, recipe.override(precision="bf16"))
+    trainer.run()
+    assert math.isfinite(trainer.history.train_losses[-1])
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch before 2.3 scales losses on CUDA only")
+def test_loss_scaling_is_resumed_exactly(plan, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "autocast_dtype", lambda precision, device: torch.float16)
+    monkeypatch.setattr(trainer_module, "grad_scaler", lambda: torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
+    with monkeypatch.context() as patched:
+        interrupt(patched, step=4)
+        with pytest.raises(TrainingError):
+            trainer_of(plan, recipe, results_folder=tmp_path / "parts").run()
+    latest = next((tmp_path / "parts").rglob("checkpoint_latest.pth"))
+    assert load_checkpoint(latest)["grad_scaler_state"]["scale"] < 2.0**40  # the first steps overflowed
+    assert_same_training(whole, trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["auto", "fp16", "bf16", "fp32"])
+def test_all_precisions_on_cuda(plan, recipe, precision):
+    trainer = PretrainedTrainer(plan, recipe=recipe.override(precision=precision), device="cuda", workers=0)
+    trainer.run()
+    assert trainer.history.train_losses[-1] < trainer.history.train_losses[0]
+
+
+# -- steps of several batches ----------------------------------------------------------------------------------------------
+
+
+def small_network():
+    """A network that says where its encoder is, as all do that plans name."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 6, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv3d(6, 3, 1))
+    network.key_to_encoder = network.key_to_stem = "0"
+    return network
+
+
+LABELS = LabelScheme.from_dataset_json({"labels": {"background": 0, "core": 1, "rim": 2}})
+
+
+def batch_of(samples, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randn(samples, 1, 6, 8, 10, generator=random)
+    return {"image": image, "target": torch.randint(0, 3, image.shape, generator=random).to(torch.int16)}
+
+
+def weights_after(recipe, batch_size, batches):
+    network = small_network()
+    cpu = torch.device("cpu")
+    loop = TrainingLoop(recipe, build_loss(LABELS, batch_dice=False), LABELS, batch_size, cpu)
+    average = None if recipe.ema_decay is None else WeightAverage(network, recipe.ema_decay)
+    state = TrainingState(network, build_optimizer(network, recipe, cpu), None, average)
+    prepare_epoch(network, state.optimizer, 0, recipe)
+    losses = [loop.step(state, step, network) for step in batches]
+    return [weight.detach() for weight in network.parameters()], losses, state
+
+
+def test_accumulated_batches_equal_one_larger_batch():
+    recipe = Recipe(learning_rate=0.5, warmup_epochs=0, momentum=0.5, weight_decay=0.01, gradient_clip=0.3)
+    whole = [batch_of(6, seed) for seed in range(3)]
+    parts = [[{key: value[i : i + 2] for key, value in batch.items()} for i in (0, 2, 4)] for batch in whole]
+    at_once, losses, _ = weights_after(recipe, 6, [[batch] for batch in whole])
+    in_parts, losses_of_parts, _ = weights_after(recipe.override(accumulate=3), 2, parts)
+    assert losses_of_parts == pytest.approx(losses, abs=1e-5)
+    for one, other, start in zip(at_once, in_parts, small_network().parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, start, atol=1e-3)
+
+
+def test_each_batch_of_a_step_is_another(plan, recipe):
+    seen = []
+
+    def recording(self, state, batches, forward, original=TrainingLoop.step):
+        batches = list(batches)
+        seen.append([batch["image"] for batch in batches])
+        return original(self, state, batches, forward)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingLoop, "step", recording)
+        trainer = trainer_of(plan, recipe.override(accumulate=2))
+        trainer.run()
+    assert [len(step) for step in seen] == [2] * 6
+    images = [image for step in seen for image in step]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(images, 2))
+    assert len(trainer.history) == 2
+
+
+# -- averaged weights ------------------------------------------------------------------------------------------------------
+
+
+def test_skipped_steps_do_not_count_for_the_average():
+    recipe = Recipe(learning_rate=0.5, warmup_epochs=0, ema_decay=0.9)
+    good, bad = batch_of(2), batch_of(2)
+    bad["image"][0] = math.inf
+    once = weights_after(recipe, 2, [[good]])[2]
+    with_bad = weights_after(recipe, 2, [[bad], [good], [bad]])[2]
+    for name, tensor in once.average.weights().items():
+        assert torch.equal(tensor, with_bad.average.weights()[name])
+    assert (with_bad.iteration, with_bad.non_finite_in_a_row, len(with_bad.losses)) == (3, 1, 1)
+
+
+def test_the_average_predicts_and_the_weights_are_trained_on(plan, recipe, monkeypatch):
+    judged = []
+
+    def recording(self, forward, batch, original=TrainingLoop.judge):
+        judged.append(next(forward.parameters()).detach().clone())
+        return original(self, forward, batch)
+
+    trained = []
+
+    def keeping(self, state, *arguments, original=TrainingLoop.step):
+        trained.append(next(state.network.parameters()).detach().clone())  # before the step
+        return original(self, state, *arguments)
+
+    monkeypatch.setattr(TrainingLoop, "judge", recording)
+    monkeypatch.setattr(TrainingLoop, "step", keeping)
+    plain = trainer_of(plan, recipe.override(trainer_name="Plain")).run()
+    of_plain, judged[:] = list(trained), []
+    trained.clear()
+    model = trainer_of(plan, recipe.override(ema_decay=0.9)).run()
+    assert all(torch.equal(one, other) for one, other in zip(of_plain, trained, strict=True))  # training is the same
+    weights = model.load_weights(0).network_weights
+    first = next(iter(weights))
+    assert torch.equal(weights[first], judged[-1])
+    assert not torch.equal(weights[first], plain.load_weights(0).network_weights[first])
+
+
+def test_adapters_are_merged_in_what_is_saved(make_plan, recipe, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    plan = make_plan(TRANSFORMER)
+    recipe = recipe.override(lora_rank=2, optimizer="adamw", ema_decay=0.8, from_scratch=False)
+    # As if the network's own weights were the pre-trained ones.
+    monkeypatch.setattr(
+        trainer_module, "fill_with_starting_weights", lambda network, *_: StartingWeights(scratch_report(network))
+    )
+    whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
+    names = set(whole.load_weights(0).network_weights)
+    assert names == set(whole.build_network().state_dict())
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, step=5)
+        with pytest.raises(TrainingError):
+            trainer_of(plan, recipe, results_folder=tmp_path / "parts").run()
+    latest = load_checkpoint(next((tmp_path / "parts").rglob("checkpoint_latest.pth")))
+    assert set(latest["network_weights"]) == names  # nnU-Net can predict with it
+    assert any("lora" in name for name in latest["nnssl_adapt"]["training_weights"])
+    assert_same_training(whole, trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True))
+
+
+def test_deep_supervision_trains_and_predicts(plan, recipe, tmp_path):
+    recipe = recipe.override(deep_supervision=True)
+    model = trainer_of(plan, recipe).run()
+    assert (model.path / "fold_0" / "validation" / "summary.json").is_file()
+    trainer = trainer_of(plan, recipe, disable_checkpointing=True, results_folder=tmp_path)
+    trainer.run()
+    assert trainer.summary is not None

@@ -1,0 +1,186 @@
+"""A run that was stopped or killed, and gone on with, equals one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_runs
+from tiny_plans import CNN, PATCH, TRANSFORMER, changed
+from training_runs import Killed, assert_same_training, at, fold_of, interrupt, trainer_of
+
+from nnssl_adapt.errors import ConfigurationError, NothingToResume, TrainingStopped, UnreadableCheckpoint
+from nnssl_adapt.training import validation
+from nnssl_adapt.training.trainer import PretrainedTrainer
+from nnssl_adapt.weights.architectures import Architecture
+
+
+@pytest.mark.parametrize(
+    ("architecture", "where"),
+    [
+        (CNN, {"step": 1}),
+        (CNN, {"step": 7}),
+        (TRANSFORMER, {"step": 5}),  # its layers are dropped at random
+        (TRANSFORMER, {"judgement": 1}),
+    ],
+    ids=["first step", "an epoch's first step", "middle of an epoch", "validation batch"],
+)
+def test_stopped_and_resumed_equals_uninterrupted(make_plan, recipe, tmp_path, architecture, where):
+    plan = make_plan(architecture)
+    recipe = recipe.override(epochs=3, optimizer="adamw" if architecture is TRANSFORMER else "sgd")
+    whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, **where)
+        with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM in epoch \d after \d of 3 steps; .*--c"):
+            trainer_of(plan, recipe, results_folder=tmp_path / "parts").run()
+    model = trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True)
+    assert_same_training(whole, model)
+    assert not (fold_of(model) / "checkpoint_latest.pth").exists()
+
+
+KILLED_AT = [
+    "middle of an epoch",
+    "validation batch",
+    "writing a checkpoint",
+    "end of an epoch",
+    "before the last checkpoint",
+    "validation",
+]
+
+
+@pytest.fixture
+def hard(recipe):
+    """Everything that has a state of its own: averaged weights, steps of several batches, a checkpoint after each step."""
+    return recipe.override(epochs=3, ema_decay=0.9, accumulate=2, checkpoint_minutes=1e-9, checkpoint_every=1)
+
+
+@pytest.mark.parametrize("place", KILLED_AT)
+def test_killed_and_resumed_equals_uninterrupted(plan, hard, tmp_path, place):
+    words = [place, plan.plans_name, json.dumps(hard.to_dict()), str(tmp_path / "parts")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    script = Path(training_runs.__file__).with_name("killed_training.py")
+    done = subprocess.run([sys.executable, str(script), *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (fold,) = (tmp_path / "parts").glob("*/*/fold_0")
+    left = "checkpoint_final.pth" if place == "validation" else "checkpoint_latest.pth"
+    assert (fold / left).is_file()
+    assert place != "writing a checkpoint" or list(fold.glob(".unfinished-*-checkpoint_*"))
+
+    model = trainer_of(plan, hard, results_folder=tmp_path / "parts").run(resume=True)
+    whole = trainer_of(plan, hard, results_folder=tmp_path / "whole").run()
+    assert_same_training(whole, model)
+    assert not list(fold.glob(".unfinished*")) and not (fold / "checkpoint_latest.pth").exists()
+
+
+def test_killed_and_resumed_with_a_worker(plan, hard, tmp_path):
+    whole = trainer_of(plan, hard, results_folder=tmp_path / "whole").run()
+
+    def die():
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        at(patched, die, step=8)
+        with pytest.raises(Killed):
+            trainer_of(plan, hard, workers=1, results_folder=tmp_path / "parts").run()
+    model = trainer_of(plan, hard, workers=1, results_folder=tmp_path / "parts").run(resume=True)
+    assert_same_training(whole, model)
+
+
+def test_killed_between_the_last_checkpoint_and_tidying_up(plan, recipe, monkeypatch):
+    recipe = recipe.override(checkpoint_every=1)
+    model = trainer_of(plan, recipe).run()
+    final = fold_of(model) / "checkpoint_final.pth"
+    (fold_of(model) / "checkpoint_latest.pth").write_bytes(b"of the epoch before")
+    monkeypatch.setattr(PretrainedTrainer, "_train", None)
+    before = final.read_bytes()
+    trainer_of(plan, recipe).run(resume=True)
+    assert final.read_bytes() == before
+
+
+def test_auto_starts_or_goes_on_or_stays_finished(plan, recipe, tmp_path, package_log):
+    whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, step=4)
+        with pytest.raises(TrainingStopped):
+            trainer_of(plan, recipe).run(resume="auto")
+    package_log.clear()
+    model = trainer_of(plan, recipe).run(resume="auto")
+    assert "going on from" in package_log.text
+    assert_same_training(whole, model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PretrainedTrainer, "_train", None)
+        trainer_of(plan, recipe).run(resume="auto")
+
+
+def test_nothing_to_resume(plan, recipe):
+    with pytest.raises(NothingToResume, match=r"has no checkpoint_latest\.pth .*leave --c out"):
+        trainer_of(plan, recipe).run(resume=True)
+
+
+def test_a_finished_run_is_only_validated(plan, recipe, monkeypatch):
+    model = trainer_of(plan, recipe).run()
+    before = (fold_of(model) / "checkpoint_final.pth").stat().st_mtime_ns
+    monkeypatch.setattr(PretrainedTrainer, "_train", None)
+    trainer_of(plan, recipe).run(resume=True)
+    assert (fold_of(model) / "checkpoint_final.pth").stat().st_mtime_ns == before
+    with pytest.raises(ConfigurationError, match="finished after 2 epochs and can't be prolonged to 5"):
+        trainer_of(plan, recipe.override(epochs=5)).run(resume=True)
+
+
+@pytest.fixture
+def stopped(plan, recipe):
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, step=4)
+        with pytest.raises(TrainingStopped):
+            trainer_of(plan, recipe).run()
+
+
+def test_resuming_what_makes_no_sense(plan, recipe, stopped):
+    wider = Architecture("ResidualEncoderUNet", {**CNN.kwargs, "features_per_stage": [4, 6, 10]})
+    other = changed(plan, architecture=wider.to_plans_dict(PATCH))
+    with pytest.raises(ConfigurationError, match=r"another network.*; its optimizer was sgd, now adamw.*without --c"):
+        trainer_of(other, recipe.override(optimizer="adamw")).run(resume=True)
+    with pytest.raises(ConfigurationError, match="has another network"):
+        trainer_of(other, recipe).run(resume=True)
+
+
+def test_resuming_with_another_learning_rate_says_so(plan, recipe, stopped, package_log):
+    trainer_of(plan, recipe.override(learning_rate=0.005)).run(resume=True)
+    assert "another learning_rate than before: 0.005 instead of 0.01" in package_log.text
+
+
+def test_a_damaged_checkpoint_is_no_crash(plan, recipe, stopped):
+    path = trainer_of(plan, recipe).folder.path / "checkpoint_latest.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UnreadableCheckpoint, match=r"checkpoint_latest\.pth can't be read"):
+        trainer_of(plan, recipe).run(resume=True)
+
+
+def test_validation_goes_on_where_it_stopped(plan, recipe, monkeypatch):
+    predicted = []
+    original = validation.FoldValidation._predict
+
+    def recording(self, network, case, axes, after_tile):
+        predicted.append(case)
+        if len(predicted) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, network, case, axes, after_tile)
+
+    monkeypatch.setattr(validation.FoldValidation, "_predict", recording)
+    recipe = recipe.override(epochs=1, warmup_epochs=0)
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM in validation, 2 of 5 cases done; .*--val"):
+        trainer_of(plan, recipe, fold="all").run()
+    model = trainer_of(plan, recipe, fold="all").run(validate_only=True)
+    assert predicted == [f"case_{number:02d}" for number in (0, 1, 2, 2, 3, 4)]  # the third was cut short
+    summary = json.loads((fold_of(model, "all") / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 5
+    trainer_of(plan, recipe, fold="all").run(validate_only=True, checkpoint_for_validation="best")
+    assert len(predicted) == 11  # other weights: nothing of before counts

@@ -1,0 +1,167 @@
+"""The cases of a validation are shared among ranks, each predicted once, whoever stopped in between."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tiny_plans import PATCH
+
+from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.errors import TrainingStopped
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.starting_weights import build_initial_network
+from nnssl_adapt.training.stopping import StopRequest
+from nnssl_adapt.training.validation import FoldValidation
+
+CASES = tuple(f"case_{number:02d}" for number in range(4))
+
+
+@dataclass(frozen=True)
+class WithOthers(Ranks):
+    """Two ranks of which the other does its part (``before``) while this one waits for it."""
+
+    other: object = None
+    other_stopped: bool = False
+
+    def barrier(self):
+        if self.other is not None:
+            self.other()
+
+    def any(self, flag):
+        return flag or self.other_stopped
+
+    def from_main(self, value):
+        return value
+
+
+class StopAfter(StopRequest):
+    """Is asked to stop after so many tiles."""
+
+    def __init__(self, tiles):
+        super().__init__()
+        self.tiles = tiles
+
+    def asked(self):
+        self.tiles -= 1
+        if self.tiles < 0:
+            self.reason = "SIGTERM"
+        return self.tiles < 0
+
+    __bool__ = asked
+
+
+@pytest.fixture
+def network(plan):
+    return build_initial_network(plan, plan.labels.num_heads, seed=4)
+
+
+@pytest.fixture
+def validation(plan, tmp_path):
+    return FoldValidation(
+        plan=plan,
+        labels=plan.labels,
+        file_ending=".nii.gz",
+        store=CaseStore(plan.store_folder),
+        cases=CASES,
+        references=plan.dataset_folder / "gt_segmentations",
+        folder=tmp_path / "fold_0",
+        device=torch.device("cpu"),
+    )
+
+
+def predicted(validation):
+    """What was written, by name."""
+    return {path.name: path.read_bytes() for path in validation.output.glob("*.nii.gz")}
+
+
+def record(validation):
+    return json.loads((validation.folder / "validation_done.json").read_text())
+
+
+def shared(validation, network, stop=None):
+    """The validation as the main of two ranks sees it, and as the other one does."""
+    other = replace(validation, ranks=WithOthers(1, 2, 1, 2, "gloo"))
+
+    def work():
+        other._predict_share(network, (0,), "digest", (), StopRequest() if stop is None else stop)
+
+    return replace(validation, ranks=WithOthers(0, 2, 0, 2, "gloo", other=work)), other
+
+
+def test_two_ranks_predict_and_judge_what_one_does(validation, network, tmp_path):
+    alone = replace(validation, folder=tmp_path / "alone")
+    expected = alone.run(network, (0,), "digest", StopRequest())
+    main, _ = shared(validation, network)
+    summary = main.run(network, (0,), "digest", StopRequest())
+    assert summary.foreground_mean == expected.foreground_mean
+    assert set(predicted(main)) == set(predicted(alone)) == {f"{case}.nii.gz" for case in CASES}
+    assert predicted(main) == predicted(alone)
+    assert {path.name for path in main.output.iterdir()} == {path.name for path in alone.output.iterdir()}
+    assert record(main) == record(alone) == {"weights": "digest", "cases": list(CASES)}
+
+
+def test_each_rank_predicts_its_own_cases(validation, network, package_log):
+    main, other = shared(validation, network)
+    main._predict_share(network, (), "digest", (), StopRequest())
+    first = set(predicted(validation))
+    other._predict_share(network, (), "digest", (), StopRequest())
+    assert len(first) == 2 and len(predicted(validation)) == 4
+    assert "(2/2)" in package_log.text
+    sizes = {case: math.prod(validation.store.open(case).data.shape) for case in CASES}
+    assert min(sizes.values()) >= math.prod(PATCH) and len(set(sizes.values())) == 3
+    loads = [
+        sum(sizes[name.removesuffix(".nii.gz")] for name in names) for names in (first, set(predicted(other)) - first)
+    ]
+    assert max(loads) - min(loads) < max(sizes.values()) - min(sizes.values())
+
+
+def test_what_a_rank_had_done_when_it_was_killed_is_not_done_again(validation, network, package_log):
+    _, other = shared(validation, network)
+    other._predict_share(network, (0,), "digest", (), StopRequest())  # and then both are killed
+    done = set(predicted(validation))
+    assert not (validation.folder / "validation_done.json").exists()
+    package_log.clear()
+    validation.run(network, (0,), "digest", StopRequest())
+    assert {case for case in CASES if f"validating {case}" in package_log.text} == {
+        case for case in CASES if f"{case}.nii.gz" not in done
+    }
+    assert len(done) == 2 and record(validation)["cases"] == list(CASES)
+    assert not list(validation.output.glob(".done_*"))
+
+
+def test_other_weights_do_all_of_it_again(validation, network, package_log):
+    _, other = shared(validation, network)
+    other._predict_share(network, (0,), "of other weights", (), StopRequest())
+    package_log.clear()
+    validation.run(network, (0,), "digest", StopRequest())
+    assert all(f"validating {case}" in package_log.text for case in CASES)
+
+
+def test_all_leave_when_one_is_stopped(validation, network):
+    main, _ = shared(validation, network, stop=StopAfter(tiles=0))
+    main = replace(main, ranks=replace(main.ranks, other_stopped=True))
+    with pytest.raises(TrainingStopped, match="stopped by another process in validation, 2 of 4 cases done; .*--val"):
+        main.run(network, (0,), "digest", StopRequest())
+    assert len(record(main)["cases"]) == 2 and not (main.output / "summary.json").exists()
+
+
+def test_stopped_within_a_case_leaves_it_undone(validation, network):
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM in validation, 0 of 4 cases done"):
+        validation.run(network, (0,), "digest", StopAfter(tiles=1))
+    assert predicted(validation) == {}
+
+
+def test_files_of_other_machines_are_waited_for(validation, network, monkeypatch):
+    main, other = shared(validation, network)
+    there, not_seen_yet = validation.output / "case_03.nii.gz", validation.output / "not_seen_yet"
+
+    def work():
+        other._predict_share(network, (0,), "digest", (), StopRequest())
+        there.rename(not_seen_yet)
+
+    monkeypatch.setattr("nnssl_adapt.training.validation.time.sleep", lambda seconds: not_seen_yet.rename(there))
+    main = replace(main, ranks=replace(main.ranks, local_size=1, other=work))
+    assert len(main.run(network, (0,), "digest", StopRequest()).cases) == 4
+    assert there.is_file() and record(main)["cases"] == list(CASES)
