@@ -15,7 +15,6 @@ _PACKAGES = (
     "nnssl-adapt",
     "torch",
     "dynamic-network-architectures",
-    "batchgeneratorsv2",
     "blosc2",
     "SimpleITK",
     "huggingface_hub",
