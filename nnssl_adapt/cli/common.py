@@ -32,10 +32,14 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
     # fifth faster on an idle machine and ten times slower on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verbose = bool(getattr(parsed, "verbose", False))
-    _log_to_screen(verbose)
-    if not verbose:  # libraries talking to each other's developers
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with _logging_to_screen(verbose), warnings.catch_warnings():
+        if not verbose:  # libraries talking to each other's developers
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+        return _run(run, parsed, verbose)
+
+
+def _run(run: Run, parsed: argparse.Namespace, verbose: bool) -> int:
     from nnssl_adapt.errors import TrainingStopped
 
     try:
@@ -77,15 +81,20 @@ def _complain(message: str, verbose: bool) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def _log_to_screen(verbose: bool) -> None:
+@contextmanager
+def _logging_to_screen(verbose: bool) -> Iterator[None]:
+    """What the package logs is shown; afterwards logging is as it was, for programs that call a command."""
     logger = logging.getLogger("nnssl_adapt")
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    before = (logger.level, list(logger.handlers), logger.propagate)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
-    logger.addHandler(handler)
-    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1], before[2]
 
 
 class _Lines(logging.Formatter):
