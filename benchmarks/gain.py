@@ -211,7 +211,7 @@ def train_theirs(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         draw_from(seed)
     plan = find_plan()
     dataset_json = json.loads((plan.dataset_folder / "dataset.json").read_text())
-    plans = json.loads(plan.plans_file.read_text())
+    plans = {**json.loads(plan.plans_file.read_text()), "continue_training": False}
     trainer = ShortTrainer(plans, plan.configuration, seed, dataset_json, device=torch.device("cpu"))
     trainer.run_training()
     trainer.perform_actual_validation()

@@ -49,15 +49,17 @@ IMAGE, SPACING, LABELS = (90, 128, 112), (1.5, 1.1, 1.2), 16
 
 
 def make_logits(path: Path, name: str) -> None:
-    """Smooth fields, one a class, with a little noise: compact structures with the surfaces that networks leave."""
+    """About as many compact structures as classes in an ellipsoid, background around it; surfaces with a little noise."""
     shape, _, _, _, classes = CASES[name]
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn((1, 1, *(max(4, n // 24) for n in shape)), generator=generator)
+    axes = [torch.linspace(-1, 1, n) for n in shape]
+    radius = sum((axis.reshape([-1 if a == i else 1 for a in range(3)]) / 0.9) ** 2 for i, axis in enumerate(axes))
     logits = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(classes, *shape))
     for index in range(classes):
-        coarse = torch.randn(coarse.shape, generator=generator)
-        field = torch.nn.functional.interpolate(coarse, shape, mode="trilinear")[0, 0]
-        logits[index] = (8 * field + 0.05 * torch.randn(shape, generator=generator)).half().numpy()
+        coarse = torch.randn((1, 1, 5, 5, 5), generator=generator)
+        field = 8 * torch.nn.functional.interpolate(coarse, shape, mode="trilinear")[0, 0]
+        field += 40 * (radius - 1) if index == 0 else 0
+        logits[index] = (field + 0.05 * torch.randn(shape, generator=generator)).half().numpy()
     logits.flush()
 
 
@@ -300,7 +302,6 @@ def proportional_kb(pid: int) -> int:
 def whole(arguments: argparse.Namespace) -> None:
     import SimpleITK as sitk
 
-    # Not asked for, but without it nnU-Net starts a thread a core in each of its processes too.
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_world(root, arguments.images)

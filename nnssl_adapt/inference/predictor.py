@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,14 +18,14 @@ from torch import Tensor
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, NnsslAdaptError, PredictionError
-from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, make_folder, sha256_of
+from nnssl_adapt.files import atomic_path, make_folder, sha256_of
 from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.foresight import count_tiles, foresee
 from nnssl_adapt.inference.in_memory import checked_array, expected_channels, to_simpleitk
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
 from nnssl_adapt.inference.pipeline import Pipeline
 from nnssl_adapt.inference.progress_bar import TileBar
-from nnssl_adapt.inference.record import PredictionRecord
+from nnssl_adapt.inference.record import PredictionRecord, remove_unfinished, unfinished
 from nnssl_adapt.inference.sliding_window import Allocate, Progress, sliding_window_logits
 from nnssl_adapt.inference.steps import Steps
 from nnssl_adapt.inference.tasks import Images, ImageTask, image_tasks, is_image_file, is_in_memory
@@ -239,7 +238,7 @@ class Predictor:
         if target is not None and not is_image_file(target):
             self._describe_output(target)
             record = PredictionRecord(target, self._settings)
-        waiting = tasks if overwrite else _unfinished(tasks, record, save_probabilities)
+        waiting = tasks if overwrite else unfinished(tasks, record, save_probabilities)
         in_memory = is_in_memory(images) or output is None
         with TileBar(len(waiting), progress) as bar:
             results, failures = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
@@ -288,7 +287,7 @@ class Predictor:
             return self.predict_logits(image, after_tile, allocate)
 
         for task in tasks:
-            _remove_unfinished(task, save_probabilities)
+            remove_unfinished(task, save_probabilities)
         memory = {name: foresight.memory for name, foresight in foreseen.items()}
         pipeline = Pipeline(self._steps(save_probabilities), predict, workers, memory)
         for result in pipeline.run(tasks):
@@ -335,36 +334,6 @@ class Predictor:
             if not (folder / name).exists():  # it may be somebody's dataset that segmentations are added to
                 with atomic_path(folder / name) as temporary:
                     shutil.copyfile(self.model.path / name, temporary)
-
-
-def _unfinished(
-    tasks: Sequence[ImageTask], record: PredictionRecord | None, with_probabilities: bool
-) -> list[ImageTask]:
-    """The images that are still to be predicted; the log says why, where they look as if they were done."""
-    if record is None:  # a single output file: nothing says what it was made with
-        return list(tasks)
-    waiting = [task for task in tasks if not record.is_done(task, with_probabilities)]
-    if len(waiting) < len(tasks):
-        logger.info("%d of %d images are already predicted", len(tasks) - len(waiting), len(tasks))
-    there = [task for task in waiting if task.target is not None and task.target.is_file()]
-    if there:
-        changed = sorted({name for task in there for name in record.changed_since(task)})
-        logger.warning(
-            "%d segmentations in %s are predicted again: %s",
-            len(there),
-            record.folder,
-            f"made with other {', '.join(changed)}"
-            if changed
-            else "not known to be whole and of this model and these images",
-        )
-    return waiting
-
-
-def _remove_unfinished(task: ImageTask, with_probabilities: bool) -> None:
-    """Delete what a killed run left of this image."""
-    for path in task.outputs(with_probabilities):
-        for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
-            leftover.unlink(missing_ok=True)
 
 
 def _choose_folds(

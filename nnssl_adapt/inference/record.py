@@ -6,17 +6,18 @@ every finished image. Lines are only ever appended, so that several processes, e
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.data.preprocess import digest_of
 from nnssl_adapt.data.store import describe_source
-from nnssl_adapt.files import explain_write_errors, make_folder
+from nnssl_adapt.files import TEMPORARY_PREFIX, explain_write_errors, make_folder
 from nnssl_adapt.inference.tasks import ImageTask
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,36 @@ class PredictionRecord:
                 os.write(handle, text.encode())
             finally:
                 os.close(handle)
+
+
+def unfinished(
+    tasks: Sequence[ImageTask], record: PredictionRecord | None, with_probabilities: bool
+) -> list[ImageTask]:
+    """The images that are still to be predicted; the log says why, where they look as if they were done."""
+    if record is None:  # a single output file: nothing says what it was made with
+        return list(tasks)
+    waiting = [task for task in tasks if not record.is_done(task, with_probabilities)]
+    if len(waiting) < len(tasks):
+        logger.info("%d of %d images are already predicted", len(tasks) - len(waiting), len(tasks))
+    there = [task for task in waiting if task.target is not None and task.target.is_file()]
+    if there:
+        changed = sorted({name for task in there for name in record.changed_since(task)})
+        logger.warning(
+            "%d segmentations in %s are predicted again: %s",
+            len(there),
+            record.folder,
+            f"made with other {', '.join(changed)}"
+            if changed
+            else "not known to be whole and of this model and these images",
+        )
+    return waiting
+
+
+def remove_unfinished(task: ImageTask, with_probabilities: bool) -> None:
+    """Delete what a killed run left of this image."""
+    for path in task.outputs(with_probabilities):
+        for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
+            leftover.unlink(missing_ok=True)
 
 
 def _sources(task: ImageTask) -> list[dict[str, Any]]:

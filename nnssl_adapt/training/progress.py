@@ -184,7 +184,7 @@ class EpochClock:
 
     On a CUDA device with events in its stream. It works from the moment a batch has come (or, if later, it is done with
     the one before) until it has done all that the step asked of it; pauses within a step, while the host prepares the next
-    operation, count as work. Elsewhere, by the clock: whatever time a step takes once its batch has come.
+    operation or compiles, count as work. Elsewhere, by the clock: whatever time a step takes once its batch has come.
 
     Make one for a run, pass the batches through :meth:`watched`, and for each epoch call :meth:`start`, :meth:`rest` after
     each step, and :meth:`stop`.

@@ -14,6 +14,7 @@ import torch
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, write_json
+from nnssl_adapt.inference.trainer_class import write_trainer_class
 from nnssl_adapt.paths import results_folder
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.checkpointing import BEST, FINAL, LATEST
@@ -77,7 +78,8 @@ class RunFolder:
         logger.warning("%s has an earlier run; its files are now in %s", self.path, aside.name)
 
     def write_model_files(self, plan: FinetunePlan) -> None:
-        """Write plans.json, dataset.json and dataset_fingerprint.json, which prediction and nnU-Net look for.
+        """Write plans.json, dataset.json and dataset_fingerprint.json, which prediction and nnU-Net look for, and, where it
+        has no trainer that builds the network, one for it.
 
         Raises ConfigurationError if other folds in this folder have another network or patch.
         """
@@ -88,6 +90,7 @@ class RunFolder:
             if source.is_file():
                 with atomic_path(self.model / name) as temporary:
                     temporary.write_bytes(source.read_bytes())
+        write_trainer_class(self.model, plan.architecture)
 
     def _refuse_other_network(self, plan: FinetunePlan) -> None:
         path = self.model / "plans.json"

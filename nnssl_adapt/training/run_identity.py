@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nnssl_adapt.inference.trainer_class import trainer_for_nnunet
 from nnssl_adapt.training.recipe import Recipe
 from nnssl_adapt.weights.architectures import Architecture
-
-_STOCK_PRIMUS_TRAINERS = {f"Primus{size}": f"nnUNet_Primus_{size}_Trainer" for size in "SBML"}
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,5 @@ class RunIdentity:
 
     @property
     def stock_trainer(self) -> str:
-        """The trainer class of released nnU-Net that builds this network: its prediction needs the name of one it has.
-
-        The plan spells CNNs out, so its default trainer does; presets of Primus have trainers of their own.
-        """
-        preset = _primus_preset(self.architecture)
-        return _STOCK_PRIMUS_TRAINERS[preset] if preset else "nnUNetTrainer"
-
-
-def _primus_preset(architecture: Architecture) -> str | None:
-    """The Primus preset that an architecture equals, whatever it is called."""
-    if not architecture.is_transformer:
-        return None
-    for preset in _STOCK_PRIMUS_TRAINERS:
-        if dict(architecture.kwargs) == dict(Architecture.named(preset).kwargs):
-            return preset
-    return None
+        """The trainer class with which released nnU-Net builds this network."""
+        return trainer_for_nnunet(self.architecture)

@@ -20,6 +20,7 @@ ROOMS = [
     "inference",
     "evaluation",
     "training",
+    "sharing",
     "demo",
     "cli",
     "train",

@@ -10,6 +10,7 @@ from tiny_plans import CNN, TRANSFORMER
 from training_runs import fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import NonFiniteLoss, OutputError, TrainingError
+from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS
 from nnssl_adapt.training import checkpointing
 from nnssl_adapt.training.background import Background
 from nnssl_adapt.training.checkpointing import RunIdentity, TrainingState, copied, load_checkpoint, take_snapshot
@@ -45,11 +46,11 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_old_one(plan, recipe,
     ("architecture", "expected"),
     [
         (CNN, "nnUNetTrainer"),
-        (TRANSFORMER, "nnUNetTrainer"),
+        (TRANSFORMER, PRIMUS_FROM_PLANS),
         (Architecture.named("ResEncL"), "nnUNetTrainer"),
         (Architecture.named("PrimusS"), "nnUNet_Primus_S_Trainer"),
         (Architecture("Primus", dict(Architecture.named("PrimusM").kwargs)), "nnUNet_Primus_M_Trainer"),
-        (Architecture.named("PrimusM", eva_depth=3), "nnUNetTrainer"),
+        (Architecture.named("PrimusM", eva_depth=3), PRIMUS_FROM_PLANS),
     ],
     ids=["cnn", "other primus", "ResEncL", "PrimusS", "PrimusM spelled out", "PrimusM changed"],
 )
