@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"transfer report {fold / 'transfer_report.json'}")
     print(f"curves          {fold / 'progress.png'}")
     print(f"overlay         {overlay}")
+    print(f"report          {na.write_report(model)}")
     print(f"segmentations   {fold / 'validation'}")
     print(f"took {time.monotonic() - started:.0f} s")
     return EXIT_OK
