@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nnssl_adapt.data.convert.dataset_json import write_dataset_json
     from nnssl_adapt.data.preprocess import preprocess_case
     from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from nnssl_adapt.planning.make import make_plan
     from nnssl_adapt.planning.plan import FinetunePlan
     from nnssl_adapt.planning.prepare import preprocess_dataset
+    from nnssl_adapt.sharing.install import install_model
+    from nnssl_adapt.sharing.package import make_package
+    from nnssl_adapt.sharing.push import push_model
     from nnssl_adapt.training.recipe import Recipe
     from nnssl_adapt.training.trainer import PretrainedTrainer
     from nnssl_adapt.weights.architectures import Architecture, build_network
@@ -41,14 +45,18 @@ _HOME = {
     "TransferReport": "nnssl_adapt.weights.transfer",
     "TransferSettings": "nnssl_adapt.weights.settings",
     "build_network": "nnssl_adapt.weights.architectures",
+    "install_model": "nnssl_adapt.sharing.install",
+    "make_package": "nnssl_adapt.sharing.package",
     "make_plan": "nnssl_adapt.planning.make",
     "open_checkpoint": "nnssl_adapt.weights.checkpoint",
     "preprocess_case": "nnssl_adapt.data.preprocess",
     "preprocess_dataset": "nnssl_adapt.planning.prepare",
     "prove_transfer": "nnssl_adapt.weights.prove",
+    "push_model": "nnssl_adapt.sharing.push",
     "reorient_dataset": "nnssl_adapt.data.reorient",
     "show": "nnssl_adapt.evaluation.show",
     "transfer_weights": "nnssl_adapt.weights.transfer",
+    "write_dataset_json": "nnssl_adapt.data.convert.dataset_json",
     "write_report": "nnssl_adapt.evaluation.report",
 }
 
@@ -65,14 +73,18 @@ __all__ = [
     "TransferReport",
     "TransferSettings",
     "build_network",
+    "install_model",
+    "make_package",
     "make_plan",
     "open_checkpoint",
     "preprocess_case",
     "preprocess_dataset",
     "prove_transfer",
+    "push_model",
     "reorient_dataset",
     "show",
     "transfer_weights",
+    "write_dataset_json",
     "write_report",
 ]
 

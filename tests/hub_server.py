@@ -1,8 +1,9 @@
-"""Servers on 127.0.0.1: a Hugging Face hub that speaks enough of the protocol for huggingface_hub to download for real,
-and a plain web server that can misbehave."""
+"""Servers on 127.0.0.1: a Hugging Face hub that speaks enough of the protocol for huggingface_hub to download and upload
+for real, and a plain web server that can misbehave."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -33,12 +34,19 @@ class Repository:
 class HubServer:
     """``with HubServer() as hub: hub.add("owner/name", {"a.txt": b"…"})``; clients need ``HF_ENDPOINT=hub.url``.
 
-    ``hub.requests`` is the list of (method, path) served so far.
+    ``hub.requests`` is the list of (method, path) served so far. Uploads go the way of Git LFS (clients need
+    ``HF_HUB_DISABLE_XET``): files of weights as objects, the others inside the commit. ``hub.token`` is what a client must
+    present to write; ``hub.breaks`` names the steps (``create``, ``preupload``, ``batch``, ``object``, ``commit``) that
+    fail, with the HTTP status of each.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.objects: dict[str, bytes] = {}
+        self.private: set[str] = set()
+        self.token: str | None = None
+        self.breaks: dict[str, int] = {}
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -69,6 +77,94 @@ class HubServer:
 
             def do_GET(self) -> None:
                 self._answer()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                hub.requests.append((self.command, self.path))
+                parts = [unquote(part) for part in urlsplit(self.path).path.split("/") if part]
+                if parts == ["api", "repos", "create"]:
+                    self._writing("create", lambda: self._create(json.loads(body)))
+                elif parts == ["api", "validate-yaml"]:
+                    self._send_json({"errors": [], "warnings": []})
+                elif parts[:2] == ["api", "models"] and parts[4:5] == ["preupload"]:
+                    self._writing("preupload", lambda: self._preupload(json.loads(body)))
+                elif parts[:2] == ["api", "models"] and parts[4:5] == ["commit"]:
+                    lines = [json.loads(line) for line in body.splitlines()]
+                    self._writing("commit", lambda: self._commit(f"{parts[2]}/{parts[3]}", lines))
+                elif parts[2:] == ["info", "lfs", "objects", "batch"]:
+                    self._writing("batch", lambda: self._batch(json.loads(body)))
+                else:
+                    self._refuse(404, "EntryNotFound")
+
+            def do_PUT(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                hub.requests.append((self.command, self.path))
+                if "object" in hub.breaks:
+                    return self._refuse(hub.breaks["object"], None)
+                digest = self.path.rpartition("/")[2]
+                if hashlib.sha256(body).hexdigest() != digest:
+                    return self._refuse(400, None)
+                hub.objects[digest] = body
+                return self._send(200, b"", {})
+
+            def _writing(self, step: str, answer) -> None:
+                if step in hub.breaks:
+                    return self._refuse(hub.breaks[step], None)
+                if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    return self._refuse(401, None)
+                return answer()
+
+            def _create(self, wish: dict) -> None:
+                repo_id = f"{wish.get('organization') or 'me'}/{wish['name']}"
+                if repo_id in hub.repositories:
+                    self._send_json({"url": f"{hub.url}/{repo_id}", "error": "exists"}, status=409)
+                else:
+                    hub.add(repo_id, {})
+                    if wish.get("private") or wish.get("visibility") == "private":
+                        hub.private.add(repo_id)
+                    self._send_json({"url": f"{hub.url}/{repo_id}", "name": repo_id})
+
+            def _preupload(self, wish: dict) -> None:
+                modes = [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith((".pth", ".safetensors", ".zip")) else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for file in wish["files"]
+                ]
+                self._send_json({"files": modes})
+
+            def _batch(self, wish: dict) -> None:
+                objects = [
+                    entry  # the hub has it already: no action
+                    if entry["oid"] in hub.objects
+                    else {**entry, "actions": {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}", "header": {}}}}
+                    for entry in wish["objects"]
+                ]
+                self._send_json({"transfer": "basic", "objects": objects})
+
+            def _commit(self, repo_id: str, lines: list[dict]) -> None:
+                if repo_id not in hub.repositories:
+                    return self._refuse(404, "RepoNotFound")
+                files = dict(hub.repositories[repo_id].files)
+                for line in lines:
+                    value = line["value"]
+                    if line["key"] == "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        if value["oid"] not in hub.objects:
+                            return self._refuse(400, None)
+                        files[value["path"]] = hub.objects[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        del files[value["path"]]
+                commit = hub.add(repo_id, files).commit
+                return self._send_json(
+                    {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{repo_id}/commit/{commit}"}
+                )
+
+            def _send_json(self, content: dict, status: int = 200) -> None:
+                self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
             def _answer(self) -> None:
                 hub.requests.append((self.command, self.path))
@@ -122,7 +218,7 @@ class HubServer:
                 for key, value in {**headers, "Content-Length": str(len(content) - start)}.items():
                     self.send_header(key, value)
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(content[start : len(content) // 2 if half else None])
                     self.close_connection = half
 

@@ -27,6 +27,10 @@ ARCHITECTURE = Architecture(
     },
 )
 
+HOME = "/home/jane doe/scanner"
+CASES = ("sub-amu01_T2w", "sub-beijing02_T2w")
+"""What must not be published, where a test wants to see that."""
+
 LABELS = {"background": 0, "cord": 1, "lesion": 2}
 
 

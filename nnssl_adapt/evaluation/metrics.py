@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_labels
+from nnssl_adapt.data.dataset import MAX_LISTED
+from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError
+from nnssl_adapt.evaluation.measures import MEASURES, Judging, add_measures
 from nnssl_adapt.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,10 @@ Metrics = dict[str, float]
 """``Dice``, ``IoU``, ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred``, ``n_ref``; all but the first two count voxels."""
 
 METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
+"""nnU-Net's. :data:`nnssl_adapt.evaluation.measures.MEASURES` are ours beside them."""
+
+_BYTES_PER_VOXEL = 32
+"""Two label maps, the pairs that meet (``np.bincount`` copies them to int64), and a class's masks."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +51,34 @@ class Summary:
         mean: label or region → metric → mean over the cases in which it is defined. Dice and IoU of a class that is
             in neither the reference nor the prediction are undefined (NaN), and left out.
         class_names: names of the labels or regions in ``mean``, in its order.
+        judging: how more than nnU-Net's metrics were measured; None: those only.
     """
 
     cases: tuple[CaseMetrics, ...]
     mean: dict[LabelOrRegion, Metrics]
     class_names: tuple[str, ...]
+    judging: Judging | None = None
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return METRICS if self.judging is None else (*METRICS, *MEASURES)
 
     @property
     def foreground_mean(self) -> Metrics:
         """Means over the classes of the means over cases; NaN if a class was in no case at all."""
-        return {name: float(np.mean([metrics[name] for metrics in self.mean.values()])) for name in METRICS}
+        return {name: float(np.mean([metrics[name] for metrics in self.mean.values()])) for name in self.metric_names}
 
     @property
     def foreground_mean_dice(self) -> float:
         return self.foreground_mean["Dice"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of nnU-Net's ``summary.json``: labels and regions are text there, e.g. ``"1"`` and ``"(1, 2)"``."""
+        """The content of nnU-Net's ``summary.json``: labels and regions are text there, e.g. ``"1"`` and ``"(1, 2)"``.
+
+        Further metrics stand beside nnU-Net's, which it passes over, and ``nnssl_adapt`` says how they were measured.
+        """
         return {
+            **({} if self.judging is None else {"nnssl_adapt": self._description()}),
             "foreground_mean": self.foreground_mean,
             "mean": {str(entry): dict(metrics) for entry, metrics in self.mean.items()},
             "metric_per_case": [
@@ -73,6 +90,11 @@ class Summary:
                 for case in self.cases
             ],
         }
+
+    def _description(self) -> dict[str, Any]:
+        assert self.judging is not None
+        names = {str(entry): name for entry, name in zip(self.mean, self.class_names, strict=True)}
+        return {**self.judging.describe(), "class_names": names}
 
     def save(self, path: str | Path) -> None:
         """Write ``summary.json``. Undefined numbers are written as NaN, as nnU-Net does and reads."""
@@ -94,6 +116,8 @@ def evaluate_folder(
     cases: Sequence[str] | None = None,
     output: str | Path | None = None,
     workers: int = 1,
+    judging: Judging | None = None,
+    progress: bool = False,
 ) -> Summary:
     """Compare a folder of predictions with the reference labels of the same names.
 
@@ -104,42 +128,72 @@ def evaluate_folder(
         file_ending: e.g. ``.nii.gz``.
         cases: identifiers; None: every prediction there is.
         output: where to write ``summary.json``, if anywhere.
-        workers: processes, one case each.
+        workers: processes, one case each, and no more than fit into memory.
+        judging: measure more than nnU-Net does, and refuse what it passes over (see :class:`Judging`).
+        progress: whether to draw a progress bar on stderr.
 
     Raises:
         CaseError: there is nothing to compare; a file is missing or unreadable; a prediction and its reference have
-            different shapes (every such case is listed).
+            different shapes (every such case is listed). With ``judging`` also: different spacings, or labels that the
+            scheme does not have.
     """
     predictions, references = Path(predictions), Path(references)
-    identifiers = list(cases) if cases is not None else _cases_in(predictions, file_ending)
+    identifiers = list(cases) if cases is not None else cases_in(predictions, file_ending)
     if not identifiers:
         raise CaseError(f"{predictions} has no predictions: expected names like CASE{file_ending}")
     tasks = [
-        (name, (predictions / f"{name}{file_ending}", references / f"{name}{file_ending}", labels))
+        (name, (predictions / f"{name}{file_ending}", references / f"{name}{file_ending}", labels, judging))
         for name in identifiers
     ]
-    outcomes = list(over_cases(evaluate_case, tasks, workers, "Evaluating"))
+    memory = {name: _memory_for(files[0]) for name, files in tasks} if workers > 1 else None
+    outcomes = list(over_cases(evaluate_case, tasks, workers, "Evaluating", progress, memory))
     failed = [f"{outcome.identifier}: {outcome.complaint}" for outcome in outcomes if outcome.error is not None]
     if failed:
-        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n  " + "\n  ".join(sorted(failed)))
+        more = f"\n  … and {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
+        listed = "\n  ".join(sorted(failed)[:MAX_LISTED])
+        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n  {listed}{more}")
     found = {outcome.identifier: outcome.value for outcome in outcomes}
-    summary = _summarize(tuple(found[name] for name in identifiers), labels)
+    summary = summarize(tuple(found[name] for name in identifiers), labels, judging)
     if output is not None:
         summary.save(output)
     return summary
 
 
-def _cases_in(folder: Path, file_ending: str) -> list[str]:
+def _memory_for(file: Path) -> int:
+    """Bytes that judging a case takes at most, by its header; 0 where there is none to read."""
+    try:
+        return _BYTES_PER_VOXEL * math.prod(read_geometry(file).size)
+    except CaseError:
+        return 0  # it is reported when its turn comes
+
+
+def cases_in(folder: Path, file_ending: str) -> list[str]:
+    """Identifiers of the label files in a folder, sorted; hidden files are passed over. Raises CaseError without one."""
     if not folder.is_dir():
         raise CaseError(f"{folder}: no such folder")
     names = (path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return sorted(name.removesuffix(file_ending) for name in names if name.endswith(file_ending))
 
 
-def evaluate_case(prediction_file: Path, reference_file: Path, labels: LabelScheme) -> CaseMetrics:
+def refuse_missing_predictions(predictions: str | Path, references: str | Path, file_ending: str) -> None:
+    """Raise CaseError, naming cases, if not every reference has its prediction: a mean over the rest may flatter."""
+    wanted, there = cases_in(Path(references), file_ending), set(cases_in(Path(predictions), file_ending))
+    missing = [name for name in wanted if name not in there]
+    if there and missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CaseError(
+            f"{predictions} lacks {len(missing)} of the {len(wanted)} cases in {references}: {', '.join(missing[:5])}{more}; "
+            "predict them, or judge the others only with --chill"
+        )
+
+
+def evaluate_case(
+    prediction_file: Path, reference_file: Path, labels: LabelScheme, judging: Judging | None = None
+) -> CaseMetrics:
     """Compare one prediction with its reference.
 
-    Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both).
+    Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both); with ``judging`` also
+    if their spacings do, or a label is not of the scheme.
     """
     reference, reference_geometry = read_labels(reference_file)
     prediction, geometry = read_labels(prediction_file)
@@ -148,10 +202,27 @@ def evaluate_case(prediction_file: Path, reference_file: Path, labels: LabelSche
             f"{prediction_file} has shape {prediction.shape[1:]} (Z, Y, X), its reference {reference_file} has "
             f"{reference.shape[1:]}; are they of the same image?"
         )
-    for doubt in (*geometry_problems(reference_geometry, geometry), *geometry_doubts(reference_geometry, geometry)):
+    problems = list(geometry_problems(reference_geometry, geometry))
+    if problems and judging is not None:
+        raise CaseError(f"{prediction_file}: {problems[0]} than {reference_file}; are they of the same image?")
+    for doubt in (*problems, *geometry_doubts(reference_geometry, geometry)):
         logger.warning("%s: %s than %s", prediction_file, doubt, reference_file)
+    if judging is not None:
+        _refuse_strange_labels(prediction, labels.all_labels, prediction_file)
+        _refuse_strange_labels(reference, labels.values_in_files, reference_file)
     metrics = compare_labels(prediction, reference, labels.foreground, labels.ignore_label)
+    if judging is not None:
+        add_measures(metrics, prediction[0], reference[0], reference_geometry.spacing, judging, labels.ignore_label)
     return CaseMetrics(str(reference_file), str(prediction_file), metrics)
+
+
+def _refuse_strange_labels(labels: np.ndarray, known: Sequence[int], path: Path) -> None:
+    strange = sorted(set(distinct_values(labels)) - set(known))
+    if strange:
+        raise CaseError(
+            f"{path} has labels that dataset.json does not name: {', '.join(str(v) for v in strange[:10])} (expected "
+            f"{', '.join(str(v) for v in known)})"
+        )
 
 
 def compare_labels(
@@ -221,15 +292,17 @@ def _metrics(tp: int, fp: int, fn: int, tn: int) -> Metrics:
     }
 
 
-def _summarize(cases: tuple[CaseMetrics, ...], labels: LabelScheme) -> Summary:
+def summarize(cases: tuple[CaseMetrics, ...], labels: LabelScheme, judging: Judging | None = None) -> Summary:
+    """Means over cases, each over those for which the number is defined."""
+    wanted = METRICS if judging is None else (*METRICS, *MEASURES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is what we want for a class that is in no case
         mean = {
-            entry: {name: float(np.nanmean([case.metrics[entry][name] for case in cases])) for name in METRICS}
+            entry: {name: float(np.nanmean([case.metrics[entry][name] for case in cases])) for name in wanted}
             for entry in labels.foreground
         }
     names = dict(zip(labels.foreground, labels.class_names, strict=True))  # one value may have several names
-    return Summary(cases, mean, tuple(names.values()))
+    return Summary(cases, mean, tuple(names.values()), judging)
 
 
 def load_summary(path: str | Path) -> dict[str, Any]:

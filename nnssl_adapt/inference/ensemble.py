@@ -22,9 +22,8 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, ConfigurationError
-from nnssl_adapt.files import make_folder
-from nnssl_adapt.inference.export import write_probabilities
-from nnssl_adapt.inference.postprocess import copy_descriptions, raise_failures
+from nnssl_adapt.files import make_folder, write_json
+from nnssl_adapt.inference.postprocess import copy_descriptions, description_of, raise_failures
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def ensemble_folders(
     Args:
         folders: of predictions with probabilities, ours or nnU-Net's.
         output: folder to write to; gets the first folder's dataset.json and plans.json, too.
-        dataset_json: with the labels; None: the one in the first folder.
+        dataset_json: with the labels; None: the first folder's, see :func:`description_of`.
         save_probabilities: also write the mean, as ``.npz`` and ``.pkl``.
         workers: processes, one case each, and no more than fit into memory.
         progress: whether to draw a progress bar on stderr.
@@ -86,12 +85,13 @@ def ensemble_folders(
     if output.resolve() in [source.resolve() for source in sources]:
         raise ConfigurationError(f"{output} is one of the folders to average: choose another one for the result")
     files = _same_cases({str(source): {p.name: p for p in saved_probabilities(source)} for source in sources})
-    path = sources[0] / "dataset.json" if dataset_json is None else Path(dataset_json)
+    path = description_of(sources[0]) if dataset_json is None else Path(dataset_json)
     description = DatasetJson.load(path)
     labels = LabelScheme.from_dataset_json(description.raw, path)
     _refuse_other_labels(labels, sources[1:])
     make_folder(output)
-    copy_descriptions(sources[0], output)
+    copy_descriptions(description_of(sources[0]).parent, output)
+    write_json(output / "dataset.json", description.raw)
     return ensemble_cases(files, output, labels, description.file_ending, save_probabilities, workers, progress)
 
 
@@ -140,7 +140,7 @@ def _same_cases(files: Mapping[str, Mapping[str, Path]]) -> dict[str, list[Path]
 
 def _refuse_other_labels(labels: LabelScheme, others: Sequence[Path]) -> None:
     for folder in others:
-        path = folder / "dataset.json"
+        path = description_of(folder)
         if path.is_file():
             theirs = LabelScheme.from_dataset_json(DatasetJson.load(path).raw, path)
             if (theirs.foreground, theirs.regions_class_order) != (labels.foreground, labels.regions_class_order):
@@ -169,6 +169,8 @@ def ensemble_case(task: EnsembleTask) -> None:
                 np.maximum(best, mean, out=best)
     write_labels(task.target, segmentation, ImageGeometry.from_properties(properties, segmentation.shape))
     if task.save_probabilities:
+        from nnssl_adapt.inference.export import write_probabilities  # torch, which workers need not wait for
+
         stem = task.target.name.removesuffix(task.file_ending)
         write_probabilities(task.target.with_name(stem), np.stack(maps), properties)
 
@@ -226,6 +228,8 @@ class _ProbabilityStream:
         count = int(np.prod(self.shape[1:])) * self._dtype.itemsize
         try:
             content = self._file.read(count)
+            if self._head == self.shape[0]:
+                self._file.read(1)  # the end, where the checksum is compared
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise CaseError(f"{self.path} is damaged ({error}): predict this case again") from error
         if len(content) != count:

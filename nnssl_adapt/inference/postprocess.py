@@ -196,7 +196,7 @@ def postprocess_folder(
     if not names:
         raise CaseError(f"{source} has no segmentations: expected names like CASE{file_ending}")
     make_folder(target)
-    copy_descriptions(source, target)
+    copy_descriptions(description_of(source).parent, target)
     tasks = [(name, (source / name, target / name, postprocessing)) for name in names]
     memory = {name: memory_of(source / name, _BYTES_PER_VOXEL) for name in names} if workers > 1 else None
     raise_failures(over_cases(postprocess_case, tasks, workers, "Postprocessing", progress, memory), len(tasks), target)
@@ -209,6 +209,16 @@ def copy_descriptions(source: Path, target: Path) -> None:
         if (source / name).is_file():
             with atomic_path(target / name) as temporary:
                 temporary.write_bytes((source / name).read_bytes())
+
+
+def description_of(folder: Path) -> Path:
+    """The dataset.json of a folder of segmentations: in it, or in the model folder if it is a fold's validation.
+
+    What is returned need not exist.
+    """
+    of_model = folder.resolve().parent.parent / "dataset.json"
+    own = folder / "dataset.json"
+    return of_model if not own.is_file() and folder.name == "validation" and of_model.is_file() else own
 
 
 def memory_of(image: Path, bytes_per_voxel: int) -> int:

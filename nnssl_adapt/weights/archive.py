@@ -14,7 +14,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -72,13 +72,24 @@ def unpack(path: Path, folder: Path) -> Record:
     with whole_folder(target, RECORD_NAME, replace=False) as staging:
         with _opened(path) as archive:
             logger.info("unpacking %s to %s", path, target)
-            files = _extract(archive, path, staging)
+            files = _extract(archive, path, staging, _is_needed)
         Record(staging / RECORD_NAME, files, about).save()
     return Record(target / RECORD_NAME, files, about)
 
 
-def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> dict[str, str]:
-    entries = [entry for entry in _checked(archive, path) if _is_needed(entry)]
+def extract(path: Path, folder: Path, is_wanted: Callable[[str], bool]) -> list[str]:
+    """Unpack the files whose names are wanted below ``folder``, with the same suspicion; returns their names.
+
+    Raises SourceError for a damaged or dangerous zip. What was unpacked until then stays: give a folder to throw away.
+    """
+    with _opened(path) as archive:
+        return list(_extract(archive, path, folder, lambda entry: not entry.is_dir() and is_wanted(entry.filename)))
+
+
+def _extract(
+    archive: zipfile.ZipFile, path: Path, folder: Path, is_wanted: Callable[[zipfile.ZipInfo], bool]
+) -> dict[str, str]:
+    entries = [entry for entry in _checked(archive, path) if is_wanted(entry)]
     names = [entry.filename for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SourceError(f"{path} holds {min(twice)} twice: refused, it can't be told which is meant")

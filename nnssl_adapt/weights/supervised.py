@@ -82,6 +82,9 @@ def plan_from_nnunet(
         fields["orientation"] = _orientation(dataset_json.get("image_orientation"), where)
         raw["dataset_json"] = dict(dataset_json)
         raw["licence"] = dataset_json.get("licence") or dataset_json.get("license")
+    ours = plans.get("nnssl_adapt")
+    if isinstance(ours, Mapping) and isinstance(ours.get("licence"), str):
+        raw["licence"] = ours["licence"]  # the model's own, from its package; the other is the data's
     given = {key: value for key, value in fields.items() if value is not None or key in ("spacing", "patch_size")}
     try:
         plan = AdaptationPlan.model_validate({**given, "raw": raw})

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from synthetic import write_image
 
 pytest.importorskip("nnunetv2")
@@ -13,6 +14,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.evaluation.measures import Judging
 from nnssl_adapt.evaluation.metrics import evaluate_folder
 
 SCHEMES = {
@@ -71,3 +73,22 @@ def test_summary_is_the_same_file(folders, name):
     assert json.dumps(json.loads(ours.read_text())) == json.dumps(json.loads(theirs.read_text()))
     assert "NaN" in ours.read_text() or name != "labels"
     assert load_summary_json(str(ours))["mean"].keys() == load_summary_json(str(theirs))["mean"].keys()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_nnunet_reads_what_has_more_in_it(folders, name):
+    """With further metrics nnU-Net's own numbers stay, and its reader takes the file."""
+    scheme = LabelScheme.from_dataset_json(SCHEMES[name])
+    if scheme.ignore_label is None:  # 4 is no label there, which nnU-Net passes over and `evaluate` refuses
+        for path in folders.glob("*/*.nii.gz"):
+            labels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+            write_image(path, np.where(labels > 3, 0, labels).astype(np.uint8), (3, 1, 0.5))
+    arguments = folders / "prediction", folders / "reference", scheme, ".nii.gz"
+    plain = evaluate_folder(*arguments, output=folders / "plain.json")
+    evaluate_folder(*arguments, output=folders / "more.json", judging=Judging(tolerance=2.0))
+    theirs, more = (load_summary_json(str(folders / f"{kind}.json")) for kind in ("plain", "more"))
+    assert more["mean"].keys() == theirs["mean"].keys() == plain.mean.keys()
+    for entry, metrics in theirs["mean"].items():
+        assert "HD95" not in metrics and more["mean"][entry]["HD95"] > 0 or entry == 3
+        kept = {key: more["mean"][entry][key] for key in metrics}
+        assert json.dumps(kept) == json.dumps(metrics)

@@ -77,7 +77,9 @@ def test_the_checkpoint_is_slim_plain_and_the_same_network(made, tmp_path):
     folder = unpack_model(made.package.zips["sct"], tmp_path / "unpacked")
     path = folder / "fold_0" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=True)
-    assert content.keys() == {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
+    needed = {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
+    assert content.keys() == needed | {"citations"}
+    assert [citation["name"] for citation in content["citations"]] == ["MAE", "nnU-Net"]
     assert content["trainer_name"] == "nnUNetTrainer" and content["inference_allowed_mirroring_axes"] == (0, 2)
     assert content["init_args"] == {"configuration": "3d_fullres", "fold": 0}
     original = torch.load(made.model / "fold_0" / "checkpoint_final.pth", weights_only=True)["network_weights"]

@@ -1,0 +1,67 @@
+"""The commands that predict with what :func:`nnssl_adapt.evaluation.selection.find_best` has chosen."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from nnssl_adapt.errors import ModelFolderError, NnsslAdaptError
+from nnssl_adapt.evaluation.crossval import TrainedModel
+from nnssl_adapt.evaluation.postprocessing import FILE
+from nnssl_adapt.evaluation.selection import Selection
+from nnssl_adapt.planning.plan import FinetunePlan
+
+_IN, _OUT, _PROCESSED = "INPUT_FOLDER", "OUTPUT_FOLDER", "OUTPUT_FOLDER_PP"
+
+
+def inference_commands(selection: Selection) -> list[str]:
+    """Every command, in order: predict, average if an ensemble won, postprocess if that helps."""
+    best = selection.best
+    several = len(best.models) > 1
+    outputs = [f"{_OUT}_MODEL_{number}" for number in range(1, len(best.models) + 1)] if several else [_OUT]
+    commands = [
+        predict_command(selection.dataset, model, selection.folds, output, several)
+        for model, output in zip(best.models, outputs, strict=True)
+    ]
+    if several:
+        commands.append(f"nnssl-adapt ensemble {' '.join(outputs)} -o {_OUT}")
+    if selection.decision.postprocessing.steps:
+        steps = shlex.quote(str(best.folder / FILE))
+        commands.append(f"nnssl-adapt postprocess -i {_OUT} -o {_PROCESSED} --steps {steps}")
+    return commands
+
+
+def predict_command(
+    dataset: str, model: TrainedModel, folds: Sequence[int], output: str, save_probabilities: bool
+) -> str:
+    """How to predict with one model: our command, or nnU-Net's for its configurations that ours does not run."""
+    trainer, plans, configuration = model.parts
+    ours = _is_ours(model)
+    words = ["nnssl-adapt", "predict"] if ours else ["nnUNetv2_predict"]
+    words += ["-d", dataset, "-i", _IN, "-o", output, "-f", *(str(fold) for fold in folds)]
+    words += ["-tr", trainer, "-c", configuration, "-p", plans]
+    if save_probabilities:
+        words.append("--save-probabilities" if ours else "--save_probabilities")
+    return shlex.join(words)
+
+
+def _is_ours(model: TrainedModel) -> bool:
+    """Whether this configuration is 3D and no cascade."""
+    try:
+        plan = FinetunePlan.load(model.path / "plans.json", model.parts[2])
+        return len(plan.patch_size) == 3 and plan.settings_of_configuration.get("previous_stage") is None
+    except (NnsslAdaptError, ModelFolderError):
+        return False
+
+
+def instructions_text(selection: Selection) -> str:
+    """The commands with a word about each, as they are written to ``inference_instructions.txt``."""
+    best = selection.best
+    lines = [f"Best in cross-validation: {best.name} (mean Dice {best.score:.4f})", ""]
+    lines += ["Predict with:", *(f"  {command}" for command in inference_commands(selection)), ""]
+    steps = selection.decision.postprocessing
+    if steps.steps:
+        lines.append(f"Postprocessing that helps: {steps}")
+    else:
+        lines.append("No postprocessing helps.")
+    return "\n".join(lines) + "\n"

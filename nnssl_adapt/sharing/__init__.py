@@ -1,0 +1,1 @@
+"""Trained models on their way to other people: names, release packages, installing, and the hub."""

@@ -1,0 +1,179 @@
+"""The model card: a README that says what a model does, what it was made of, how well it works, and whose it is.
+
+Front matter as the Hugging Face hub reads it. Dice scores are those of nnU-Net's ``validation/summary.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnssl_adapt.inference.model_folder import Fold, ModelFolder
+from nnssl_adapt.sharing.anonymous import Cleaner
+from nnssl_adapt.sharing.catalogue import find_known
+from nnssl_adapt.weights.supervised import NNUNET_CITATION
+
+_HUB_LICENCES = re.compile(
+    r"(apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0|gpl-3\.0|unlicense)"
+)
+
+
+def model_card(
+    model: ModelFolder,
+    name: str,
+    tag: str | None,
+    folds: Sequence[Fold],
+    licence: str | None,
+    orientation: str | None,
+    cleaner: Cleaner,
+) -> str:
+    """The card's text (Markdown), the same for the same model.
+
+    ``name`` and ``tag`` head it; ``licence`` is the model's own; ``orientation`` that of its images.
+    """
+    base = _base_repository(model)
+    body = [
+        _front_matter(licence, base),
+        f"# {name}" + (f" ({tag})" if tag else ""),
+        _what_it_does(model, folds, orientation),
+        "## Use\n\n" + _use(),
+        "## Pre-training\n\n" + _pretraining(model, base, cleaner),
+        "## Data\n\n" + _data(model, cleaner),
+        "## Results\n\n" + _results(model, folds),
+        "## Licence\n\n" + (licence or "Not stated. Ask the authors before you use the model."),
+        "## Please cite\n\n" + "\n".join(f"- {line}" for line in _citations(model)),
+        "Not a medical device: for research only.",
+    ]
+    return "\n\n".join(part for part in body if part) + "\n"
+
+
+def _front_matter(licence: str | None, base: str | None) -> str:
+    lines = ["---", "library_name: nnssl-adapt", "pipeline_tag: image-segmentation"]
+    if licence:
+        hub_name = licence.strip().lower().replace(" ", "-")
+        known = _HUB_LICENCES.fullmatch(hub_name)
+        lines += [f"license: {hub_name}"] if known else ["license: other", f"license_name: {json.dumps(licence)}"]
+    if base:
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", "- medical", "- segmentation", "- nnunet", "- 3d", "---"]
+    return "\n".join(lines)
+
+
+def _base_repository(model: ModelFolder) -> str | None:
+    source = model.plan.provenance.get("source")
+    repo_id = source.get("repo_id") if isinstance(source, Mapping) else None
+    return repo_id if isinstance(repo_id, str) else None
+
+
+def _what_it_does(model: ModelFolder, folds: Sequence[Fold], orientation: str | None) -> str:
+    plan = model.plan
+    labels = "\n".join(f"| {key} | {value} |" for key, value in model.dataset_json["labels"].items())
+    spacing = " × ".join(f"{mm:g}" for mm in plan.spacing) + " mm" if plan.spacing else "each image's own"
+    facts = {
+        "input": ", ".join(f"channel {index}: {name}" for index, name in enumerate(model.channel_names)),
+        "orientation": f"{orientation} (where axes come from, as in the Spinal Cord Toolbox)" if orientation else "any",
+        "spacing": f"{spacing} (Z, Y, X as the network sees them)",
+        "patch": " × ".join(map(str, plan.patch_size)) + " voxels",
+        "network": str(model.architecture),
+        "folds": f"{', '.join(map(str, folds))} (averaged)" if len(folds) > 1 else str(folds[0]),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    description = model.dataset_json.get("description")
+    about = f"{description}\n\n" if isinstance(description, str) and description else ""
+    table = f"| | |\n|---|---|\n{rows}\n\n| label | value |\n|---|---|\n{labels}"
+    return f"{about}A 3D segmentation model in nnU-Net's format.\n\n{table}"
+
+
+def _use() -> str:
+    return (
+        "```bash\n"
+        "nnssl-adapt install PACKAGE.zip          # or this repository's name on the hub\n"
+        "nnssl-adapt predict -i IMAGES -o OUTPUT -m MODEL_FOLDER\n"
+        "nnUNetv2_predict_from_modelfolder -i IMAGES -o OUTPUT -m MODEL_FOLDER -f FOLDS   # nnU-Net's own\n"
+        "```\n\n"
+        "`MODEL_FOLDER` is the one with `plans.json`. The weights can also be fine-tuned: give the package after `-pc`."
+    )
+
+
+def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:
+    info, provenance = model.plan.pretrain_info, model.plan.provenance
+    if not info:
+        return "None is recorded: the network was trained from random weights, or by another program."
+    source = provenance.get("source", {})
+    where = f"[{base}](https://huggingface.co/{base})" if base else cleaner.json(str(source.get("source") or "a file"))
+    lines = [f"- weights: {where}" + (f", revision {source['revision']}" if source.get("revision") else "")]
+    if source.get("sha256"):
+        lines.append(f"- file: {source.get('filename')}, SHA-256 `{source['sha256']}`")
+    known = find_known(base) if base else None
+    if known is not None:
+        lines.append(f"- kind: {known.method} on {known.network}, {known.data}")
+        lines.append(f"- licence of those weights: {known.licence or 'see the repository'}")
+    if provenance.get("trainer_name"):
+        lines.append(f"- pre-trained by: {provenance['trainer_name']}")
+    transfer = provenance.get("transfer", {})
+    if transfer:
+        lines.append("- transferred: " + ", ".join(f"{key} {value}" for key, value in transfer.items() if value))
+    return "\n".join(lines)
+
+
+def _data(model: ModelFolder, cleaner: Cleaner) -> str:
+    content = model.dataset_json
+    lines = [
+        f"- dataset: {model.plan.dataset_name}, {content.get('numTraining', 'an unknown number of')} training cases"
+    ]
+    for key in ("reference", "licence", "license", "release"):
+        if isinstance(content.get(key), str) and content[key]:
+            lines.append(f"- {key.replace('license', 'licence')} of the data: {cleaner.text(content[key])}")
+    median = model.plan.content.get("original_median_spacing_after_transp")
+    if isinstance(median, list):
+        lines.append("- median spacing: " + " × ".join(f"{mm:.4g}" for mm in median) + " mm")
+    return "\n".join(lines)
+
+
+def _results(model: ModelFolder, folds: Sequence[Fold]) -> str:
+    scores = {fold: found for fold in folds if (found := _dice(model, fold))}
+    if not scores:
+        return "No fold of this model was validated."
+    labels = list(dict.fromkeys(label for found in scores.values() for label in found))
+    head = "| label | " + " | ".join(f"fold {fold}" for fold in scores) + " |\n|---|" + "---|" * len(scores)
+    rows = []
+    for label in labels:
+        cells = [f"{found[label]:.4f}" if label in found else "–" for found in scores.values()]
+        rows.append(f"| {_label_name(model, label)} | " + " | ".join(cells) + " |")
+    return "Mean Dice over the validation cases of each fold, in the images' own geometry.\n\n" + "\n".join(
+        [head, *rows]
+    )
+
+
+def _dice(model: ModelFolder, fold: Fold) -> dict[str, float]:
+    path = model.fold_folder(fold) / "validation" / "summary.json"
+    try:
+        mean = json.loads(path.read_text(encoding="utf-8"))["mean"]
+        return {str(label): float(entry["Dice"]) for label, entry in mean.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _label_name(model: ModelFolder, label: str) -> str:
+    """Name of a label in a summary, where it is written as its value (regions as "(1, 2)")."""
+    for name, value in model.dataset_json["labels"].items():
+        text = str(tuple(value)) if isinstance(value, list) else str(value)
+        if text == label:
+            return str(name)
+    return label
+
+
+def _citations(model: ModelFolder) -> list[str]:
+    found: list[Any] = [*(model.plan.pretrain_info.get("citations") or ()), NNUNET_CITATION]
+    lines = []
+    for entry in found:
+        if not isinstance(entry, Mapping):
+            continue
+        texts = entry.get("apa_citations") or entry.get("bibtex_citations") or [entry.get("name", "")]
+        for text in [texts] if isinstance(texts, str) else texts:
+            line = " ".join(str(text).split())
+            if line and line not in lines:
+                lines.append(line)
+    return lines

@@ -1,0 +1,242 @@
+"""Release packages of trained models: zips that the Spinal Cord Toolbox and nnU-Net install.
+
+Two layouts, because no one zip serves both: the trainer's folder at the root (``sct``: the toolbox and ivadomed's guide),
+and ``DatasetNNN_Name/<trainer's folder>`` (``nnunet``: nnUNetv2_install_pretrained_model_from_zip).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError
+from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_text
+from nnssl_adapt.inference.device import check_device
+from nnssl_adapt.inference.model_folder import Fold, ModelFolder
+from nnssl_adapt.inference.trainer_class import STOCK_TRAINER
+from nnssl_adapt.sharing.anonymous import Cleaner
+from nnssl_adapt.sharing.card import model_card
+from nnssl_adapt.sharing.checks import choose_orientation, find_raw, general_warnings, no_existing_output, sct_warnings
+from nnssl_adapt.sharing.contents import PackagedModel, check_weights, choose_folds, write_contents
+from nnssl_adapt.sharing.naming import read_name, release_tag
+from nnssl_adapt.sharing.proof import Proof, prove_package
+from nnssl_adapt.sharing.zips import write_zip
+from nnssl_adapt.weights.records import Record, whole_folder
+
+logger = logging.getLogger(__name__)
+
+Layout = Literal["sct", "nnunet"]
+LAYOUTS: tuple[Layout, ...] = ("sct", "nnunet")
+
+RECORD_NAME = "package.json"
+"""In the folder of a package: digests of its files, its name and tag."""
+
+CARD = "README.md"
+SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready: its files, its card and what to know before it is published."""
+
+    contents: PackagedModel
+    card: str
+    name: str
+    folds: tuple[Fold, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A finished package.
+
+    Attributes:
+        folder: with the zips, the card and SHA256SUMS.
+        zips: layout → file.
+        name, tag: of the release.
+        warnings: what to think about before publishing.
+        proof: what its segmentation was compared with; None when that was not asked for.
+    """
+
+    folder: Path
+    zips: dict[Layout, Path]
+    name: str
+    tag: str
+    warnings: tuple[str, ...]
+    proof: Proof | None
+
+
+def make_package(
+    model_folder: str | Path,
+    output: str | Path,
+    layout: str = "both",
+    date: str | None = None,
+    orientation: str | None = None,
+    name: str | None = None,
+    folds: Sequence[str | int] | None = None,
+    licence: str | None = None,
+    prove: bool = True,
+    images: Sequence[str | Path] | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Package:
+    """Make a release package of a trained model folder; all of it appears in ``output`` in one move, or nothing.
+
+    Args:
+        model_folder: trained by us or by nnU-Net 2.
+        output: a folder that is new, empty, or an earlier package (with ``overwrite``).
+        layout: ``sct``, ``nnunet`` or ``both``.
+        date: of the release (``20240915``); default today. The same date gives the same bytes.
+        orientation: of the images, for dataset.json's ``image_orientation`` (``RPI``); default as far as known.
+        name: of the model, see :mod:`nnssl_adapt.sharing.naming`; default made of the dataset's.
+        folds: to put in; default every finished one.
+        licence: of the model, for its card.
+        prove: unpack the zips again and compare what they predict.
+        images: files of one case for that, a channel each.
+        device: for that.
+        overwrite: replace an earlier package.
+
+    Raises:
+        ModelFolderError, PlanError, DatasetJsonError, CheckpointError: the folder is no (complete) model, its files were
+            mixed up, or the package fails its proof.
+        ConfigurationError: a wrong option, or output that is there already.
+        OutputError: it can't be written.
+    """
+    layouts = _layouts(layout)
+    tag = release_tag(date)
+    if prove:
+        check_device(device)
+    target = Path(output).expanduser().absolute()
+    no_existing_output(target, RECORD_NAME, overwrite)
+    model = ModelFolder.open(model_folder)
+    if target == model.path.absolute() or model.path.absolute() in target.parents:
+        raise ConfigurationError(f"{target} lies in the model's own folder: choose another -o")
+    with tempfile.TemporaryDirectory(prefix="nnssl_adapt-package-") as work:
+        prepared = prepare(model, Path(work), name, tag, orientation, folds, licence, layouts)
+        for warning in prepared.warnings:
+            logger.warning("%s", warning)
+        proof = None
+        make_folder(target.parent)
+        with whole_folder(target, RECORD_NAME, replace=True) as staging:
+            zips = {one: _write_layout(prepared, one, tag, staging, Path(work)) for one in layouts}
+            write_text(staging / CARD, prepared.card)
+            for path in zips.values() if prove else ():
+                proof = _prove_zip(model, path, prepared, Path(work), device, images)
+                logger.info("%s: %s", path.name, proof)
+            _write_sums(staging)
+            digests = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
+            Record(staging / RECORD_NAME, digests, {"name": prepared.name, "tag": tag}).save()
+    placed = {one: target / path.name for one, path in zips.items()}
+    return Package(target, placed, prepared.name, tag, prepared.warnings, proof)
+
+
+def prepare(
+    model: ModelFolder,
+    work: Path,
+    name: str | None,
+    tag: str | None,
+    orientation: str | None,
+    folds: Sequence[str | int] | None,
+    licence: str | None,
+    layouts: Sequence[Layout] = (),
+) -> Prepared:
+    """Check a model and write its publishable files below ``work``; arguments and errors as of :func:`make_package`."""
+    name = default_name(model.plan.dataset_name) if name is None else name
+    licence = licence or model.plan.provenance.get("licence")
+    notes = [f"name {name}: {note}" for note in read_name(name).notes]
+    chosen = choose_folds(model, folds)
+    check_weights(model, chosen)
+    raw = find_raw(model.plan.dataset_name)
+    code, warnings = choose_orientation(model, orientation, raw)
+    if code is None and "sct" in layouts:
+        raise ConfigurationError(
+            f"{model.path}: nothing tells how its images lie, and the Spinal Cord Toolbox needs image_orientation: give "
+            "--orientation, for instance RPI, or make a package for nnU-Net only (--layout nnunet)"
+        )
+    if "sct" in layouts:
+        warnings += [f"Spinal Cord Toolbox: {text}" for text in sct_warnings(model, chosen, code)]
+    cleaner = Cleaner.of_model(model)
+    contents = write_contents(model, chosen, make_folder(work / "contents"), code, cleaner, licence)
+    warnings += [f"left out: {text}" for text in contents.dropped]
+    card = model_card(model, name, tag, chosen, licence, code, cleaner)
+    _refuse_leaks(contents, card, cleaner)
+    return Prepared(contents, card, name, chosen, (*warnings, *general_warnings(model, licence), *notes))
+
+
+def _refuse_leaks(contents: PackagedModel, card: str, cleaner: Cleaner) -> None:
+    """The last look: what no rule took out must not get out."""
+    texts = {CARD: card}
+    for name, path in contents.files.items():
+        if path.suffix in (".json", ".txt", ".py", ".md"):
+            texts[name] = path.read_text(encoding="utf-8", errors="replace")
+    for name, text in texts.items():
+        if leaks := cleaner.leaks_in(text):
+            raise ModelFolderError(
+                f"{name} of the package would still say {leaks[0]!r}, a folder of this machine or the name of a case: "
+                "take it out of the model folder's own file and run the same command again"
+            )
+
+
+def default_name(dataset_name: str) -> str:
+    """A name made of a dataset's, for who gave none: ``Dataset041_DeepGrey`` → ``model_seg_deepgrey``."""
+    text = re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r"^Dataset\d{3}_", "", dataset_name)).strip("-").lower()
+    return f"model_seg_{text or 'unnamed'}"
+
+
+def _layouts(layout: str) -> tuple[Layout, ...]:
+    if layout == "both":
+        return LAYOUTS
+    for known in LAYOUTS:
+        if layout == known:
+            return (known,)
+    raise ConfigurationError(f"layout {layout!r}: expected sct, nnunet or both")
+
+
+def folder_in(contents: PackagedModel, layout: Layout) -> str:
+    """Name of the model folder in a zip. The toolbox looks for one that begins with ``nnUNetTrainer``."""
+    name = contents.folder.name
+    if layout == "nnunet":
+        return f"{contents.dataset_name}/{name}"
+    return name if name.startswith(STOCK_TRAINER) else f"{STOCK_TRAINER}__{name.partition('__')[2]}"
+
+
+def _write_layout(prepared: Prepared, layout: Layout, tag: str, folder: Path, work: Path) -> Path:
+    contents = prepared.contents
+    inside = folder_in(contents, layout)
+    card = work / CARD
+    write_text(card, prepared.card)
+    # In nnU-Net's layout the root is everybody's nnUNet_results, where a README would replace another model's.
+    place = CARD if layout == "sct" else f"{inside}/{CARD}"
+    files = {f"{inside}/{name}": path for name, path in contents.files.items()} | {place: card}
+    path = folder / f"{prepared.name}-{tag}{'' if layout == 'sct' else '-nnunet'}.zip"
+    write_zip(path, files, tag)
+    return path
+
+
+def _prove_zip(
+    model: ModelFolder, path: Path, prepared: Prepared, work: Path, device: str, images: Sequence[str | Path] | None
+) -> Proof:
+    from nnssl_adapt.sharing.install import unpack_model
+
+    place = work / f"unpacked-{path.stem}"
+    place.mkdir()
+    try:
+        unpacked = unpack_model(path, place)
+        files = [Path(image).expanduser() for image in images] if images else None
+        raw = find_raw(model.plan.dataset_name)
+        return prove_package(model, unpacked, prepared.folds, device, files, raw)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _write_sums(folder: Path) -> None:
+    """As ``sha256sum -c SHA256SUMS`` reads it."""
+    with explain_write_errors(folder):
+        lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
+    write_text(folder / SUMS, "".join(lines))

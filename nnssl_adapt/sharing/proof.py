@@ -1,0 +1,174 @@
+"""A package proves itself: unpacked as a stranger would, it must segment as the model it was made of.
+
+Where released nnU-Net is installed, its own prediction with the package is compared too. It runs in a process of its own:
+nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.inference.model_folder import Fold, ModelFolder
+from nnssl_adapt.inference.predictor import Predictor
+from nnssl_adapt.inference.trainer_class import TRAINER_FILE
+
+logger = logging.getLogger(__name__)
+
+NNUNET_AGREES = 0.999
+"""Share of equal voxels from which two programs agree; with nnU-Net's own rounding all but a few voxels are equal."""
+
+_NNUNETS_COMMAND = (
+    "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared.
+
+    Attributes:
+        image: which image was segmented, for people.
+        labels: values that occur in the segmentation.
+        with_model: share of voxels with the original model's label; must be 1.
+        with_nnunet: the same for nnU-Net's prediction; None: it is not installed.
+    """
+
+    image: str
+    labels: tuple[int, ...]
+    with_model: float
+    with_nnunet: float | None
+
+    def __str__(self) -> str:
+        peer = "nnU-Net is not installed here" if self.with_nnunet is None else f"with nnU-Net's {self.with_nnunet:.4%}"
+        return (
+            f"proof on {self.image}: labels {', '.join(map(str, self.labels))}; equal voxels with the model it was made of "
+            f"{self.with_model:.4%}, {peer}"
+        )
+
+
+def prove_package(
+    model: ModelFolder,
+    unpacked: Path,
+    folds: Sequence[Fold],
+    device: str = "cpu",
+    images: Sequence[Path] | None = None,
+    raw: RawDataset | None = None,
+) -> Proof:
+    """Segment one image by the package and by what it was made of, and compare.
+
+    Args:
+        model: the original.
+        unpacked: the package's model folder.
+        folds: to average.
+        device: ``cpu``, ``cuda``, ….
+        images: files of one case, a channel each; by default the first training case of ``raw``, else a made-up image.
+
+    Raises ModelFolderError when they differ, or nnU-Net can't use the package.
+    """
+    with tempfile.TemporaryDirectory(prefix="nnssl_adapt-proof-") as place:
+        work = Path(place)
+        described = _prepare_image(model, work / "images", images, raw)
+        original = _our_labels(model.path, folds, work / "images", work / "original", device)
+        ours = _our_labels(unpacked, folds, work / "images", work / "package", device)
+        equal = float((original == ours).mean())
+        if equal < 1:
+            raise ModelFolderError(
+                f"the package of {model.path} does not segment {described} as the model does: {equal:.4%} equal voxels"
+            )
+        peer = _agreement_with_nnunet(unpacked, folds, work, ours, device)
+        proof = Proof(described, tuple(int(value) for value in np.unique(ours)), equal, peer)
+    if peer is not None and peer < NNUNET_AGREES:
+        raise ModelFolderError(f"nnU-Net segments {described} by the package differently: {peer:.4%} equal voxels")
+    return proof
+
+
+def _prepare_image(model: ModelFolder, folder: Path, images: Sequence[Path] | None, raw: RawDataset | None) -> str:
+    folder.mkdir()
+    if not images and raw is not None and raw.cases and len(raw.cases[0].images) == len(model.channel_names):
+        images = raw.cases[0].images
+        described = f"the first training case of {raw.name}"
+    else:
+        described = ", ".join(path.name for path in images) if images else "a made-up image"
+    if not images:
+        _write_made_up(model, folder)
+        return described
+    if len(images) != len(model.channel_names):
+        raise ModelFolderError(
+            f"--image: {len(images)} file(s), the model takes {len(model.channel_names)}, one a channel"
+        )
+    for channel, path in enumerate(images):
+        if not path.is_file():
+            raise ModelFolderError(f"--image: no file {path}")
+        if not path.name.endswith(model.file_ending):
+            raise ModelFolderError(f"--image {path}: this model's images end in {model.file_ending}")
+        shutil.copyfile(path, folder / f"image_{channel:04d}{model.file_ending}")
+    return described
+
+
+def _write_made_up(model: ModelFolder, folder: Path) -> None:
+    """Smooth noise, somewhat larger than a patch so that several tiles are needed."""
+    plan = model.plan
+    random = np.random.default_rng(0)
+    shape = [int(plan.patch_size[axis] * 1.25) for axis in plan.transpose_backward]
+    spacing = [(plan.spacing or (1.0, 1.0, 1.0))[axis] for axis in plan.transpose_backward]
+    for channel in range(len(model.channel_names)):
+        coarse = sitk.GetImageFromArray(random.normal(size=shape).astype(np.float32))
+        image = sitk.SmoothingRecursiveGaussian(coarse, 2.0)
+        image = sitk.RescaleIntensity(image, 0, 1000)
+        image.SetSpacing([float(mm) for mm in reversed(spacing)])
+        sitk.WriteImage(image, str(folder / f"image_{channel:04d}{model.file_ending}"))
+
+
+def _our_labels(model: Path, folds: Sequence[Fold], images: Path, output: Path, device: str) -> np.ndarray:
+    """Labels (Z, Y, X), summed in float16 as nnU-Net does, without mirroring."""
+    predictor = Predictor(model, folds=list(folds), device=device, tta=False, accumulation_dtype=torch.float16)
+    predictor.predict(images, output, workers=0, progress=False)
+    return _only_labels(output)
+
+
+def _only_labels(folder: Path) -> np.ndarray:
+    files = [path for path in sorted(folder.iterdir()) if path.name.startswith("image.")]
+    return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(files[0]))))
+
+
+def _agreement_with_nnunet(
+    unpacked: Path, folds: Sequence[Fold], work: Path, ours: np.ndarray, device: str
+) -> float | None:
+    if importlib.util.find_spec("nnunetv2") is None:
+        return None
+    flags = ["-i", work / "images", "-o", work / "peer", "-m", unpacked, "-device", device.partition(":")[0]]
+    flags += ["-f", *folds, "-npp", 1, "-nps", 1, "--disable_tta"]
+    calm = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if (unpacked / TRAINER_FILE).is_file():
+        calm["nnUNet_extTrainer"] = str(unpacked)
+    logger.info("the same with nnU-Net's own prediction …")
+    result = subprocess.run(
+        [sys.executable, "-c", _NNUNETS_COMMAND, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **calm},
+        check=False,
+    )
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        # Of several the first: what went wrong in a worker process comes before what its parent says about it.
+        reason = next((line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+        raise ModelFolderError(f"nnU-Net can't predict with the package of {unpacked.name}: {reason}")
+    theirs = _only_labels(work / "peer")
+    return float((theirs == ours).mean()) if theirs.shape == ours.shape else 0.0
