@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="dataset_json",
         help="with the labels' names and regions (default: in the folder of segmentations, or beside the references')",
     )
-    parser.add_argument("-o", dest="output", help="summary.json to write, and a .csv beside it (default: in -p)")
+    parser.add_argument(
+        "-o",
+        dest="output",
+        help="file to write, and a .csv beside it (default: summary.json in -p; summary_empty_0.json with --empty 0)",
+    )
     parser.add_argument(
         "--tolerance", type=float, default=1.0, metavar="MM", help="of the normalised surface Dice (default 1 mm)"
     )
@@ -45,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     predictions, references = Path(arguments.predictions), Path(arguments.references)
     judging = Judging(arguments.tolerance, arguments.empty)
     workers = checked_workers(arguments.workers)
-    output = Path(arguments.output) if arguments.output else predictions / "summary.json"
+    # summary.json itself is nnU-Net's, which reads it and has its own rule for empty classes.
+    name = "summary.json" if judging.empty == "nan" else f"summary_empty_{judging.empty}.json"
+    output = Path(arguments.output) if arguments.output else predictions / name
     if output.suffix != ".json":
         raise ConfigurationError(f"-o {output}: expected a file name that ends in .json")
     path = _dataset_json(arguments.dataset_json, predictions, references)

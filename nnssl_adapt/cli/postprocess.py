@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.dataset import DatasetJson
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     return _determine(folder, Path(arguments.references), description, path, workers)
 
 
-def _determine(folder: Path, references: Path, description: object, path: Path, workers: int) -> int:
-    from nnssl_adapt.data.dataset import DatasetJson
+def _determine(folder: Path, references: Path, description: DatasetJson, path: Path, workers: int) -> int:
     from nnssl_adapt.data.labels import LabelScheme
     from nnssl_adapt.evaluation.postprocessing import FILE, POSTPROCESSED, determine_postprocessing
 
-    assert isinstance(description, DatasetJson)
     labels = LabelScheme.from_dataset_json(description.raw, path)
     decision = determine_postprocessing(folder, references, labels, description.file_ending, workers, progress=True)
     before, after = decision.before.foreground_mean_dice, decision.after.foreground_mean_dice

@@ -357,11 +357,10 @@ def _leakage(folder: Path, names: Sequence[str], owner: Callable[[str], str | No
         if both := sorted(train & val):
             text = f"{SPLITS_FILE}: fold {fold} validates on training cases: {_some(both)}"
             findings.append(Finding("error", "-", "leakage", text, "take them out of 'train'"))
-        shared = sorted(
-            {owners[n] for n in train if owners.get(n)} & {owners[n] for n in val if owners.get(n)} - {None}
-        )
+        sided = [{who for name in side if (who := owners.get(name))} for side in (train, val)]
+        shared = sorted(sided[0] & sided[1])
         if shared:
-            text = f"{SPLITS_FILE}: fold {fold} has subjects on both sides: {_some([str(s) for s in shared])}"
+            text = f"{SPLITS_FILE}: fold {fold} has subjects on both sides: {_some(shared)}"
             findings.append(Finding("error", "-", "leakage", text, "move all cases of a subject to one side"))
     return findings
 

@@ -121,7 +121,7 @@ def _draw(axes: Axes, comparison: Comparison, rows: dict[str, float], colour: st
         y = rows[difference.name]
         values = np.array(list(comparison.per_case.get(difference.name, {}).values()))
         jitter = np.random.default_rng(0).uniform(-spread, spread, len(values))  # so that equal ones can be told apart
-        axes.scatter(values, y + jitter, s=14, color=colour, alpha=0.5, linewidths=0)
+        axes.scatter(values, y + jitter, s=14, color=colour, alpha=0.5 if len(values) <= 20 else 0.3, linewidths=0)
         if not math.isnan(difference.low):
             axes.plot([difference.low, difference.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
         axes.plot(difference.mean, y, "o", color=colour, markersize=6, markeredgecolor="white")

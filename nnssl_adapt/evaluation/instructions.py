@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from nnssl_adapt.errors import ModelFolderError, NnsslAdaptError
+from nnssl_adapt.errors import NnsslAdaptError
 from nnssl_adapt.evaluation.crossval import TrainedModel
 from nnssl_adapt.evaluation.postprocessing import FILE
 from nnssl_adapt.evaluation.selection import Selection
@@ -50,7 +50,7 @@ def _is_ours(model: TrainedModel) -> bool:
     try:
         plan = FinetunePlan.load(model.path / "plans.json", model.parts[2])
         return len(plan.patch_size) == 3 and plan.settings_of_configuration.get("previous_stage") is None
-    except (NnsslAdaptError, ModelFolderError):
+    except NnsslAdaptError:
         return False
 
 

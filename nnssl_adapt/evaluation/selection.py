@@ -86,11 +86,15 @@ def find_models(
             raise ModelFolderError(f"{folder} has no model with {flag} {unknown[0]}; there is: {', '.join(known)}")
         wanted.append(list(given or known))
     by_parts = {model.parts: model for model in models}
-    order = itertools.product(wanted[0], wanted[2], wanted[1])
-    found = [by_parts[t, p, c] for t, c, p in order if (t, p, c) in by_parts]
+    order = [(t, p, c) for t, c, p in itertools.product(wanted[0], wanted[2], wanted[1])]
+    found = [by_parts[parts] for parts in order if parts in by_parts]
     if not found:
         listed = ", ".join(model.name for model in models)
         raise ModelFolderError(f"{folder} has no model with this trainer, plans and configuration; there is: {listed}")
+    if trainers or plans or configurations:
+        for parts in order:
+            if parts not in by_parts:
+                logger.info("not trained, so not compared: %s", "__".join(parts))
     return found
 
 

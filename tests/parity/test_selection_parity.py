@@ -15,6 +15,7 @@ from crossval_folders import (
     DATASET,
     LABELS,
     REGIONS,
+    SPACING,
     description,
     noisy_outputs,
     write_case,
@@ -22,6 +23,7 @@ from crossval_folders import (
     write_references,
 )
 from model_folders import plans_content
+from synthetic import write_image
 
 pytest.importorskip("nnunetv2")
 
@@ -184,6 +186,47 @@ def test_postprocessing_is_decided_alike(kind, islands, tmp_path, peer):
     steps = Postprocessing.load(folder / "postprocessing.pkl")
     postprocess_folder(folder, tmp_path / "applied_by_us", steps, ".nii.gz")
     same_labels(tmp_path / "applied_by_us", applied)
+
+
+IGNORE = {"labels": {**LABELS["labels"], "ignore": 4}}
+REGIONS_AND_IGNORE = {**REGIONS, "labels": {**REGIONS["labels"], "ignore": 4}}
+
+
+def blob_with_mistakes(random):
+    """A reference (Z, Y, X) of nested labels around a random place, and a prediction with boxes of wrong labels in it."""
+    shape = (10, 16, 20)
+    axes = zip(np.indices(shape), (random.uniform(3, n - 3) for n in shape), (1, 1.5, 2), strict=True)
+    heights = -sum(((place - centre) / width) ** 2 for place, centre, width in axes)
+    heights = heights + random.uniform(0, 3) * random.normal(size=shape)
+    reference = np.digitize(heights, np.quantile(heights, [0.8, 0.9, 0.96])).astype(np.uint8)
+    prediction = reference.copy()
+    for _ in range(random.integers(0, 6)):
+        z, y, x = (int(random.integers(0, n - 3)) for n in shape)
+        prediction[z : z + 2, y : y + 3, x : x + 3] = random.integers(0, 4)
+    return reference, prediction
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_postprocessing_of_anything_is_decided_alike(seed, tmp_path, peer):
+    random = np.random.default_rng(seed)
+    content = (LABELS, REGIONS, IGNORE, REGIONS_AND_IGNORE)[seed % 4]
+    scheme = LabelScheme.from_dataset_json(content)
+    for part in ("truth", "theirs"):
+        (tmp_path / part).mkdir()
+    for name in "abc":
+        reference, prediction = blob_with_mistakes(random)
+        if scheme.ignore_label is not None:
+            reference[:, :4, :4] = scheme.ignore_label
+        write_image(tmp_path / "truth" / f"{name}.nii.gz", reference, SPACING)
+        write_image(tmp_path / "theirs" / f"{name}.nii.gz", prediction, SPACING)
+    (tmp_path / "theirs" / "dataset.json").write_text(json.dumps(description(content)))
+    (tmp_path / "theirs" / "plans.json").write_text(json.dumps(plans_content()))
+    shutil.copytree(tmp_path / "theirs", tmp_path / "ours")
+    folders = str(tmp_path / "theirs"), str(tmp_path / "truth")
+    quietly(peer_postprocessing.determine_postprocessing, *folders, None, None, 1)
+    decision = determine_postprocessing(tmp_path / "ours", tmp_path / "truth", scheme, ".nii.gz")
+    assert decision.postprocessing == Postprocessing.load(tmp_path / "theirs" / "postprocessing.pkl")
+    same_labels(tmp_path / "ours" / "postprocessed", tmp_path / "theirs" / "postprocessed")
 
 
 # -- the best model ----------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def training_case(
     """A case under nnU-Net's names. A single 4D image becomes a file for each of its volumes. Raises CaseError."""
     if len(images) == 1 and (volumes := count_channels(images[0])) > 1:
         names = tuple(f"images{part}/{identifier}_{number:04d}{ending}" for number in range(volumes))
-        sources = (SourceFile(images[0], names),)
+        sources: tuple[SourceFile, ...] = (SourceFile(images[0], names),)
     else:
         sources = tuple(
             SourceFile(path, (f"images{part}/{identifier}_{number:04d}{ending}",)) for number, path in enumerate(images)

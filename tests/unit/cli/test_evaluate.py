@@ -126,5 +126,6 @@ def test_one_clear_line_for_what_is_wrong(folders, capsys, change, message):
 def test_chill(folders):
     lose_one(folders)
     assert evaluate("-p", folders / "one", "-g", folders / "raw" / "labelsTr", "--chill", "--empty", "1") == 0
-    content = json.loads((folders / "one" / "summary.json").read_text())
+    content = json.loads((folders / "one" / "summary_empty_1.json").read_text())
+    assert not (folders / "one" / "summary.json").exists()
     assert len(content["metric_per_case"]) == 5 and content["nnssl_adapt"]["empty"] == "1"
