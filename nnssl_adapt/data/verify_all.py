@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnssl_adapt.data.case_measures import memory_to_measure
 from nnssl_adapt.data.dataset import DatasetJson, RawCase, RawDataset
 from nnssl_adapt.data.images import (
     ImageGeometry,
@@ -120,7 +121,8 @@ def verify_all(
     cases, findings = _find_cases(folder, description)
     seen: dict[str, _Seen] = {}
     tasks = [(case.identifier, (case, tuple(scheme.values_in_files), tolerance, fix_geometry)) for case in cases]
-    for outcome in over_cases(look_at_case, tasks, workers, "Verifying", progress):
+    needs = {case.identifier: memory_to_measure(case, 0) for case in cases}
+    for outcome in over_cases(look_at_case, tasks, workers, "Verifying", progress, needs):
         if outcome.error is not None:
             finding = Finding("error", outcome.identifier, "readable", outcome.complaint, "copy or make the file again")
             seen[outcome.identifier] = _Seen([finding])

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -163,7 +164,8 @@ def convert_cases(
     values: dict[str, list[int]] = {}
     problems = []
     tasks = [(case_key(case), (case, target)) for case in cases]
-    for outcome in over_cases(convert_case, tasks, workers, "Converting", progress):
+    needs = {case_key(case): memory_to_convert(case) for case in cases}
+    for outcome in over_cases(convert_case, tasks, workers, "Converting", progress, needs):
         if outcome.error is not None:
             problems.append(f"{outcome.identifier}: {outcome.complaint}")
             continue
@@ -221,6 +223,16 @@ def case_key(case: SourceCase) -> str:
     return case.identifier if case.part == "Tr" else f"{case.part}:{case.identifier}"
 
 
+def memory_to_convert(case: SourceCase) -> int:
+    """Bytes that :func:`convert_case` takes at most, from the header alone; 0 where that can't be read (converting will tell)."""
+    try:
+        voxels = math.prod(read_geometry(case.images[0].source).size)
+    except CaseError:
+        return 0
+    volumes = max(len(file.targets) for file in case.images)
+    return voxels * (8 * volumes + 10)  # as read, as SimpleITK holds it, and the labels
+
+
 def convert_case(case: SourceCase, target: Target) -> tuple[list[int], list[str]]:
     """Check and copy one case; nothing of it stays behind when that fails. Return its label values and doubts."""
     note = target.folder / _NOTES / f"{case.part}_{case.identifier}.json"
@@ -269,6 +281,8 @@ def _bring(file: SourceFile, target: Target) -> None:
         read_image([file.source])
         _write(sitk.ReadImage(str(file.source)), places[0])
     elif target.link is None:
+        if file.targets[0].startswith("images"):
+            read_image([file.source])  # what is damaged should not be found out in training
         with atomic_path(places[0]) as temporary:
             shutil.copyfile(file.source, temporary)
     else:

@@ -1,0 +1,93 @@
+"""Conversions that are killed, that meet damaged files, and 4D images with several channels."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from synthetic import write_image
+
+from nnssl_adapt.data.convert.conversion import Target, memory_to_convert, training_case
+from nnssl_adapt.data.convert.loose import convert_pairs
+from nnssl_adapt.errors import DatasetError
+
+SHAPE, SPACING = (5, 8, 7), (2.0, 1.0, 1.3)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, nnunet_folders: Path) -> Path:
+    """Images ``scan_N.nii.gz`` of two channels in one 4D file each, labels ``scan_N_seg.nii.gz``."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(6):
+        channels = []
+        for _ in range(2):
+            channel = sitk.GetImageFromArray(draw.integers(1, 900, SHAPE).astype(np.int16))
+            channel.SetSpacing(SPACING[::-1])
+            channels.append(channel)
+        sitk.WriteImage(sitk.JoinSeries(channels), str(folder / f"scan_{number}.nii.gz"))
+        write_image(folder / f"scan_{number}_seg.nii.gz", draw.integers(0, 3, SHAPE).astype(np.uint8), SPACING)
+    return folder
+
+
+def convert(sources: Path, number: int = 7) -> Path:
+    pattern = str(sources / "*_seg.nii.gz")
+    images = str(sources / "scan_?.nii.gz")
+    labels = pattern.replace("*", "scan_?")
+    return convert_pairs([images], labels, Target.named(number, "Pairs"), workers=1).folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("*.nii.gz")}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(sources: Path) -> None:
+    started = time.monotonic()
+    expected = content(convert(sources, 8))
+    duration = time.monotonic() - started
+    assert len(expected) == 6 * 3
+    moments = random.Random(3)
+    folder = Target.named(7, "Pairs").folder
+    killed = tries = 0
+    while killed < 10 and tries < 100:
+        tries += 1
+        child = os.fork()
+        if child == 0:
+            try:
+                convert(sources)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if (folder / "dataset.json").is_file():  # whole: begin again with some of it
+            for name in moments.sample(sorted(expected), 9):
+                next(folder.rglob(name)).unlink()
+    assert killed == 10
+    assert convert(sources) == folder
+    assert content(folder) == expected
+    assert (folder / "dataset.json").is_file()
+    assert not [p for p in folder.rglob("*") if p.name.startswith(".unfinished") and "nii" in p.name and p.is_dir()]
+
+
+def test_a_damaged_image_is_found_when_it_is_copied(sources: Path) -> None:
+    damaged = sources / "scan_2.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-60])
+    with pytest.raises(DatasetError, match=r"(?s)scan_2.*truncated"):
+        convert(sources)
+    folder = Target.named(7, "Pairs").folder
+    assert not (folder / "dataset.json").exists() and not list(folder.rglob("scan_2*"))
+    assert len(content(folder)) == 5 * 3
+
+
+def test_memory_is_foreseen_from_the_header(sources: Path) -> None:
+    case = training_case("a", [sources / "scan_0.nii.gz"], sources / "scan_0_seg.nii.gz", ".nii.gz")
+    assert memory_to_convert(case) == np.prod(SHAPE) * (8 * 2 + 10)
