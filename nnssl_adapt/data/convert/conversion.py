@@ -335,13 +335,15 @@ def _state(case: SourceCase, target: Target) -> dict[str, Any]:
 
 
 def _claim(folder: Path, marker: dict[str, str]) -> None:
-    """Only a folder that the same conversion began may be gone on with."""
+    """Only a folder that the same conversion began may be gone on with, without the half-written files of one that was killed."""
     if folder.exists() and _read_json(folder / _MARKER) != marker and any(folder.iterdir()):
         raise ConfigurationError(
             f"{folder} exists and was not made by this conversion: choose another dataset with -d and --name, or remove it"
         )
     write_json(folder / _MARKER, marker)
     (folder / "dataset.json").unlink(missing_ok=True)  # until all cases are there, it is no dataset
+    for left in folder.glob(f"*/{TEMPORARY_PREFIX}*"):  # nnU-Net would take them for cases
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _remove_orphans(folder: Path, cases: Sequence[SourceCase]) -> None:

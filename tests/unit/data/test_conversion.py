@@ -68,14 +68,23 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(sources: Path) -
         time.sleep(moments.uniform(0, duration))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        if (folder / "dataset.json").is_file():  # whole: begin again with some of it
-            for name in moments.sample(sorted(expected), 9):
-                next(folder.rglob(name)).unlink()
+        whole = sorted(p for p in folder.glob("*/*.nii.gz") if not p.name.startswith("."))
+        if len(whole) == len(expected):  # begin again with half of it
+            for path in moments.sample(whole, 9):
+                path.unlink()
     assert killed == 10
     assert convert(sources) == folder
     assert content(folder) == expected
     assert (folder / "dataset.json").is_file()
-    assert not [p for p in folder.rglob("*") if p.name.startswith(".unfinished") and "nii" in p.name and p.is_dir()]
+    assert not list(folder.glob("*/.unfinished*"))
+
+
+def test_what_a_killed_conversion_left_half_written_is_removed(sources: Path) -> None:
+    folder = convert(sources)
+    (folder / "imagesTr" / ".unfinished-abc-scan_9_0000.nii.gz").write_bytes(b"half")
+    (folder / "labelsTr" / ".unfinished-def").mkdir()
+    (folder / "labelsTr" / ".unfinished-def" / "scan_9.nii.gz").write_bytes(b"half")
+    assert not list(convert(sources).glob("*/.unfinished*"))
 
 
 def test_a_damaged_image_is_found_when_it_is_copied(sources: Path) -> None:
