@@ -18,7 +18,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path
-from nnssl_adapt.geometry.labels import logits_to_labels
+from nnssl_adapt.geometry.logits import logits_to_labels
 from nnssl_adapt.geometry.resample import resample_image, resample_logits
 from nnssl_adapt.planning.plan import FinetunePlan
 

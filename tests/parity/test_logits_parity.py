@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import zoom
 
-from nnssl_adapt.geometry.labels import logits_to_labels
+from nnssl_adapt.geometry.logits import logits_to_labels
 from nnssl_adapt.geometry.weights import linear_taps
 
 pytest.importorskip("nnunetv2")

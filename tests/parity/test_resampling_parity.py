@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from nnssl_adapt.geometry.cropping import fill_holes, nonzero_box
-from nnssl_adapt.geometry.labels import logits_to_labels, resample_labels
+from nnssl_adapt.geometry.labels import resample_labels
+from nnssl_adapt.geometry.logits import logits_to_labels
 from nnssl_adapt.geometry.resample import resample_image, resample_logits
 from nnssl_adapt.geometry.spacing import median_spacing, resampled_shape, separate_z_axis
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.geometry.labels import logits_to_labels, resample_labels
+from nnssl_adapt.geometry.labels import resample_labels
+from nnssl_adapt.geometry.logits import logits_to_labels
 from nnssl_adapt.geometry.resample import resample_image, resample_logits
 
 ONE = (1.0, 1.0, 1.0)

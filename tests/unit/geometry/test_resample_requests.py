@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.geometry.labels import logits_to_labels, resample_labels
+from nnssl_adapt.geometry.labels import resample_labels
+from nnssl_adapt.geometry.logits import logits_to_labels
 from nnssl_adapt.geometry.resample import resample_image, resample_logits
 from nnssl_adapt.geometry.spacing import checked_spacing, resampled_shape
 
