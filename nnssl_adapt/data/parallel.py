@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from nnssl_adapt.data.memory import available_memory, give_back_freed_memory, reuse_freed_memory
+from nnssl_adapt.data.progress_bar import ProgressBar
 from nnssl_adapt.errors import NnsslAdaptError, OutputError, PreprocessingError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ def over_cases(
         if workers <= 1
         else _in_workers(function, tasks, min(workers, len(tasks)), Budget.of(memory, workers))
     )
-    with contextlib.closing(outcomes), tqdm(total=len(tasks), desc=title, unit="case", disable=not progress) as bar:
+    with (
+        contextlib.closing(outcomes),
+        ProgressBar(total=len(tasks), desc=title, unit="case", disable=not progress) as bar,
+    ):
         for outcome in outcomes:
             if isinstance(outcome.error, OutputError):
                 raise outcome.error

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from types import TracebackType
 
-from tqdm import tqdm
+from nnssl_adapt.data.progress_bar import ProgressBar
 
 _SECONDS_IN_LOGS = 30.0
 
@@ -30,7 +30,7 @@ class TileBar:
         self._terminal = sys.stderr.isatty()
         # A line for every tile would fill log files.
         interval = 0.1 if self._terminal else _SECONDS_IN_LOGS
-        self._bar = tqdm(
+        self._bar = ProgressBar(
             total=0, desc="Predicting", unit="tile", disable=not shown, mininterval=interval, maxinterval=interval
         )
 

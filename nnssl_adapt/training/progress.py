@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
+from nnssl_adapt.data.progress_bar import ProgressBar
 from nnssl_adapt.files import explain_write_errors, make_folder, write_text
 
 logger = logging.getLogger(__name__)
@@ -283,7 +283,9 @@ class EpochDisplay:
         self._done, self._steps = done, steps
         self._shown, self._last_line = shown, time.monotonic()
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, desc=self._title, leave=False, dynamic_ncols=True, unit="it")
+            self._bar = ProgressBar(
+                total=steps, initial=done, desc=self._title, leave=False, dynamic_ncols=True, unit="it"
+            )
 
     def step(self, loss: float) -> None:
         """Advance by one batch with this loss."""
