@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
+from nnssl_adapt.inference.onednn import onednn_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,9 @@ def sliding_window_logits(
         return (output[0] if isinstance(output, (list, tuple)) else output).float()
 
     network.to(device)
-    with _evaluating(network), _trying_algorithms(device), torch.no_grad():
+    # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.
+    fast = onednn_convolutions(network, device) if accumulation_dtype == torch.float32 else nullcontext()
+    with _evaluating(network), _trying_algorithms(device), fast, torch.no_grad():
         keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
         try:
             logits = _blend(run, whole, window, device, keep_on)
