@@ -6,6 +6,7 @@ not do as a GPU would is imitated: autocast's choice of precision, and attention
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,15 +17,17 @@ from typing import Any
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
-from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-RECOMPUTED = (BasicBlockD, BottleneckD, StackedConvBlocks, EvaBlock)
-"""Blocks whose inside activation checkpointing computes again instead of keeping."""
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether it is a block whose inside activation checkpointing computes again instead of keeping."""
+    eva = sys.modules.get("timm.models.eva")  # takes seconds to import; where it is not, there are no such blocks
+    return isinstance(module, (BasicBlockD, BottleneckD, StackedConvBlocks, *((eva.EvaBlock,) if eva else ())))
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class _FusedAttention(torch.autograd.Function):
 def _recompute_blocks(network: nn.Module, precision: Callable[[], TorchFunctionMode]) -> None:
     """Make the outermost blocks of ``network`` keep only their input, and compute again in the same ``precision``."""
     for child in network.children():
-        if isinstance(child, RECOMPUTED):
+        if is_recomputed(child):
             child.forward = _recomputing(child.forward, precision)  # type: ignore[method-assign]
         else:
             _recompute_blocks(child, precision)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.planning.traced_step import is_recomputed
 from nnssl_adapt.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,8 @@ def recompute_activations(network: nn.Module) -> int:
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
     """The outermost blocks of a network, those that are not wrapped yet."""
-    from dynamic_network_architectures.building_blocks import residual, simple_conv_blocks
-    from timm.models.eva import EvaBlock
-
-    kinds = (residual.BasicBlockD, residual.BottleneckD, simple_conv_blocks.StackedConvBlocks, EvaBlock)
     for child in network.children():
-        if not isinstance(child, kinds):
+        if not is_recomputed(child):
             yield from _blocks(child)
         elif "forward" not in vars(child):
             yield child

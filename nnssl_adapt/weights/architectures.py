@@ -11,14 +11,13 @@ Sizes of the presets: ResEnc-L as in "Revisiting MAE pre-training for 3D medical
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.primus import Primus
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
 from nnssl_adapt.errors import ArchitectureError
@@ -32,11 +31,12 @@ from nnssl_adapt.weights.architecture_arguments import (
 
 Shape = tuple[int, int, int]
 
-_NETWORKS: dict[str, type[nn.Module]] = {
-    "ResidualEncoderUNet": ResidualEncoderUNet,
-    "PlainConvUNet": PlainConvUNet,
-    "Primus": Primus,
+_NETWORKS = {
+    "ResidualEncoderUNet": "dynamic_network_architectures.architectures.unet",
+    "PlainConvUNet": "dynamic_network_architectures.architectures.unet",
+    "Primus": "dynamic_network_architectures.architectures.primus",
 }
+"""Modules of the networks. Primus brings timm and torchvision with it, seconds that nobody waits for who does not use it."""
 
 _RES_ENC_L = {
     "n_stages": 6,
@@ -148,12 +148,13 @@ class Architecture:
     @property
     def network_class(self) -> type[nn.Module]:
         """The class of dynamic_network_architectures that is built."""
-        return _NETWORKS[self.class_name]
+        network: type[nn.Module] = getattr(importlib.import_module(_NETWORKS[self.class_name]), self.class_name)
+        return network
 
     @property
     def network_class_name(self) -> str:
         """Its full dotted name, as plans files have it."""
-        return f"{self.network_class.__module__}.{self.network_class.__qualname__}"
+        return f"{_NETWORKS[self.class_name]}.{self.class_name}"
 
     @property
     def is_transformer(self) -> bool:
