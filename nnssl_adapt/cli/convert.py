@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from nnssl_adapt.cli import reorient
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
 
 
@@ -43,11 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_label_names(pairs)
     _add_common(pairs)
+    turned = kinds.add_parser(
+        "reorient", help="a dataset whose images shall all lie the same way (as nnssl-adapt reorient)"
+    )
+    turned.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
+    turned.add_argument(
+        "--to", dest="code", required=True, metavar="RPI", help="the sides that the axes x, y, z come from"
+    )
+    _add_workers(turned)
 
 
 def _add_label_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--label-names", nargs="+", metavar="NAME=VALUE", help="e.g. background=0 cord=1 (default: label_1, …)"
+        "--label-names",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="what values in your label files mean, e.g. cord=1 lesion=255; copies are renumbered where values have gaps "
+        "(default: label_1, …)",
     )
 
 
@@ -62,6 +75,10 @@ def _add_common(parser: argparse.ArgumentParser, required: bool = True) -> None:
         choices=("symbolic", "hard"),
         help="link files instead of copying them, where they need no rewriting",
     )
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
@@ -69,8 +86,10 @@ def _add_common(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.kind == "reorient":
+        return reorient.run(arguments)
     from nnssl_adapt.cli.preprocess import dataset_id
-    from nnssl_adapt.data.convert.conversion import Target
+    from nnssl_adapt.data.convert.cases import Target
     from nnssl_adapt.data.convert.decathlon import convert_msd, convert_nnunetv1
     from nnssl_adapt.data.convert.loose import convert_bids, convert_pairs
 
@@ -132,6 +151,4 @@ def _label_names(words: list[str] | None) -> dict[str, int] | None:
         if not name or not value.isdigit() or name in table:
             raise ConfigurationError(f"--label-names {word!r}: expected NAME=VALUE, each name once, e.g. cord=1")
         table[name] = int(value)
-    if 0 not in table.values():
-        table = {"background": 0, **table}
     return table

@@ -11,7 +11,7 @@ from nnssl_adapt.cli.common import EXIT_OK, add_verbose
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="zip, model folder, https address[#sha256=…] of a zip, or Hugging Face id (owner/name[@revision])",
+        help="zip, folder of a package or model, https address[#sha256=…] of a zip, or Hugging Face id (owner/name[@revision])",
     )
     parser.add_argument("--dataset", metavar="DatasetNNN_Name", help="name to install it under (default: its own)")
     parser.add_argument("--overwrite", action="store_true", help="replace the same model, installed before")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix-geometry",
         action="store_true",
-        help="give labels whose grid differs from the image's by rounding only the image's header; voxels stay",
+        help="give labels and further channels whose grid differs by rounding only the first channel's header; voxels stay",
     )
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, help="what counts as rounding, in voxels (default: 0.001)"

@@ -138,11 +138,11 @@ class RawDataset:
         folder = _dataset_folder(dataset)
         path = folder / "dataset.json"
         description = DatasetJson.load(path)
-        _refuse_unsupported(description, path)
+        refuse_unsupported(description, path)
         labels = LabelScheme.from_dataset_json(description.raw, path)
         channels = len(description.channel_names)
         if description.dataset is not None:
-            cases = _listed_cases(description.dataset, folder, path)
+            cases = listed_cases(description.dataset, folder, path)
             _refuse_incomplete(cases, channels, folder, file_ending=None)
         else:
             cases = _training_cases(folder, description.file_ending)
@@ -203,7 +203,8 @@ def _dataset_folder(dataset: int | str | Path) -> Path:
     return folder
 
 
-def _refuse_unsupported(description: DatasetJson, path: Path) -> None:
+def refuse_unsupported(description: DatasetJson, path: Path) -> None:
+    """Raise DatasetError for kinds of datasets that are not supported: 2D pictures, reorienting readers."""
     if description.file_ending.lower().endswith(FLAT_IMAGE_ENDINGS):
         raise DatasetError(
             f"{path}: 'file_ending' {description.file_ending!r}: 2D pictures are not supported yet; 3D formats are .nii.gz, "
@@ -217,8 +218,11 @@ def _refuse_unsupported(description: DatasetJson, path: Path) -> None:
         )
 
 
-def _listed_cases(listing: Mapping[str, Any], folder: Path, path: Path) -> tuple[RawCase, ...]:
-    """Cases of an explicit ``dataset`` entry; relative paths start at the dataset's folder, $VARIABLES are filled in."""
+def listed_cases(listing: Mapping[str, Any], folder: Path, path: Path) -> tuple[RawCase, ...]:
+    """Cases of an explicit ``dataset`` entry; relative paths start at the dataset's folder, $VARIABLES are filled in.
+
+    Raises DatasetJsonError naming ``path`` for a wrong entry. Whether the files exist is not looked at.
+    """
 
     def located(name: str) -> Path:
         return Path(os.path.abspath(folder / os.path.expandvars(name)))  # noqa: PTH100 (resolve() would follow links)

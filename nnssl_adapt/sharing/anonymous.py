@@ -19,6 +19,7 @@ _POSIX = re.compile(r"(?<![\w:/.~<])~?(?:/[\w.+@=,%#-]+){2,}/?")
 _WINDOWS = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'<>|]+|\\\\[\w.-]+\\[^\s\"'<>|]+")
 _WHOLE_PATH = re.compile(r"(?:~?/|file://|[A-Za-z]:[\\/]|\\\\)[^\n]*")
 _PRIVATE_KEYS = ("hostname", "host", "user", "username", "process", "git")
+_ABOUT_CASES = re.compile(r"predicting|validating|segmenting|case|subject", re.IGNORECASE)
 _CASE_KEYS = ("training_cases", "validation_cases", "cases", "case", "identifiers", "subjects")
 
 
@@ -35,9 +36,9 @@ class Cleaner:
     folders: tuple[str, ...] = ()
 
     @classmethod
-    def of_model(cls, model: ModelFolder) -> Cleaner:
-        """Knows the case names that the model folder itself tells; words without a number are no names of cases."""
-        names: set[str] = set()
+    def of_model(cls, model: ModelFolder, more_names: Iterable[str] = ()) -> Cleaner:
+        """Knows the case names that the model folder itself tells, and ``more_names``."""
+        names = set(more_names)
         for folder in (path for path in model.path.glob("fold_*") if path.is_dir()):
             names |= set(_cases_in(_read_json(folder / "debug.json")))
             names |= {_stem(path.name) for path in (folder / "validation").glob("*") if path.is_file()} - {"summary"}
@@ -45,7 +46,7 @@ class Cleaner:
         listed = model.dataset_json.get("dataset")
         names |= set(listed) if isinstance(listed, Mapping) else set()
         ours = {*model.channel_names, *model.labels.class_names, model.plan.dataset_name, model.plan.plans_name}
-        names = {name for name in names - ours if len(name) >= 3 and any(letter.isdigit() for letter in name)}
+        names = {name for name in names - ours if len(name) >= (3 if name.isdigit() else 2)}
         folders = {str(model.path.absolute().parent), str(Path.home())}
         folders |= {value for key, value in os.environ.items() if key.startswith("nnUNet_") and "/" in value}
         return cls(_longest_first(names), _longest_first(folder.rstrip("/") for folder in folders if len(folder) > 2))
@@ -60,7 +61,7 @@ class Cleaner:
 
     def _line(self, line: str) -> str:
         for name in self.case_names:
-            if name in line and (not name.isdigit() or re.search("predict|case|subject|valid", line, re.IGNORECASE)):
+            if name in line and (_is_distinct(name) or _ABOUT_CASES.search(line)):
                 line = re.sub(_as_word(name), CASE, line)
         return line
 
@@ -72,14 +73,17 @@ class Cleaner:
         if isinstance(content, Mapping) and keep_keys:
             return {key: self.json(value, keep_keys) for key, value in content.items()}
         if isinstance(content, Mapping):
-            cleaned = {}
+            cleaned: dict[str, Any] = {}
             for key, value in content.items():
                 if str(key).lower() in _PRIVATE_KEYS:
                     continue
                 if str(key).lower() in _CASE_KEYS and isinstance(value, (list, tuple)):
                     cleaned[f"number_of_{key}"] = len(value)
-                    continue
-                cleaned[CASE if key in self.case_names else key] = self.json(value)
+                elif str(key).lower() in _CASE_KEYS and isinstance(value, str):
+                    cleaned[key] = CASE
+                else:
+                    is_case = key in self.case_names and any(letter.isdigit() for letter in key)
+                    cleaned[CASE if is_case else key] = self.json(value)
             return cleaned
         if isinstance(content, (list, tuple)):
             return [self.json(value, keep_keys) for value in content]
@@ -92,8 +96,13 @@ class Cleaner:
     def leaks_in(self, text: str) -> list[str]:
         """What of this machine and of the cases is still said; for the last look before publishing."""
         found = [folder for folder in self.folders if folder in text]
-        names = [name for name in self.case_names if not name.isdigit()]
+        names = [name for name in self.case_names if _is_distinct(name)]
         return found + [name for name in names if re.search(_as_word(name), text)]
+
+
+def _is_distinct(name: str) -> bool:
+    """Whether it can be nothing but a name; a word (``smith``) or number is one only in a line about cases."""
+    return len(name) >= 3 and not name.isdigit() and any(letter.isdigit() for letter in name)
 
 
 def _as_word(name: str) -> str:

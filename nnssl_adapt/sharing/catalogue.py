@@ -54,7 +54,7 @@ def known_checkpoints() -> tuple[KnownCheckpoint, ...]:
             method=method,
             data=group["data"],
             source=f"https://huggingface.co/{group['owner']}/{group['name'].format(method=method)}",
-            licence=group.get("licence"),
+            licence=group.get("licences", {}).get(method),
             note=group.get("notes", {}).get(method, ""),
         )
         for group in content["groups"]

@@ -90,7 +90,11 @@ def sct_warnings(model: ModelFolder, folds: Sequence[Fold], orientation: str | N
             f"the network is built by nnU-Net's {trainer}: SCT's nnU-Net must have it (nnunetv2-neuropoly 2.6 has)"
         )
     if len(folds) > 1:
-        found.append(f"SCT averages the {len(folds)} folds: {len(folds)} times slower than one (-f 0)")
+        # Seen with nnunetv2-neuropoly 2.6.2; only models that the toolbox's own table calls ensembles are averaged rightly.
+        found.append(
+            f"SCT averages the {len(folds)} folds, {len(folds)} times slower than one, and counts the first one twice, so that "
+            "its labels are not quite nnU-Net's: publish one fold (-f 0)"
+        )
     return found
 
 

@@ -19,6 +19,7 @@ from nnssl_adapt.inference.trainer_class import TRAINER_FILE, trainer_for_nnunet
 from nnssl_adapt.paths import downloads_folder, results_folder
 from nnssl_adapt.sharing.catalogue import INSTALLED
 from nnssl_adapt.sharing.contents import check_weights
+from nnssl_adapt.sharing.package import zip_of
 from nnssl_adapt.weights.archive import extract, is_archive, list_archive
 from nnssl_adapt.weights.download import Address, download
 from nnssl_adapt.weights.file_names import is_clutter, join
@@ -49,8 +50,8 @@ def install_model(
     """Install a package and return the model; it is whole and loads, or nothing was installed.
 
     Args:
-        source: a zip or model folder, an https address of a zip (at best with ``#sha256=…``), or a repository on the
-            Hugging Face hub (``owner/name[@revision]``).
+        source: a zip, the folder of a package or of a model, an https address of a zip (at best with ``#sha256=…``), or a
+            repository on the Hugging Face hub (``owner/name[@revision]``).
         dataset: name to install it under (``Dataset041_DeepGrey``); default the one in its plans.
         overwrite: replace the same model.
         revision: branch, tag or commit on the hub.
@@ -148,15 +149,14 @@ def _fetch(text: str, place: Path, revision: str | None, cache_dir: str | Path |
     """The model folder, complete, below ``place``."""
     path = Path(text).expanduser()
     if "://" not in text and path.exists():
-        if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in sorted(path.glob("*")) + sorted(path.glob("*/*"))]
-            names += [
-                file.relative_to(path).as_posix() for file in sorted(path.glob("*/*/*")) + sorted(path.glob("*/*/*/*"))
-            ]
-            return _copy(
-                text, [name for name in names if (path / name).is_file()], lambda name: path / name, place, path.name
-            )
-        return unpack_model(path, place)
+        path = zip_of(path) or path
+        if not path.is_dir():
+            return unpack_model(path, place)
+        files = [
+            file for depth in ("*", "*/*", "*/*/*", "*/*/*/*") for file in sorted(path.glob(depth)) if file.is_file()
+        ]
+        names = [file.relative_to(path).as_posix() for file in files]
+        return _copy(text, names, lambda name: path / name, place, path.name)
     hub = HubAddress.parse(text)
     if hub is not None:
         return _from_hub(Hub(hub.repo_id, revision or hub.revision, cache_dir, local_files_only), place)

@@ -107,8 +107,11 @@ def _split(wish: str | Sequence[str] | None) -> tuple[str, ...]:
 def _problems(key: str, rule: NameField, values: Sequence[str], new_values: bool) -> list[str]:
     found = []
     for value in values:
+        usual = next((known for known in rule.known if known.lower() == value.lower()), value)
         if not _VALUE.fullmatch(value):
             found.append(f"{key} {value!r} has characters other than letters and digits")
+        elif usual != value:
+            found.append(f"{key} {value!r} is written {usual!r}")
         elif not rule.is_open and value not in rule.known and not new_values:
             found.append(f"{key} {value!r} is none of {', '.join(rule.known)} (--new-values allows it)")
         elif (other := _field_of(value, but=key)) and value not in rule.known:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nnssl_adapt.errors import ConfigurationError, ModelFolderError
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceError
 from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_text
 from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
@@ -126,9 +125,8 @@ def make_package(
         with whole_folder(target, RECORD_NAME, replace=True) as staging:
             zips = {one: _write_layout(prepared, one, tag, staging, Path(work)) for one in layouts}
             write_text(staging / CARD, prepared.card)
-            for path in zips.values() if prove else ():
-                proof = _prove_zip(model, path, prepared, Path(work), device, images)
-                logger.info("%s: %s", path.name, proof)
+            if prove:
+                proof = _prove_zips(model, list(zips.values()), prepared, Path(work), device, images)
             _write_sums(staging)
             digests = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
             Record(staging / RECORD_NAME, digests, {"name": prepared.name, "tag": tag}).save()
@@ -147,9 +145,12 @@ def prepare(
     layouts: Sequence[Layout] = (),
 ) -> Prepared:
     """Check a model and write its publishable files below ``work``; arguments and errors as of :func:`make_package`."""
-    name = default_name(model.plan.dataset_name) if name is None else name
     licence = licence or model.plan.provenance.get("licence")
-    notes = [f"name {name}: {note}" for note in read_name(name).notes]
+    if name is None:
+        name = default_name(model.plan.dataset_name)
+        notes = [f"called {name} after the dataset: 'nnssl-adapt name' makes a name by the convention, for --name"]
+    else:
+        notes = [f"name {name}: {note}" for note in read_name(name).notes]
     chosen = choose_folds(model, folds)
     check_weights(model, chosen)
     raw = find_raw(model.plan.dataset_name)
@@ -161,7 +162,7 @@ def prepare(
         )
     if "sct" in layouts:
         warnings += [f"Spinal Cord Toolbox: {text}" for text in sct_warnings(model, chosen, code)]
-    cleaner = Cleaner.of_model(model)
+    cleaner = Cleaner.of_model(model, [case.identifier for case in raw.cases] if raw is not None else ())
     contents = write_contents(model, chosen, make_folder(work / "contents"), code, cleaner, licence)
     warnings += [f"left out: {text}" for text in contents.dropped]
     card = model_card(model, name, tag, chosen, licence, code, cleaner)
@@ -187,6 +188,16 @@ def default_name(dataset_name: str) -> str:
     """A name made of a dataset's, for who gave none: ``Dataset041_DeepGrey`` → ``model_seg_deepgrey``."""
     text = re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r"^Dataset\d{3}_", "", dataset_name)).strip("-").lower()
     return f"model_seg_{text or 'unnamed'}"
+
+
+def zip_of(folder: Path) -> Path | None:
+    """The zip in a package's folder (its zips hold the same model), or None for other folders. Raises SourceError without one."""
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    zips = sorted(folder.glob("*.zip"))
+    if not zips:
+        raise SourceError(f"{folder} is the folder of a package, and has no zip any more")
+    return zips[0]
 
 
 def _layouts(layout: str) -> tuple[Layout, ...]:
@@ -219,20 +230,32 @@ def _write_layout(prepared: Prepared, layout: Layout, tag: str, folder: Path, wo
     return path
 
 
-def _prove_zip(
-    model: ModelFolder, path: Path, prepared: Prepared, work: Path, device: str, images: Sequence[str | Path] | None
+def _prove_zips(
+    model: ModelFolder,
+    zips: Sequence[Path],
+    prepared: Prepared,
+    work: Path,
+    device: str,
+    images: Sequence[str | Path] | None,
 ) -> Proof:
+    """Unpack all, predict with the first; the others must hold the same files."""
     from nnssl_adapt.sharing.install import unpack_model
 
-    place = work / f"unpacked-{path.stem}"
-    place.mkdir()
-    try:
-        unpacked = unpack_model(path, place)
-        files = [Path(image).expanduser() for image in images] if images else None
-        raw = find_raw(model.plan.dataset_name)
-        return prove_package(model, unpacked, prepared.folds, device, files, raw)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    first = unpack_model(zips[0], make_folder(work / "unpacked"))
+    expected = _digests(first)
+    for path in zips[1:]:
+        with tempfile.TemporaryDirectory(dir=work) as place:
+            found = _digests(unpack_model(path, Path(place)))
+        if different := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
+            raise ModelFolderError(f"{path.name} and {zips[0].name} hold different files: {', '.join(different)}")
+    files = [Path(image).expanduser() for image in images] if images else None
+    proof = prove_package(model, first, prepared.folds, device, files, find_raw(model.plan.dataset_name))
+    logger.info("%s: %s", " and ".join(path.name for path in zips), proof)
+    return proof
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _write_sums(folder: Path) -> None:

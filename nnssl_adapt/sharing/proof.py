@@ -84,6 +84,7 @@ def prove_package(
     with tempfile.TemporaryDirectory(prefix="nnssl_adapt-proof-") as place:
         work = Path(place)
         described = _prepare_image(model, work / "images", images, raw)
+        logger.info("proof: segmenting %s with the model, then with its package …", described)
         original = _our_labels(model.path, folds, work / "images", work / "original", device)
         ours = _our_labels(unpacked, folds, work / "images", work / "package", device)
         equal = float((original == ours).mean())

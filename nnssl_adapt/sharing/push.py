@@ -24,7 +24,7 @@ from nnssl_adapt.files import write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.sharing.contents import CHECKPOINT
 from nnssl_adapt.sharing.install import unpack_model
-from nnssl_adapt.sharing.package import CARD, RECORD_NAME, Prepared, prepare
+from nnssl_adapt.sharing.package import CARD, Prepared, prepare, zip_of
 from nnssl_adapt.weights.archive import is_archive
 from nnssl_adapt.weights.hub import endpoint, offline
 from nnssl_adapt.weights.weight_file import read_weight_file
@@ -98,11 +98,7 @@ def _open(source: str | Path, work: Path) -> tuple[ModelFolder, str | None]:
     path = Path(source).expanduser()
     if not path.exists():
         raise SourceNotFound(f"no model folder or package {path}")
-    if path.is_dir() and (path / RECORD_NAME).is_file():
-        zips = sorted(path.glob("*.zip"))
-        if not zips:
-            raise SourceError(f"{path} is the folder of a package, and has no zip any more")
-        path = zips[0]
+    path = zip_of(path) or path
     if path.is_file() and is_archive(path):
         folder = unpack_model(path, work)
         card = folder / CARD

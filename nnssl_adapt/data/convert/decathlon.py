@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.data.convert.conversion import SourceCase, SourceFile, Target, convert_cases, training_case
+from nnssl_adapt.data.convert.cases import (
+    SourceCase,
+    SourceFile,
+    Target,
+    all_cases,
+    existing_files,
+    refuse_pictures,
+    some,
+    training_case,
+)
+from nnssl_adapt.data.convert.conversion import convert_cases
 from nnssl_adapt.data.dataset import DatasetJson, RawDataset
 from nnssl_adapt.errors import CaseError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.files import write_json
+
+logger = logging.getLogger(__name__)
 
 _ENDING = ".nii.gz"
 _PARTS = ("Tr", "Ts", "Val")
@@ -23,14 +38,14 @@ def convert_msd(folder: str | Path, target: Target, workers: int = 1, progress: 
     """
     root = _opened(folder)
     content = _translated(root, dropped=("training", "test"))
-    cases = []
-    for image in _files(root / "imagesTr"):
-        label = root / "labelsTr" / image.name
-        if not label.is_file():
-            raise CaseError(f"{image} has no label: {label} is missing")
-        cases.append(training_case(image.name.removesuffix(_ENDING), [image], label, _ENDING))
-    for image in _files(root / "imagesTs", optional=True):
-        cases.append(training_case(image.name.removesuffix(_ENDING), [image], None, _ENDING, part="Ts"))
+    images, labels = ({path.name: path for path in _files(root / part)} for part in ("imagesTr", "labelsTr"))
+    _refuse_lonely(images, labels)
+    makers = [partial(training_case, _stem(image), [image], labels[name], _ENDING) for name, image in images.items()]
+    makers += [
+        partial(training_case, _stem(image), [image], None, _ENDING, part="Ts")
+        for image in _files(root / "imagesTs", optional=True)
+    ]
+    cases = all_cases(makers)
     return _converted("msd", root, target, cases, content, workers, progress)
 
 
@@ -49,18 +64,16 @@ def convert_nnunetv1(folder: str | Path, target: Target, workers: int = 1, progr
 def _v1_cases(root: Path, part: str) -> list[SourceCase]:
     groups: dict[str, list[Path]] = {}
     for path in _files(root / f"images{part}", optional=part != "Tr"):
-        stem = path.name.removesuffix(_ENDING)
+        stem = _stem(path)
         name, _, channel = stem.rpartition("_")
         if not name or len(channel) != 4 or not channel.isdigit():
             raise CaseError(
                 f"{path}: expected a name like CASE_0000{_ENDING}. Is this a Decathlon folder? Then: nnssl-adapt convert msd"
             )
         groups.setdefault(name, []).append(path)
-    labels = {p.name.removesuffix(_ENDING): p for p in _files(root / f"labels{part}", optional=part != "Tr")}
+    labels = {_stem(p): p for p in _files(root / f"labels{part}", optional=part != "Tr")}
     if part == "Tr":
-        for name in sorted(groups.keys() ^ labels.keys()):
-            lonely = groups[name][0] if name in groups else labels[name]
-            raise CaseError(f"{lonely}: case {name} has no {'label' if name in groups else 'image'}")
+        _refuse_lonely({name: paths[0] for name, paths in groups.items()}, labels)
     return [
         SourceCase(
             name,
@@ -72,6 +85,29 @@ def _v1_cases(root: Path, part: str) -> list[SourceCase]:
     ]
 
 
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(_ENDING)
+
+
+def _refuse_lonely(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Images and labels by the name that they must share."""
+    lonely = [f"{images[name]} has no label" for name in images if name not in labels]
+    lonely += [f"{labels[name]} has no image" for name in labels if name not in images]
+    if lonely:
+        raise CaseError(f"{len(lonely)} files have no partner:\n  " + "\n  ".join(lonely[:20]))
+
+
+def _refuse_other_channels(cases: Sequence[SourceCase], count: int) -> None:
+    """What dataset.json says must be there: channels 0, 1, … of every case."""
+    bad = []
+    for case in cases:
+        channels = [int(name.removesuffix(_ENDING)[-4:]) for name in case.image_targets]
+        if channels != list(range(count)):
+            bad.append(f"{case.images[0].source} gives channel(s) {', '.join(map(str, channels))}")
+    if bad:
+        raise CaseError(f"'modality' in dataset.json names {count} channel(s), but {some(bad, 5)}")
+
+
 def _converted(
     kind: str,
     root: Path,
@@ -81,7 +117,18 @@ def _converted(
     workers: int,
     progress: bool | None,
 ) -> RawDataset:
-    DatasetJson.from_content(content, root / "dataset.json")
+    description = DatasetJson.from_content(content, root / "dataset.json")
+    _refuse_other_channels(cases, len(description.channel_names))
+    number = sum(case.part == "Tr" for case in cases)
+    if description.num_training not in (None, number):
+        logger.warning(
+            "%s: 'numTraining' is %d, but there are %d cases: the new one says %d",
+            root / "dataset.json",
+            description.num_training,
+            number,
+            number,
+        )
+        content = {**content, "numTraining": number}
     convert_cases(kind, str(root), target, cases, workers, progress)
     write_json(target.folder / "dataset.json", content)
     return RawDataset.open(target.folder)
@@ -100,8 +147,9 @@ def _opened(folder: str | Path) -> Path:
 def _files(folder: Path, optional: bool = False) -> list[Path]:
     """Images of a folder; the Decathlon's archives carry ``._*`` files of macOS, which are none."""
     found = sorted(folder.glob(f"*{_ENDING}")) if folder.is_dir() else []
-    found = [path for path in found if path.is_file() and not path.name.startswith((".", "_"))]
+    found = existing_files(path for path in found if not path.name.startswith((".", "_")))
     if not found and not optional:
+        refuse_pictures(folder.iterdir())
         raise CaseError(f"{folder} has no {_ENDING} files")
     return found
 
@@ -111,12 +159,20 @@ def _translated(root: Path, dropped: tuple[str, ...]) -> dict[str, Any]:
     path = root / "dataset.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "channel_names" in content:
+            raise DatasetJsonError(f"{path} is in nnU-Net 2's format already: put the folder into nnUNet_raw as it is")
         labels = {str(name): int(value) for value, name in content["labels"].items()}
+        if len(labels) < len(content["labels"]):
+            raise DatasetJsonError(f"{path}: two labels have the same name: {', '.join(content['labels'].values())}")
         channels = content["modality"]
     except FileNotFoundError:
         raise DatasetJsonError(f"{path} is missing") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetJsonError(f"{path}: expected the old format with 'labels' and 'modality', lacks {error}") from None
+    except KeyError as error:
+        raise DatasetJsonError(f"{path}: key {error} is missing; the old format has 'labels' and 'modality'") from None
+    except (TypeError, AttributeError):
+        raise DatasetJsonError(
+            f"{path}: 'labels' must map numbers to names in the old format, e.g. {{'0': 'background', '1': 'cord'}}"
+        ) from None
     except (OSError, ValueError) as error:
         raise DatasetJsonError(
             f"{path} can't be read in the old format (JSON, labels as {{'0': 'background'}}): {error}"

@@ -5,21 +5,26 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from nnssl_adapt.data.convert.conversion import (
+from nnssl_adapt.data.convert.cases import (
     ENDINGS,
     SourceCase,
     Target,
+    all_cases,
     common_ending,
-    convert_cases,
     ending_of,
-    finish,
-    named_labels,
+    existing_files,
+    refuse_pictures,
+    some,
     training_case,
 )
+from nnssl_adapt.data.convert.conversion import convert_cases, finish
+from nnssl_adapt.data.convert.label_names import named_labels, numbered
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.splits import SPLITS_FILE, crossval_splits
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError, DatasetNotFound
@@ -45,7 +50,8 @@ def convert_bids(
     """Convert a BIDS folder: subjects and sessions become cases, and no subject stands on both sides of a fold.
 
     ``sub-01/ses-1/anat/sub-01_ses-1_T2w.nii.gz`` becomes case ``sub-01_ses-1``; its label is looked for below
-    ``derivatives`` in the same folder, as ``sub-01_ses-1_T2w_<label_suffix>`` or ``sub-01_ses-1_<label_suffix>``.
+    ``derivatives`` in the same folder, as ``sub-01_ses-1_T2w_<label_suffix>`` or ``sub-01_ses-1_<label_suffix>``. With several
+    channels, each one's name is tried in their order.
 
     Args:
         folder: with ``sub-*`` folders.
@@ -54,7 +60,7 @@ def convert_bids(
         label_suffix: e.g. ``seg`` or ``label-SC_seg``.
         derivatives: folder of the labels, relative to ``folder`` or absolute.
         unlabelled: images without label are an ``error``, left out (``skip``), or test images (``test``).
-        label_names: name → value; default: ``label_1``, … for the values found.
+        label_names: name → value in the files, renumbered if these have gaps; default: ``label_1``, … for the values found.
         workers: processes.
         progress: whether to draw a bar.
 
@@ -71,25 +77,33 @@ def convert_bids(
         raise ConfigurationError(f"unlabelled {unlabelled!r}: expected one of {', '.join(UNLABELLED)}")
     channels = [_channel(root, suffix) for suffix in suffixes]
     _refuse_uneven(channels, suffixes)
-    label_of = {key: _bids_label(root, labels_root, image, key, label_suffix) for key, image in channels[0].items()}
+    images_of = {key: [found[key] for found in channels] for key in channels[0]}
+    wanted = {key: _label_places(root, labels_root, images, key, label_suffix) for key, images in images_of.items()}
+    there = set(existing_files(place for places in wanted.values() for place in places))
+    label_of = {key: next((place for place in places if place in there), None) for key, places in wanted.items()}
     without = sorted(key for key, label in label_of.items() if label is None)
+    if len(without) == len(label_of):
+        raise CaseError(
+            f"no image has a label ending in _{label_suffix} below {labels_root} (looked for e.g. {wanted[without[0]][0]}): "
+            "are --label-suffix and --derivatives right?"
+        )
     if without and unlabelled == "error":
         raise CaseError(
             f"{len(without)} of {len(label_of)} images have no label ending in _{label_suffix} below {labels_root}: "
-            f"{_some(without)}; leave them out with --unlabelled skip, or make them test images with --unlabelled test"
+            f"{some(without)}; leave them out with --unlabelled skip, or make them test images with --unlabelled test"
         )
-    if len(without) == len(label_of):
-        raise CaseError(f"no image has a label ending in _{label_suffix} below {labels_root}: is --label-suffix right?")
     ending = common_ending([*(p for found in channels for p in found.values()), *(p for p in label_of.values() if p)])
-    cases = []
+    _, renumbered = numbered(label_names or {})
+    makers = []
     for key in sorted(label_of):
         label = label_of[key]
         if label is None and unlabelled == "skip":
             continue
         subject = _SUBJECT.match(key)
-        images = [found[key] for found in channels]
         owner = subject.group() if subject else None
-        cases.append(training_case(key, images, label, ending, owner, "Tr" if label else "Ts"))
+        part = "Tr" if label else "Ts"
+        makers.append(partial(training_case, key, images_of[key], label, ending, owner, part, renumbered))
+    cases = all_cases(makers)
     return _finished("bids", str(root), target, cases, list(suffixes), ending, label_names, True, workers, progress)
 
 
@@ -109,8 +123,9 @@ def convert_pairs(
         images: one pattern a channel, e.g. ``["scans/*_t1.nii.gz", "scans/*_t2.nii.gz"]``.
         labels: e.g. ``masks/*_mask.nii.gz``.
         target: where to.
-        channel_names: default ``image`` (or ``image_0``, …). nnU-Net normalises a channel called CT in its own way.
-        label_names: name → value; default: ``label_1``, … for the values found.
+        channel_names: one a pattern, or one a volume of 4D images; default ``image`` (or ``image_0``, …). nnU-Net
+            normalises a channel called CT in its own way.
+        label_names: name → value in the files, renumbered if these have gaps; default: ``label_1``, … for the values found.
         subject: regular expression searched in a case's name; what it (or its first group) matches is the subject, and
             folds keep subjects together.
         workers: processes.
@@ -121,18 +136,22 @@ def convert_pairs(
         CaseError: patterns match nothing, or files have no partner (lists them).
     """
     names = list(channel_names or (["image"] if len(images) == 1 else [f"image_{n}" for n in range(len(images))]))
-    if len(names) != len(images):
+    if len(names) != len(images) > 1:
         raise ConfigurationError(f"{len(names)} channel names for {len(images)} image patterns: give one for each")
     label_of = _matched(labels)
     excluded = set(label_of.values())
     channels = [{k: p for k, p in _matched(pattern).items() if p not in excluded} for pattern in images]
     _refuse_unpaired(channels, images, label_of, labels)
     ending = common_ending([*(p for found in channels for p in found.values()), *label_of.values()])
-    cases = [
-        training_case(key, [found[key] for found in channels], label_of[key], ending, _owner(subject, key))
-        for key in sorted(label_of)
-    ]
-    source = " ".join([*images, labels])
+    _, renumbered = numbered(label_names or {})
+    owners = {key: _owner(subject, key) for key in label_of}
+    cases = all_cases(
+        partial(
+            training_case, key, [found[key] for found in channels], label, ending, owners[key], renumbered=renumbered
+        )
+        for key, label in sorted(label_of.items())
+    )
+    source = " ".join(map(_absolute, [*images, labels]))
     return _finished("pairs", source, target, cases, names, ending, label_names, bool(subject), workers, progress)
 
 
@@ -166,10 +185,13 @@ def _finished(
     workers: int,
     progress: bool | None,
 ) -> RawDataset:
-    volumes = {sum(len(file.targets) for file in case.images) for case in cases}
+    volumes = {len(case.image_targets) for case in cases}
     if len(volumes) > 1:
         raise DatasetError(f"cases have different numbers of channels: {', '.join(map(str, sorted(volumes)))}")
-    if (count := volumes.pop()) != len(channel_names):
+    count = volumes.pop()
+    if count != len(channel_names):
+        if len(channel_names) > 1:
+            raise ConfigurationError(f"{len(channel_names)} channel names for {count} channels: give one for each")
         channel_names = [f"{channel_names[0]}_{number}" for number in range(count)]  # one 4D file a case
     values = convert_cases(kind, source, target, cases, workers, progress)
     table = named_labels(values, label_names)
@@ -184,25 +206,23 @@ def _finished(
 def _channel(root: Path, suffix: str) -> dict[str, Path]:
     """Case → image with this suffix. Only raw images: derivatives have folders of their own."""
     found: dict[str, Path] = {}
-    for path in sorted(root.glob("sub-*/**/*")):
-        stem = _stem(path)
-        if stem is None or not stem.endswith(f"_{suffix}"):
-            continue
-        key = stem.removesuffix(f"_{suffix}")
+    # Path.glob would not look into folders that are links.
+    everything = map(Path, sorted(glob.glob(f"{glob.escape(str(root))}/sub-*/**/*", recursive=True)))  # noqa: PTH207
+    named = [path for path in everything if (_stem(path) or "").endswith(f"_{suffix}")]
+    for path in existing_files(named):
+        key = str(_stem(path)).removesuffix(f"_{suffix}")
         if key in found:
             raise CaseError(f"{found[key]} and {path} are the same image in two files: remove one")
         found[key] = path
     if not found:
+        refuse_pictures(root.glob(f"sub-*/**/*_{suffix}.*"))
         raise CaseError(f"{root} has no images sub-*/…/*_{suffix}.nii.gz: is --suffix {suffix} right?")
     return found
 
 
 def _stem(path: Path) -> str | None:
     """A file's name without its image ending; None for other files."""
-    for ending in ENDINGS:
-        if path.name.endswith(ending) and path.is_file():
-            return path.name.removesuffix(ending)
-    return None
+    return next((path.name.removesuffix(ending) for ending in ENDINGS if path.name.endswith(ending)), None)
 
 
 def _refuse_uneven(channels: Sequence[Mapping[str, Path]], suffixes: Sequence[str]) -> None:
@@ -214,17 +234,15 @@ def _refuse_uneven(channels: Sequence[Mapping[str, Path]], suffixes: Sequence[st
         if key not in found
     ]
     if problems:
-        raise CaseError(f"all channels are needed for every case: {_some(problems, 20)}")
+        raise CaseError(f"all channels are needed for every case: {some(problems, 20)}")
 
 
-def _bids_label(root: Path, labels_root: Path, image: Path, key: str, label_suffix: str) -> Path | None:
-    folder = labels_root / image.relative_to(root).parent
-    image_stem = image.name.removesuffix(ending_of(image))
-    for stem in (f"{image_stem}_{label_suffix}", f"{key}_{label_suffix}"):
-        for ending in ENDINGS:
-            if (path := folder / f"{stem}{ending}").is_file():
-                return path
-    return None
+def _label_places(root: Path, labels_root: Path, images: Sequence[Path], key: str, label_suffix: str) -> list[Path]:
+    """Where a case's label may lie, in the order of preference."""
+    folders = {image: labels_root / image.relative_to(root).parent for image in images}
+    stems = [(folders[image], f"{image.name.removesuffix(ending_of(image))}_{label_suffix}") for image in images]
+    stems += [(folders[image], f"{key}_{label_suffix}") for image in images]
+    return [folder / f"{stem}{ending}" for folder, stem in stems for ending in ENDINGS]
 
 
 # -- patterns -------------------------------------------------------------------------------------------------------
@@ -232,17 +250,17 @@ def _bids_label(root: Path, labels_root: Path, image: Path, key: str, label_suff
 
 def _matched(pattern: str) -> dict[str, Path]:
     """What the wildcards stand for → file. Raises CaseError when nothing matches or two files mean the same case."""
-    pattern = str(Path(pattern).expanduser())
+    pattern = _absolute(pattern)
     if not any(mark in pattern for mark in "*?"):
         raise ConfigurationError(
             f"pattern {pattern!r} has no wildcard: quote it, e.g. 'scans/*.nii.gz', or the shell fills it in itself"
         )
     expression = re.compile(_as_expression(pattern))
     found: dict[str, Path] = {}
-    for name in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207 (a pattern may be absolute)
-        match = expression.fullmatch(name)
-        path = Path(name).resolve()
-        if match is None or not path.is_file():
+    names = sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # noqa: PTH207 (a pattern is absolute)
+    for path in existing_files(map(Path, names)):
+        match = expression.fullmatch(str(path))
+        if match is None:
             continue
         key = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(part for part in match.groups() if part)).strip("_.")
         if not key or key in found:
@@ -251,8 +269,13 @@ def _matched(pattern: str) -> dict[str, Path]:
             )
         found[key] = path
     if not found:
-        raise CaseError(f"no file matches {pattern!r}")
+        raise CaseError(f"no file matches {pattern!r} (wildcards are *, ? and **)")
     return found
+
+
+def _absolute(pattern: str) -> str:
+    """Where it starts, whatever the working directory; links stay, since their names count and not those they lead to."""
+    return os.path.abspath(os.path.expanduser(pattern))  # noqa: PTH100, PTH111 (resolve() would follow links)
 
 
 def _as_expression(pattern: str) -> str:
@@ -288,7 +311,3 @@ def _owner(expression: str | None, key: str) -> str | None:
     if match is None:
         raise ConfigurationError(f"--subject {expression!r} is not found in case {key!r}")
     return match.group(1) if match.groups() else match.group()
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -87,6 +87,60 @@ def test_unlabelled_images_are_an_error_unless_waived(bids, raw, capsys):
     assert [p.name for p in (raw / "Dataset990_Cord/imagesTs").iterdir()] == ["sub-01_ses-0_0000.nii.gz"]
 
 
+def test_bids_with_two_suffixes_finds_the_label_of_either(bids, raw, capsys):
+    for path in sorted(bids.glob("sub-*/**/*_T2w.nii.gz")):
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        write_image(path.with_name(path.name.replace("T2w", "T1w")), voxels + 1000, SPACING)
+    assert convert_bids(bids, "--suffix", "T1w,T2w") == 0
+    folder = raw / "Dataset990_Cord"
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T1w", "1": "T2w"}
+    first, second = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"imagesTr/sub-03_ses-1_000{channel}.nii.gz")))
+        for channel in range(2)
+    )
+    assert np.array_equal(first, second + 1000)
+    sources = {row["target"]: row["source"] for row in json.loads((folder / "conversion.json").read_text())["files"]}
+    assert sources["labelsTr/sub-03_ses-1.nii.gz"].endswith("sub-03_ses-1_T2w_seg.nii.gz")
+    next(bids.glob("sub-03/ses-1/*/*_T1w.nii.gz")).unlink()
+    assert convert_bids(bids, "--suffix", "T1w,T2w") == 1
+    assert "every case: sub-03_ses-1 has no _T1w image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["sub-03/ses-1/*/*_T2w.nii.gz", "derivatives/**/sub-03_ses-1_T2w_seg.nii.gz"])
+def test_links_to_missing_files_are_no_cases_to_be_left_out_unseen(bids, raw, capsys, pattern):
+    path = next(bids.glob(pattern))
+    path.unlink()
+    path.symlink_to("/nowhere/annexed.nii.gz")
+    assert convert_bids(bids, "--unlabelled", "skip") == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and "git annex get" in error
+    assert not (raw / "Dataset990_Cord").exists()
+    images, labels = (
+        bids / "sub-03/ses-1/anat/*_T2w.nii.gz",
+        bids / "derivatives/labels/sub-03/ses-1/anat/*_T2w_seg.nii.gz",
+    )
+    assert main(["convert", "pairs", "--images", str(images), "--labels", str(labels), "-d", "3", "--name", "P"]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_folders_that_are_links_are_looked_into(bids, raw):
+    (bids / "sub-03/ses-1").rename(bids.parent / "elsewhere")
+    (bids / "sub-03/ses-1").symlink_to(bids.parent / "elsewhere")
+    (bids / "sub-04").rename(bids.parent / "subject")
+    (bids / "sub-04").symlink_to(bids.parent / "subject")
+    assert convert_bids(bids) == 0
+    assert len(list((raw / "Dataset990_Cord/imagesTr").iterdir())) == 12
+
+
+def test_all_unreadable_images_are_listed_before_anything_is_copied(bids, raw, capsys):
+    for name in ("sub-00/ses-1", "sub-03/ses-0"):
+        next((bids / name).glob("*/*_T2w.nii.gz")).write_text("text")
+    assert convert_bids(bids) == 1
+    error = capsys.readouterr().err
+    assert "2 images can't be used" in error and "sub-00_ses-1_T2w" in error and "sub-03_ses-0_T2w" in error
+    assert not (raw / "Dataset990_Cord").exists()
+
+
 @pytest.mark.parametrize("link", [None, "symbolic", "hard"])
 def test_pairs_copies_or_links(tmp_path, raw, link):
     for number in range(3):
@@ -117,6 +171,83 @@ def test_pairs_lists_what_has_no_partner_and_bad_grids(tmp_path, raw, capsys):
     assert main(words) == 0
     names = sorted(p.name for p in (raw / "Dataset007_P/imagesTr").iterdir())
     assert names == ["p1_0000.nii.gz", "p2_0000.nii.gz"]  # rewritten: the two formats differ
+
+
+def test_masks_of_255_are_renumbered_when_they_are_named(tmp_path, raw, capsys):
+    for number in range(2):
+        write_case(tmp_path / f"i/p{number}.nii.gz", tmp_path / f"l/p{number}.nii.gz", number)
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[1, 2:4, 3], mask[2, 1, 1] = 255, 10
+        write_image(tmp_path / f"l/p{number}.nii.gz", mask, SPACING)
+    before = contents(tmp_path / "l")
+    words = ["convert", "pairs", "--images", f"{tmp_path}/i/*.nii.gz", "--labels", f"{tmp_path}/l/*.nii.gz"]
+    words += ["-d", "7", "--name", "P", "-np", "1", "--link"]
+    assert main(words) == 1
+    assert "hold the values 0, 10, 255" in (error := capsys.readouterr().err)
+    assert "--label-names label_1=10 label_2=255" in error
+    assert main([*words[:-1], "--label-names", "lesion=255"]) == 1
+    assert "10 without a name" in capsys.readouterr().err
+    assert main([*words, "symbolic", "--label-names", "lesion=255", "cord=10"]) == 0
+    folder = raw / "Dataset007_P"
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "cord": 1, "lesion": 2}
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr/p1.nii.gz")))
+    assert np.array_equal(written, np.select([mask == 10, mask == 255], [1, 2]))
+    assert contents(tmp_path / "l") == before and (folder / "imagesTr/p1_0000.nii.gz").is_symlink()
+    assert main(["verify", "-d", "7", "-np", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["bg=0", "cord=1"], "value 0 must be called background, not 'bg'"),
+        (["cord=1", "lesion=1"], "'cord' and 'lesion' have the same value 1"),
+        (["cord"], "expected NAME=VALUE"),
+    ],
+)
+def test_wrong_label_names_are_told_before_anything_is_copied(bids, raw, capsys, words, problem):
+    assert convert_bids(bids, "--label-names", *words) == 1
+    assert problem in capsys.readouterr().err and not (raw / "Dataset990_Cord").exists()
+
+
+def test_the_same_relative_patterns_elsewhere_are_another_conversion(tmp_path, raw, monkeypatch, capsys):
+    words = [
+        "convert",
+        "pairs",
+        "--images",
+        "i/*.nii.gz",
+        "--labels",
+        "l/*.nii.gz",
+        "-d",
+        "7",
+        "--name",
+        "P",
+        "-np",
+        "1",
+    ]
+    for place, case in (("here", "a"), ("there", "b")):
+        write_case(tmp_path / place / f"i/{case}.nii.gz", tmp_path / place / f"l/{case}.nii.gz", 0)
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(words) == 1
+    assert "was not made by this conversion" in capsys.readouterr().err
+    assert [path.name for path in (raw / "Dataset007_P/imagesTr").iterdir()] == ["a_0000.nii.gz"]
+
+
+def test_brackets_in_a_folders_name_are_no_wildcards(tmp_path, raw):
+    write_case(tmp_path / "study [1]/i/a.nii.gz", tmp_path / "study [1]/l/a.nii.gz", 0)
+    write_case(tmp_path / "study 1/i/b.nii.gz", tmp_path / "study 1/l/b.nii.gz", 0)
+    words = ["convert", "pairs", "-d", "7", "--name", "P", "-np", "1"]
+    for flag, part in (("--images", "i"), ("--labels", "l")):
+        words += [flag, f"{tmp_path}/study [1]/{part}/*.nii.gz"]
+    assert main(words) == 0
+    assert [path.name for path in (raw / "Dataset007_P/labelsTr").iterdir()] == ["a.nii.gz"]
+
+
+def test_reorienting_is_a_conversion_too(raw):
+    make_dataset(raw, "Dataset041_Other", cases=2, shape=SHAPE, spacing=SPACING)
+    assert main(["convert", "reorient", "-d", "41", "--to", "RPI", "-np", "1"]) == 0
+    assert json.loads((raw / "Dataset541_Other_RPI/dataset.json").read_text())["image_orientation"] == "RPI"
 
 
 def test_wrong_targets_and_pictures(tmp_path, raw, capsys):

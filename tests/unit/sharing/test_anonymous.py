@@ -9,7 +9,7 @@ from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.contents import write_contents
 
-CLEANER = Cleaner(("sub-amu01", "0012", "case_01"), ("/data/my study/raw",))
+CLEANER = Cleaner(("sub-amu01", "0012", "case_01", "smith", "adam"), ("/data/my study/raw",))
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,9 @@ CLEANER = Cleaner(("sub-amu01", "0012", "case_01"), ("/data/my study/raw",))
         ("torch.nn.modules.conv.Conv3d", "torch.nn.modules.conv.Conv3d"),
         ("sub-amu01 and sub-amu01_0000.nii.gz, sub-amu012", "case and case_0000.nii.gz, sub-amu012"),
         ("predicting 0012\nlr 0.0012 step 0012", "predicting case\nlr 0.0012 step 0012"),
+        ("epoch 0012 validation loss 1.4", "epoch 0012 validation loss 1.4"),
+        ("validating smith (1/6), blacksmith", "validating case (1/6), blacksmith"),
+        ("predicting adam\noptimizer adam", "predicting case\noptimizer adam"),
     ],
 )
 def test_texts(text, expected):
@@ -36,11 +39,15 @@ def test_json():
         "file": "/data/my study/raw/a b.json",
         "training_cases": ["sub-amu01", "case_01"],
         "hostname": "mri-3",
+        "case": "smith",
+        "optimizer": "adam",
         "deep": [{"case_01": "see /a/b/c.txt", "n": 1.5, "none": None}],
     }
     assert CLEANER.json(content) == {
         "file": "a b.json",
         "number_of_training_cases": 2,
+        "case": "case",
+        "optimizer": "adam",
         "deep": [{"case": "see c.txt", "n": 1.5, "none": None}],
     }
     assert content["hostname"] == "mri-3"  # a copy
@@ -53,10 +60,12 @@ def test_labels_and_channels_keep_every_letter(tmp_path):
     folder = write_model_folder(
         tmp_path, labels={"labels": labels, "training": [{"image": "./imagesTr/sub-01.nii.gz"}]}
     )
-    (folder / "fold_0" / "debug.json").write_text(json.dumps({"training_cases": ["MR0", "process", "sub-01"]}))
+    (folder / "fold_0" / "debug.json").write_text(
+        json.dumps({"training_cases": ["MR0", "process", "sub-01", "smith", "7"]})
+    )
     model = ModelFolder.open(folder)
     cleaner = Cleaner.of_model(model)
-    assert cleaner.case_names == ("sub-01",)
+    assert cleaner.case_names == ("sub-01", "smith")
     packaged = write_contents(model, (0,), tmp_path, "RPI", cleaner)
     written = json.loads((packaged.folder / "dataset.json").read_text())
     assert written["labels"] == labels and written["channel_names"] == {"0": "MR0"} and "training" not in written

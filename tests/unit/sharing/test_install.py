@@ -44,6 +44,7 @@ def test_a_package_is_put_where_predict_finds_it(package, tmp_path, layout):
 
 def test_a_folder_an_address_and_another_name(package, trained, tmp_path):
     assert install_model(trained(tmp_path / "x", name="B__nnUNetPlans__3d_fullres")).path.name.startswith("B__")
+    assert install_model(package.folder, dataset="Dataset011_Cord").folds == (0, 1)
     model = install_model(package.zips["sct"], dataset="Dataset012_Cord")
     assert find_model_folder(12) == model.path and model.plan.dataset_name == "Dataset012_Cord"
     content = package.zips["sct"].read_bytes()
@@ -212,6 +213,8 @@ def test_the_table_has_every_published_checkpoint():
     assert len(table) == len({known.repo_id for known in table}) == 21
     assert find_known("MIC-DKFZ/ResEncL-OpenMind-MAE") == find_known("AnonRes/ResEncL-OpenMind-MAE") is not None
     assert find_known("AnonRes/PrimusM-OpenMind-SimCLR").note and find_known("nobody/nothing") is None
+    assert find_known("MIC-DKFZ/nnFoundationCNN").licence == "CC-BY-SA-4.0"
+    assert find_known("AnonRes/PrimusM-OpenMind-MAE").licence is None  # its page was not read
     assert all(known.source == f"https://huggingface.co/{known.repo_id}" for known in table)
 
 

@@ -85,6 +85,7 @@ def test_written_names_leave_defaults_out_and_are_read_back():
         ({"task": "seg", "contrast": "t 1"}, "characters other than letters and digits"),
         ({"task": "seg", "condition": "invivo-exvivo"}, "takes one"),
         ({"task": "seg", "contrast": "t1,t1"}, "twice"),
+        ({"task": "seg", "contrast": "T2w"}, "contrast 'T2w' is written 't2w'"),
         ({"task": "seg", "contrast": "human"}, "is a value of the field animal"),
         ({"task": "seg", "architecture": "resencl"}, "--new-values"),
         ({"tasks": "seg"}, "no field 'tasks'"),

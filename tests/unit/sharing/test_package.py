@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from model_folders import CASES, HOME, write_model_folder
+from synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.model_folder import ModelFolder
@@ -145,9 +146,24 @@ def test_a_package_proves_itself(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         proof_module.importlib.util, "find_spec", lambda name: None
     )  # without nnU-Net; see test_package_interop
-    package = make_package(trained(folds=(0, 1)), tmp_path / "out", layout="sct")
+    package = make_package(trained(folds=(0, 1)), tmp_path / "out")
     assert package.proof.with_model == 1 and package.proof.with_nnunet is None
     assert set(package.proof.labels) == {0, 1, 2} and package.proof.image == "a made-up image"
+
+
+def test_both_zips_must_hold_the_same_model(trained, tmp_path, monkeypatch):
+    def other(prepared, layout, tag, folder, work):
+        if layout == "nnunet":
+            (prepared.contents.folder / "plans.json").write_text(
+                (prepared.contents.folder / "plans.json").read_text() + " "
+            )
+        return write_layout(prepared, layout, tag, folder, work)
+
+    write_layout = package_module._write_layout
+    monkeypatch.setattr(package_module, "_write_layout", other)
+    with pytest.raises(ModelFolderError, match="hold different files: plans.json"):
+        make_package(trained(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_package_that_segments_otherwise_is_not_made(trained, tmp_path, monkeypatch):
@@ -268,6 +284,18 @@ def test_the_toolbox_needs_an_orientation(trained, tmp_path, nnunet_folders):
     make_package(model, tmp_path / "nnunet", layout="nnunet", prove=False)
     package = make_package(model, tmp_path / "sct", layout="sct", orientation="las", prove=False)
     assert json.loads(text_in(package.zips["sct"], f"{TRAINER}/dataset.json"))["image_orientation"] == "LAS"
+
+
+def test_training_cases_that_only_the_raw_dataset_knows_are_taken_out(trained, tmp_path, nnunet_folders):
+    """nnU-Net's debug.json does not list them."""
+    raw = make_dataset(nnunet_folders / "nnUNet_raw", "Dataset991_Tiny", cases=2, shape=(4, 6, 5))
+    model = trained()
+    log = next((model / "fold_0").glob("training_log*.txt"))
+    log.write_text("bad image case_01_0000.nii.gz skipped\n")
+    assert "case_01" in {path.name[:7] for path in (raw / "labelsTr").iterdir()}
+    package = make_package(model, tmp_path / "out", layout="sct", prove=False)
+    with zipfile.ZipFile(package.zips["sct"]) as archive:
+        assert archive.read(f"{TRAINER}/fold_0/{log.name}").decode() == "bad image case_0000.nii.gz skipped\n"
 
 
 def test_what_no_rule_takes_out_stops_the_package(trained, tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""Which files a raw dataset has, which it should have, and what is said about those that are missing."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases, refuse_unsupported
+from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.errors import CaseError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: an ``error`` prevents training, a ``warning`` may be meant so; ``case`` is ``-`` for the whole dataset."""
+
+    level: str
+    case: str
+    check: str
+    message: str
+    fix: str
+
+
+def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], list[Finding]]:
+    """The cases whose files are all there, and what is missing from the others."""
+    channels, path = len(description.channel_names), folder / "dataset.json"
+    refuse_unsupported(description, path)
+    if description.dataset is not None:
+        listed = listed_cases(description.dataset, folder, path)
+        findings = [finding for case in listed for finding in _missing_from(case, channels)]
+    else:
+        listed, findings = _named_cases(folder, description)
+    incomplete = {finding.case for finding in findings if finding.level == "error"}
+    total = sum(bool(case.images) for case in listed)  # as nnU-Net, which looks at images only
+    if description.num_training not in (None, total):
+        text = f"'numTraining' is {description.num_training}, but there are {total} cases"
+        findings.append(Finding("warning", "-", "numTraining", text, "correct dataset.json (nnU-Net refuses it)"))
+    return [case for case in listed if case.identifier not in incomplete], findings
+
+
+def _missing_from(case: RawCase, channels: int) -> list[Finding]:
+    """Of a case whose files dataset.json names itself."""
+    fix = "put it there, or correct 'dataset' in dataset.json"
+    found = [
+        Finding("error", case.identifier, "present", f"{path} is missing", fix)
+        for path in case.files
+        if not path.is_file()
+    ]
+    if not found and len(case.images) != channels and not _holds_all_channels(case.images, channels):
+        text = f"dataset.json names {len(case.images)} image files for {channels} channels"
+        found.append(Finding("error", case.identifier, "present", text, "name one file a channel"))
+    return found
+
+
+def _holds_all_channels(images: Sequence[Path], channels: int) -> bool:
+    """Whether this is one 4D file, which nnU-Net's reader takes as well."""
+    try:
+        return len(images) == 1 and count_channels(images[0]) == channels
+    except CaseError:
+        return False
+
+
+def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase, ...], list[Finding]]:
+    """Every case that a file in imagesTr or labelsTr is named after, with the findings of those that are incomplete."""
+    findings: list[Finding] = []
+    ending, channels = description.file_ending, len(description.channel_names)
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+    groups: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in _visible(folder / "imagesTr"):
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            level = "error" if path.name.endswith(ending) else "warning"
+            fix = f"rename it to CASE_0000{ending}, or move it away"
+            findings.append(Finding(level, "-", "names", f"{path} is no image's name, and not used", fix))
+        else:
+            groups[match[1]][int(match[2])] = path
+    labels = {p.name.removesuffix(ending): p for p in _visible(folder / "labelsTr") if p.name.endswith(ending)}
+    cases = []
+    for name in sorted(groups.keys() | labels.keys()):
+        images = groups.get(name, {})
+        one_file = list(images) == [0] and channels > 1 and _holds_all_channels([images[0]], channels)
+        expected = set(images) if one_file else set(range(channels))
+        missing = [f"imagesTr/{name}_{number:04d}{ending}" for number in sorted(expected - set(images))]
+        missing += [] if name in labels else [f"labelsTr/{name}{ending}"]
+        for file in missing:
+            fix = "put it there, or remove the case's other files"
+            findings.append(Finding("error", name, "present", f"{folder / file} is missing", fix))
+        for number in sorted(set(images) - expected):
+            fix = "add the channel to channel_names, or remove the file"
+            text = f"{images[number]} is not one of the {channels} channels in dataset.json"
+            findings.append(Finding("error", name, "present", text, fix))
+        cases.append(RawCase(name, tuple(images[n] for n in sorted(images)), labels.get(name)))
+    if not cases:
+        text = f"{folder / 'imagesTr'} has no images"
+        findings.append(Finding("error", "-", "present", text, f"expected names like CASE_0000{ending}"))
+    return tuple(cases), findings
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files, and links that lead nowhere: those are complained about when they are read."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if (p.is_file() or p.is_symlink()) and p.name[0] != ".")
