@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nnssl_adapt.data.preprocess import preprocess_case
     from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
-    from nnssl_adapt.evaluation.report import write_report
+    from nnssl_adapt.evaluation.report import Report, make_report, write_report
     from nnssl_adapt.evaluation.show import show
     from nnssl_adapt.inference.model_folder import ModelFolder
     from nnssl_adapt.inference.predictor import Predictor
@@ -42,12 +42,14 @@ _HOME = {
     "PretrainedTrainer": "nnssl_adapt.training.trainer",
     "Proof": "nnssl_adapt.weights.prove",
     "Recipe": "nnssl_adapt.training.recipe",
+    "Report": "nnssl_adapt.evaluation.report",
     "TransferReport": "nnssl_adapt.weights.transfer",
     "TransferSettings": "nnssl_adapt.weights.settings",
     "build_network": "nnssl_adapt.weights.architectures",
     "install_model": "nnssl_adapt.sharing.install",
     "make_package": "nnssl_adapt.sharing.package",
     "make_plan": "nnssl_adapt.planning.make",
+    "make_report": "nnssl_adapt.evaluation.report",
     "open_checkpoint": "nnssl_adapt.weights.checkpoint",
     "preprocess_case": "nnssl_adapt.data.preprocess",
     "preprocess_dataset": "nnssl_adapt.planning.prepare",
@@ -70,12 +72,14 @@ __all__ = [
     "PretrainedTrainer",
     "Proof",
     "Recipe",
+    "Report",
     "TransferReport",
     "TransferSettings",
     "build_network",
     "install_model",
     "make_package",
     "make_plan",
+    "make_report",
     "open_checkpoint",
     "preprocess_case",
     "preprocess_dataset",

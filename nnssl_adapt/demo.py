@@ -141,5 +141,6 @@ def show_result(model: ModelFolder, fold: int) -> tuple[Path, dict[str, float]]:
         CLASS_NAMES,
         spacing=image.GetSpacing()[::-1],
         title=f"{worst}: mean Dice {dice[worst]:.3f}",
+        direction=image.GetDirection(),
     )
     return picture, dice

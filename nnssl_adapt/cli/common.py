@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
         if not verbose:  # libraries talking to each other's developers
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            # For worker processes, which import libraries before any code of ours runs in them.
+            os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
         return _run(run, parsed, verbose)
 
 
@@ -45,10 +47,12 @@ def _run(run: Run, parsed: argparse.Namespace, verbose: bool) -> int:
     try:
         return run(parsed)
     except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
+        with suppress(OSError):  # a terminal that closed is a reason to stop, and can't be told so
+            print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        _complain("interrupted. What was finished is kept: run the same command again to go on", verbose)
+        how = getattr(parsed, "how_to_go_on", "run the same command again")
+        _complain(f"interrupted. What was finished is kept: {how} to go on", verbose)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open so that the interpreter's own flush finds it
@@ -158,6 +162,20 @@ def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def source_words(arguments: argparse.Namespace) -> list[str]:
+    """The flags of :func:`add_source` as they were typed, for another process."""
+    flags = {
+        "--revision": arguments.revision,
+        "--file": arguments.source_file,
+        "--fold-of-source": arguments.source_fold,
+        "--stem": arguments.source_stem,
+        "--axes": arguments.source_axes,
+        "--cache-dir": arguments.cache_dir,
+    }
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    return [*words, *(["--local-files-only"] if arguments.local_files_only else [])]
+
+
 def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
     from nnssl_adapt.weights.checkpoint import open_checkpoint
@@ -181,9 +199,10 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 def default_workers() -> int:
-    """Processes to use when none were asked for: the cores this process may run on, at most 8 as nnU-Net."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(8, available))
+    """Processes to use when none were asked for: the cores that this job may use, at most 8 as nnU-Net."""
+    from nnssl_adapt.training.resources import Resources
+
+    return min(8, Resources.here().cores)
 
 
 def checked_workers(wish: int | None) -> int:

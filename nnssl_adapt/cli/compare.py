@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.errors import ConfigurationError
-    from nnssl_adapt.evaluation.compare import compare, load_results
+    from nnssl_adapt.evaluation.compare import COMPARABLE, compare, load_results
     from nnssl_adapt.evaluation.compare_output import comparison_table, save_comparisons
 
     if len(arguments.results) < 2:
         raise ConfigurationError("give at least two results to compare")
     named = _named(arguments.results)
-    results = [load_results(path, arguments.metric, name) for name, path in named]
-    comparisons = [compare(results[0], other, arguments.metric, arguments.seed) for other in results[1:]]
+    metric = next((name for name in COMPARABLE if name.lower() == arguments.metric.lower()), arguments.metric)
+    results = [load_results(path, metric, name) for name, path in named]
+    comparisons = [compare(results[0], other, metric, arguments.seed) for other in results[1:]]
     for comparison in comparisons:
         print(comparison_table(comparison) + "\n")
     folder = save_comparisons(comparisons, arguments.output)

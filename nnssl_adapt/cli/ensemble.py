@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-probabilities", "--save_npz", action="store_true", help="also write the mean as .npz and .pkl"
     )
     parser.add_argument(
+        "--postprocess",
+        metavar="FILE",
+        help="postprocessing.json (or nnU-Net's .pkl) of find-best: do what it says, too",
+    )
+    parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
     add_verbose(parser)
@@ -29,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         dataset_json=arguments.dataset_json,
         save_probabilities=arguments.save_probabilities,
+        postprocessing=arguments.postprocess,
         workers=checked_workers(arguments.workers),
         progress=True,
     )

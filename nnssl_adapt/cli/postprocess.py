@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
 
 if TYPE_CHECKING:
-    from nnssl_adapt.data.dataset import DatasetJson
+    from nnssl_adapt.data.labels import LabelScheme
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,29 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.data.dataset import DatasetJson
-    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.data.labels import LabelScheme
+    from nnssl_adapt.errors import CaseError, ConfigurationError
     from nnssl_adapt.inference.postprocess import Postprocessing, description_of, postprocess_folder
 
     folder = Path(arguments.input)
+    if not folder.is_dir():
+        raise CaseError(f"{folder}: no such folder")
     path = Path(arguments.dataset_json) if arguments.dataset_json else description_of(folder)
     workers = checked_workers(arguments.workers)
     if (arguments.output is None) == (arguments.steps is not None):
         raise ConfigurationError("-o goes with --steps (what -g finds is written into the input folder)")
     description = DatasetJson.load(path)
+    labels = LabelScheme.from_dataset_json(description.raw, path)
     if arguments.steps is not None:
         steps = Postprocessing.load(arguments.steps)
+        steps.refuse_unknown(labels, arguments.steps)
         written = postprocess_folder(folder, arguments.output, steps, description.file_ending, workers, progress=True)
         print(f"{steps}: {len(written)} segmentations in {arguments.output}")
         return EXIT_OK
-    return _determine(folder, Path(arguments.references), description, path, workers)
+    return _determine(folder, Path(arguments.references), labels, description.file_ending, workers)
 
 
-def _determine(folder: Path, references: Path, description: DatasetJson, path: Path, workers: int) -> int:
-    from nnssl_adapt.data.labels import LabelScheme
+def _determine(folder: Path, references: Path, labels: LabelScheme, file_ending: str, workers: int) -> int:
     from nnssl_adapt.evaluation.postprocessing import FILE, POSTPROCESSED, determine_postprocessing
 
-    labels = LabelScheme.from_dataset_json(description.raw, path)
-    decision = determine_postprocessing(folder, references, labels, description.file_ending, workers, progress=True)
+    decision = determine_postprocessing(folder, references, labels, file_ending, workers, progress=True)
     before, after = decision.before.foreground_mean_dice, decision.after.foreground_mean_dice
     print(f"{decision.postprocessing}: mean Dice {before:.4f} -> {after:.4f}")
     print(f"steps: {folder / FILE}\nprocessed: {folder / POSTPROCESSED}")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_workers
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.preprocess_cases import Shard
 
 _WORTH_PROCESSES = 3
 """Images from which on starting worker processes, which takes seconds, pays."""
@@ -32,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-tta", action="store_true", help="no mirroring: up to 8 times faster, a little less accurate"
     )
     parser.add_argument("--save-probabilities", action="store_true", help="also write nnU-Net's .npz and .pkl")
+    parser.add_argument(
+        "--postprocess",
+        metavar="FILE",
+        help="postprocessing.json (or nnU-Net's .pkl) of find-best: what it says is done to every segmentation; "
+        "probabilities stay as they are",
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="predict every image anew (the default)")
     again.add_argument(
@@ -46,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="workers",
         type=int,
         default=None,
-        help="processes that read and export images (default: by the cores; 0: threads of this process)",
+        help="processes that read and export images; 0: threads of this process (default: by the cores, 0 on a CPU)",
     )
     parser.add_argument(
         "--float16-sums",
@@ -77,9 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     import nnssl_adapt as na
     from nnssl_adapt.data.memory import reuse_freed_memory
-    from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
+    from nnssl_adapt.errors import OutputError, PredictionError
+    from nnssl_adapt.inference.record import RECORD
 
-    part = WHOLE if arguments.part is None else Shard.parse(arguments.part)
+    arguments.how_to_go_on = "run the same command with --continue"
+    part = _part(arguments.part)
     workers = _workers(arguments)
     predictor = na.Predictor(
         _model_folder(arguments),
@@ -90,27 +102,46 @@ def run(arguments: argparse.Namespace) -> int:
         tta=not arguments.no_tta,
         accumulation_dtype=torch.float16 if arguments.float16_sums else torch.float32,
         precision=arguments.precision,
+        postprocessing=arguments.postprocess,
     )
+    if predictor.postprocessing.steps:
+        print(f"postprocessing: {predictor.postprocessing}")
     if predictor.device.type == "cpu":
         # Every layer's output would be fresh memory, which the kernel clears page by page: a quarter of the time.
         reuse_freed_memory()
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
-    predictor.predict(
-        images,
-        arguments.output,
-        overwrite=not arguments.keep_finished,
-        save_probabilities=arguments.save_probabilities,
-        progress=True,
-        workers=workers,
-        part=part,
-    )
+    try:
+        predictor.predict(
+            images,
+            arguments.output,
+            overwrite=not arguments.keep_finished,
+            save_probabilities=arguments.save_probabilities,
+            progress=True,
+            workers=workers,
+            part=part,
+        )
+    except (OutputError, PredictionError) as error:
+        kept = not arguments.keep_finished and (Path(arguments.output) / RECORD).is_file()
+        if kept and "--continue" not in str(error):
+            raise type(error)(f"{error}\n(with --continue, what is finished is not done again)") from error
+        raise
     print(f"segmentations in {arguments.output}")
     return EXIT_OK
 
 
+def _part(text: str | None) -> Shard:
+    from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
+    from nnssl_adapt.errors import ConfigurationError
+
+    try:
+        return WHOLE if text is None else Shard.parse(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--part {str(error).removeprefix('shard ')}") from None
+
+
 def _model_folder(arguments: argparse.Namespace) -> Path:
     """The folder given by ``-m``, or found by dataset, plans, trainer and configuration."""
-    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.errors import ConfigurationError, DatasetNotFound
     from nnssl_adapt.inference.find_model import find_model_folder
 
     dataset = arguments.dataset
@@ -123,7 +154,12 @@ def _model_folder(arguments: argparse.Namespace) -> Path:
                 raise ConfigurationError(f"{', '.join(extra)}: they choose among the models of a dataset (-d)")
             return path
         dataset = arguments.model
-    return find_model_folder(dataset, arguments.plans, arguments.trainer, arguments.configuration)
+    try:
+        return find_model_folder(dataset, arguments.plans, arguments.trainer, arguments.configuration)
+    except DatasetNotFound as error:
+        if arguments.model is None:
+            raise
+        raise DatasetNotFound(f"-m {arguments.model}: no such folder, and {error}") from None
 
 
 def _workers(arguments: argparse.Namespace) -> int:
@@ -133,6 +169,8 @@ def _workers(arguments: argparse.Namespace) -> int:
         if arguments.workers < 0:
             raise ConfigurationError(f"-np {arguments.workers}: expected 0 (threads) or a number of processes")
         return int(arguments.workers)
+    if arguments.device == "cpu":
+        return 0  # the network takes all cores: other processes would only take them away, after seconds of starting
     given = Path(arguments.images[0])
     images = sum(1 for _ in given.iterdir()) if len(arguments.images) == 1 and given.is_dir() else len(arguments.images)
     return min(default_workers(), images) if images >= _WORTH_PROCESSES else 0

@@ -44,11 +44,13 @@ class Results:
         name: what it is called in tables.
         values: case → class → the metric; volume errors without their sign.
         voxels: case → class → voxels of the reference, by which references are known to be the same.
+        rule: how the metric was measured, as far as that can be chosen: what an empty class counts, and NSD's tolerance.
     """
 
     name: str
     values: CaseValues
     voxels: CaseValues
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Comparison:
         differences: ``all classes``, then each class.
         per_case: class → case → difference.
         only_first, only_second: cases left out, since the other lacks them.
+        one_sided: class → cases left out since only one of the two has a value, for instance a distance to a class that
+            the other missed.
     """
 
     first: str
@@ -100,6 +104,7 @@ class Comparison:
     per_case: dict[str, dict[str, float]]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
+    one_sided: dict[str, tuple[str, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
@@ -109,6 +114,8 @@ class Comparison:
 def load_results(path: str | Path, metric: str = "Dice", name: str | None = None) -> Results:
     """Read a ``summary.json``, ours or nnU-Net's; or those that lie in a folder.
 
+    Of a model folder only the validated folds count; :func:`compare` leaves out what the other does not have.
+
     Args:
         path: the file; a folder with it; a fold's folder; or a model folder, whose validated folds are taken together.
         metric: one of :data:`COMPARABLE`.
@@ -116,26 +123,40 @@ def load_results(path: str | Path, metric: str = "Dice", name: str | None = None
 
     Raises:
         ConfigurationError: no such metric.
-        CaseError: there is no summary, it lacks the metric, or a case is in two folds.
+        CaseError: there is no summary, it lacks the metric, a case is in two folds, or folds were judged differently.
     """
     if metric not in COMPARABLE:
         raise ConfigurationError(f"metric {metric!r}: expected one of {', '.join(COMPARABLE)}")
     values: CaseValues = {}
     voxels: CaseValues = {}
+    rule = None
     for file in _summaries(Path(path)):
         content = load_summary(file)
         names = _class_names(content, file)
+        if rule not in (None, _rule(content, metric)):
+            raise CaseError(
+                f"{path}: folds were judged differently ({rule}; {_rule(content, metric)}): judge them again"
+            )
+        rule = _rule(content, metric)
         for case in content["metric_per_case"]:
             identifier = _identifier(str(case["prediction_file"]))
             if identifier in values:
                 raise CaseError(f"{path}: {identifier} is in two summaries: choose one of the folds")
             classes = {names.get(entry, entry): metrics for entry, metrics in case["metrics"].items()}
             if any(metric not in metrics for metrics in classes.values()):
-                raise CaseError(f"{file} has no {metric}: judge it with nnssl-adapt evaluate")
+                raise CaseError(f"{file} has no {metric}: judge with nnssl-adapt evaluate -p {file.parent} -g LABELS")
             sign = abs if metric in ("VolumeError", "RelativeVolumeError") else float
             values[identifier] = {entry: float(sign(metrics[metric])) for entry, metrics in classes.items()}
             voxels[identifier] = {entry: metrics.get("n_ref", math.nan) for entry, metrics in classes.items()}
-    return Results(name or str(path), values, voxels)
+    return Results(name or str(path), values, voxels, rule or "")
+
+
+def _rule(content: Mapping[str, Any], metric: str) -> str:
+    """How the metric was measured, in words. nnU-Net's own summaries know one rule."""
+    own = content.get("nnssl_adapt")
+    own = own if isinstance(own, dict) else {}
+    tolerance = f", tolerance {own['tolerance_mm']:g} mm" if metric == "NSD" and "tolerance_mm" in own else ""
+    return f"empty classes: {own.get('empty', 'nan')}{tolerance}"
 
 
 def _summaries(path: Path) -> list[Path]:
@@ -148,6 +169,8 @@ def _summaries(path: Path) -> list[Path]:
             return numbered or found
     if not path.exists():
         raise CaseError(f"{path}: no such file or folder")
+    if (path / "plans.json").is_file() or any(path.glob("fold_*")):
+        raise CaseError(f"{path}: no fold of this model has been validated (no fold_*/validation/summary.json)")
     raise CaseError(f"{path} has no summary.json: make it with nnssl-adapt evaluate -p {path} -g LABELS")
 
 
@@ -180,8 +203,13 @@ def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0
         seed: of the bootstrap; the same seed gives the same intervals.
 
     Raises:
-        CaseError: no case in common, no class in common, or a case was judged against different labels.
+        CaseError: no case in common, no class in common, or judged by different rules or against different labels.
     """
+    if first.rule != second.rule:
+        raise CaseError(
+            f"{first.name} and {second.name} were judged by different rules ({first.rule}; {second.rule}): judge both again "
+            "with the same --tolerance and --empty"
+        )
     common = sorted(first.values.keys() & second.values.keys())
     if not common:
         shown = (next(iter(sorted(results.values)), "none") for results in (first, second))
@@ -189,12 +217,16 @@ def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0
     classes = _common_classes(first, second, common)
     per_case: dict[str, dict[str, float]] = {ALL: {}} if len(classes) > 1 else {}
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*per_case, *classes)}
+    one_sided: dict[str, tuple[str, ...]] = {}
     for case in common:
         _refuse_other_reference(first, second, case, classes)
         both = {name: (first.values[case][name], second.values[case][name]) for name in classes}
         known = {name: pair for name, pair in both.items() if not any(math.isnan(value) for value in pair)}
         if known and len(classes) > 1:
             known[ALL] = tuple(np.mean(list(known.values()), axis=0).tolist())
+        for name, pair in both.items():
+            if math.isnan(pair[0]) != math.isnan(pair[1]):
+                one_sided[name] = (*one_sided.get(name, ()), case)
         for name, (a, b) in known.items():
             pairs[name].append((a, b))
             per_case.setdefault(name, {})[case] = b - a
@@ -208,6 +240,7 @@ def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0
         per_case=per_case,
         only_first=tuple(sorted(first.values.keys() - second.values.keys())),
         only_second=tuple(sorted(second.values.keys() - first.values.keys())),
+        one_sided=one_sided,
     )
 
 

@@ -35,6 +35,11 @@ def comparison_table(comparison: Comparison) -> str:
         if missing:
             more = " …" if len(missing) > 5 else ""
             lines.append(f"left out, since {name} lacks them: {len(missing)} case(s): {', '.join(missing[:5])}{more}")
+    for name, cases in comparison.one_sided.items():
+        lines.append(
+            f"left out of {name}: {len(cases)} case(s) in which only one of the two has a value, because the class was missed "
+            "or invented there; to count them, judge both with nnssl-adapt evaluate --empty 1"
+        )
     return "\n".join(lines)
 
 

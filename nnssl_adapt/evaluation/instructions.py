@@ -15,9 +15,10 @@ _IN, _OUT, _PROCESSED = "INPUT_FOLDER", "OUTPUT_FOLDER", "OUTPUT_FOLDER_PP"
 
 
 def inference_commands(selection: Selection) -> list[str]:
-    """Every command, in order: predict, average if an ensemble won, postprocess if that helps."""
+    """Every command, in order: predict, average if an ensemble won; the last one postprocesses if that helps."""
     best = selection.best
     several = len(best.models) > 1
+    steps = shlex.quote(str(best.folder / FILE)) if selection.decision.postprocessing.steps else None
     outputs = [f"{_OUT}_MODEL_{number}" for number in range(1, len(best.models) + 1)] if several else [_OUT]
     commands = [
         predict_command(selection.dataset, model, selection.folds, output, several)
@@ -25,8 +26,9 @@ def inference_commands(selection: Selection) -> list[str]:
     ]
     if several:
         commands.append(f"nnssl-adapt ensemble {' '.join(outputs)} -o {_OUT}")
-    if selection.decision.postprocessing.steps:
-        steps = shlex.quote(str(best.folder / FILE))
+    if steps is not None and (several or _is_ours(best.models[0])):
+        commands[-1] += f" --postprocess {steps}"
+    elif steps is not None:
         commands.append(f"nnssl-adapt postprocess -i {_OUT} -o {_PROCESSED} --steps {steps}")
     return commands
 

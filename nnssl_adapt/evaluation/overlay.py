@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nnssl_adapt.files import atomic_path
+from nnssl_adapt.geometry.orientation import orientation_code
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,9 +26,10 @@ def draw_overlay(
     class_names: Sequence[str],
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     title: str = "",
+    direction: Sequence[float] | None = None,
 ) -> Path:
     """Save :func:`overlay_figure` as the PNG file ``path``, and return it."""
-    figure = overlay_figure(image, reference, prediction, class_names, spacing, title)
+    figure = overlay_figure(image, reference, prediction, class_names, spacing, title, direction)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     return Path(path)
@@ -39,10 +42,13 @@ def overlay_figure(
     class_names: Sequence[str],
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     title: str = "",
+    direction: Sequence[float] | None = None,
 ) -> Figure:
     """Image, reference and prediction (those that are given) side by side in three planes.
 
-    The planes go through the centre of the reference's foreground. The same class has the same colour in both.
+    The planes go through the centre of the reference's foreground. The same class has the same colour in both. However
+    the image is stored, with its ``direction`` the first row is axial, the second coronal, the third sagittal; head and
+    front are up, the patient's right is on the left. Slices are numbered as in the file.
 
     Args:
         image: one channel, (Z, Y, X).
@@ -51,18 +57,24 @@ def overlay_figure(
         class_names: names of labels 1, 2, …
         spacing: millimetres (Z, Y, X), so that pixels are drawn in proportion.
         title: headline.
+        direction: nine cosines, ITK's; None: not known, so that planes are drawn as they are stored, and have no names.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    given = {"reference": reference, "prediction": prediction}
+    view = _View.of(direction)
+    image, spacing = view.turn(image), [spacing[axis] for axis in view.axes]
+    given = {
+        what: None if labels is None else view.turn(labels)
+        for what, labels in (("reference", reference), ("prediction", prediction))
+    }
     columns = {"image": None, **{what: labels for what, labels in given.items() if labels is not None}}
     figure = Figure(figsize=(10 / 3 * max(2, len(columns)), 10), layout="constrained", facecolor="white")
     axes = figure.subplots(3, len(columns), squeeze=False)
     labelled = [labels for labels in columns.values() if labels is not None]
     centre = _centre(next((labels for labels in labelled if (labels > 0).any()), np.zeros(image.shape, bool)))
     low, high = np.percentile(image, (1, 99.5))
-    for row, (axis, name) in enumerate(zip(range(3), ("axial", "coronal", "sagittal"), strict=True)):
+    for row, axis in enumerate(range(3)):
         index = centre[axis]
         across, down = (a for a in (2, 1, 0) if a != axis)
         for column, (what, labels) in enumerate(columns.items()):
@@ -78,13 +90,49 @@ def overlay_figure(
             if labels is not None:
                 plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
             plot.set_aspect(spacing[down] / spacing[across])
-            plot.set_title(f"{what}, {name} {index}", fontsize=9)
+            plot.set_title(f"{what}, {view.name(axis, index, image.shape)}", fontsize=9)
+            if view.known:
+                side = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5}
+                plot.text(0.02, 0.5, "IPR"[across], color="#ffd700", fontsize=8, transform=plot.transAxes, bbox=side)
             plot.set_axis_off()
     handles = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(class_names) if labelled]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+@dataclass(frozen=True)
+class _View:
+    """How an array is turned so that its axes run to superior, anterior and left, in this order.
+
+    Attributes:
+        axes: for each of these the stored axis (0 is Z).
+        reversed: whether the stored one runs the other way.
+        known: whether it is known which way they run.
+    """
+
+    axes: tuple[int, ...] = (0, 1, 2)
+    reversed: tuple[bool, ...] = (False, False, False)
+    known: bool = False
+
+    @classmethod
+    def of(cls, direction: Sequence[float] | None) -> _View:
+        if direction is None:
+            return cls()
+        stored = orientation_code(direction)[::-1]  # of Z, Y, X
+        axes = [next(axis for axis, letter in enumerate(stored) if letter in ends) for ends in ("IS", "PA", "RL")]
+        return cls(tuple(axes), tuple(stored[axis] not in "IPR" for axis in axes), True)
+
+    def turn(self, array: np.ndarray) -> np.ndarray:
+        """A view of the array, turned."""
+        return array.transpose(self.axes)[tuple(slice(None, None, -1 if back else 1) for back in self.reversed)]
+
+    def name(self, axis: int, index: int, shape: Sequence[int]) -> str:
+        """A slice's plane and its number in the file."""
+        stored = shape[axis] - 1 - index if self.reversed[axis] else index
+        number = f"{'zyx'[self.axes[axis]]} = {stored}"
+        return f"{('axial', 'coronal', 'sagittal')[axis]}, {number}" if self.known else number
 
 
 def _coloured(labels: np.ndarray, classes: int) -> np.ndarray:

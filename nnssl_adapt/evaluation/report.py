@@ -8,6 +8,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,51 @@ logger = logging.getLogger(__name__)
 NOT_KNOWN = "–"
 
 
-def write_report(model: ModelFolder | str | Path, output: str | Path | None = None, overlays: bool = True) -> Path:
-    """Write the report of a trained model folder, ours or nnU-Net's, and return its path.
+@dataclass(frozen=True)
+class Report:
+    """One page about a trained model; a notebook shows it.
 
-    Args:
-        model: the model folder, with any number of trained folds.
-        output: HTML file; None: ``report.html`` in the model folder.
-        overlays: draw worst, median and best case, for which the images must lie in ``nnUNet_raw``.
+    Attributes:
+        html: the whole document.
+        model: the model folder.
+    """
+
+    html: str
+    model: Path
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the page to ``path`` (None: ``report.html`` in the model folder), and return where. Raises OutputError."""
+        target = self.model / "report.html" if path is None else Path(path)
+        write_text(target, self.html)
+        return target
+
+    def _repr_html_(self) -> str:
+        return html.frame(self.html)
+
+    def __repr__(self) -> str:
+        return f"Report({self.model})"
+
+
+def write_report(model: ModelFolder | str | Path, output: str | Path | None = None, overlays: bool = True) -> Path:
+    """Write the report of a trained model folder (see :func:`make_report`), and return its path.
 
     Raises:
         ModelFolderError: it is no trained model folder.
         OutputError: the file can't be written.
     """
+    return make_report(model, overlays).save(output)
+
+
+def make_report(model: ModelFolder | str | Path, overlays: bool = True) -> Report:
+    """Make the report of a trained model folder, ours or nnU-Net's.
+
+    Args:
+        model: the model folder, with any number of trained folds.
+        overlays: draw worst, median and best case, for which the images must lie in ``nnUNet_raw``.
+
+    Raises ModelFolderError: it is no trained model folder.
+    """
     model = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
-    path = Path(output) if output is not None else model.path / "report.html"
     folds = gather_folds(model)
     cases = [case for fold in folds for case in fold.cases]
     body = [
@@ -60,8 +92,7 @@ def write_report(model: ModelFolder | str | Path, output: str | Path | None = No
         *_curves(folds),
         *_reproduction(model, folds),
     ]
-    write_text(path, html.page(f"{model.plan.dataset_name}: {model.path.name}", body))
-    return path
+    return Report(html.page(f"{model.plan.dataset_name}: {model.path.name}", body), model.path)
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------
@@ -184,6 +215,7 @@ def _overlay(model: ModelFolder, case: CaseResult, what: str) -> bytes:
         names,
         spacing=geometry.spacing,
         title=f"{what}: {case.name}, mean Dice {case.mean_dice:.3f}",
+        direction=geometry.direction,
     )
     return _png(figure)
 

@@ -40,6 +40,12 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
+def frame(document: str) -> str:
+    """A whole document inside another page, such as a notebook; neither's style touches the other's."""
+    style = "width: 100%; height: 720px; border: 1px solid #d8dee4"
+    return f'<iframe srcdoc="{escape(document)}" style="{style}"></iframe>'
+
+
 def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{escape(text)}</h{level}>"
 

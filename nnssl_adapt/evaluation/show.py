@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from nnssl_adapt.data.images import read_image
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.overlay import overlay_figure
+from nnssl_adapt.inference.in_memory import from_simpleitk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,9 @@ def show(
 ) -> Figure:
     """Draw an image in three planes, with its labels and a prediction beside it where given; a notebook shows the figure.
 
+    Files and SimpleITK images are drawn with head and front up and the patient's right on the left, however they are
+    stored; arrays as they are, since nothing says which way they lie.
+
     Args:
         image: a file, a SimpleITK image, or an array (Z, Y, X) or (C, Z, Y, X), of which the first channel is drawn.
         label: the same, of whole numbers: 0 is background.
@@ -37,7 +41,7 @@ def show(
 
     Raises CaseError: a file can't be read, or the shapes differ.
     """
-    volume, own = _volume(image)
+    volume, own, direction = _volume(image)
     labels = {
         what: _volume(given)[0] for what, given in (("label", label), ("prediction", prediction)) if given is not None
     }
@@ -48,21 +52,24 @@ def show(
             raise CaseError(f"the {what} has values that are not whole numbers")
     highest = max((int(array.max(initial=0)) for array in labels.values()), default=0)
     names = [*class_names, *(str(value) for value in range(len(class_names) + 1, highest + 1))]
-    return overlay_figure(volume, labels.get("label"), labels.get("prediction"), names, spacing or own, title)
+    reference, prediction = labels.get("label"), labels.get("prediction")
+    return overlay_figure(volume, reference, prediction, names, spacing or own, title, direction)
 
 
-def _volume(given: Any) -> tuple[np.ndarray, tuple[float, ...]]:
-    """An array (Z, Y, X) and its spacing."""
+def _volume(given: Any) -> tuple[np.ndarray, tuple[float, ...], tuple[float, ...] | None]:
+    """An array (Z, Y, X), its spacing, and its direction (ITK's) where it has one."""
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    direction: tuple[float, ...] | None = None
     if isinstance(given, (str, Path)):
         array, geometry = read_image([given])
-        spacing = geometry.spacing
+        spacing, direction = geometry.spacing, geometry.direction
     elif isinstance(given, sitk.Image):
-        array, spacing = sitk.GetArrayFromImage(given), given.GetSpacing()[::-1]
+        voxels, geometry = from_simpleitk(given)
+        array, spacing, direction = voxels, geometry.spacing, geometry.direction
     else:
         array = np.asarray(given)
     if array.ndim == 4:
         array = array[0]
     if array.ndim != 3:
         raise CaseError(f"expected three axes (Z, Y, X), or four with channels first, got shape {array.shape}")
-    return array, spacing
+    return array, spacing, direction

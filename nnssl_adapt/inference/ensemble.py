@@ -23,13 +23,14 @@ from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.files import make_folder, write_json
-from nnssl_adapt.inference.postprocess import copy_descriptions, description_of, raise_failures
+from nnssl_adapt.inference.postprocess import Postprocessing, copy_descriptions, description_of, raise_failures
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = Postprocessing()
 _ENTRY = "probabilities.npy"
-_BYTES_PER_VOXEL = 20
-"""Two maps of float32 (of one output each), the best so far, its label, and a mask."""
+_BYTES_PER_VOXEL = 24
+"""Two maps of float32 (of one output each), the best so far, its label, and a mask; or postprocessing the labels."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class EnsembleTask:
         file_ending: of ``target``.
         labels: what the outputs mean.
         save_probabilities: also write the mean, as ``.npz`` and ``.pkl``.
+        postprocessing: done to the labels; probabilities stay as they are.
     """
 
     members: tuple[Path, ...]
@@ -49,6 +51,7 @@ class EnsembleTask:
     file_ending: str
     labels: LabelScheme
     save_probabilities: bool = False
+    postprocessing: Postprocessing = _NOTHING
 
 
 def ensemble_folders(
@@ -57,6 +60,7 @@ def ensemble_folders(
     *,
     dataset_json: str | Path | None = None,
     save_probabilities: bool = False,
+    postprocessing: str | Path | None = None,
     workers: int = 1,
     progress: bool = False,
 ) -> list[Path]:
@@ -67,6 +71,7 @@ def ensemble_folders(
         output: folder to write to; gets the first folder's dataset.json and plans.json, too.
         dataset_json: with the labels; None: the first folder's, see :func:`description_of`.
         save_probabilities: also write the mean, as ``.npz`` and ``.pkl``.
+        postprocessing: ``postprocessing.json``, or nnU-Net's ``.pkl``: done to the segmentations.
         workers: processes, one case each, and no more than fit into memory.
         progress: whether to draw a progress bar on stderr.
 
@@ -74,7 +79,8 @@ def ensemble_folders(
         The label files.
 
     Raises:
-        ConfigurationError: the output is one of the folders, or none was given; models were trained on other labels.
+        ConfigurationError: the output is one of the folders, or none was given; models were trained on other labels, or
+            the postprocessing is of others.
         CaseError: a folder has no ``.npz``, or lacks some that another one has.
         DatasetJsonError: dataset.json is missing or wrong.
         PredictionError: some cases failed (each is named); the others are done.
@@ -89,10 +95,14 @@ def ensemble_folders(
     description = DatasetJson.load(path)
     labels = LabelScheme.from_dataset_json(description.raw, path)
     _refuse_other_labels(labels, sources[1:])
+    steps = Postprocessing()
+    if postprocessing is not None:
+        steps = Postprocessing.load(postprocessing)
+        steps.refuse_unknown(labels, postprocessing)
     make_folder(output)
     copy_descriptions(description_of(sources[0]).parent, output)
     write_json(output / "dataset.json", description.raw)
-    return ensemble_cases(files, output, labels, description.file_ending, save_probabilities, workers, progress)
+    return ensemble_cases(files, output, labels, description.file_ending, save_probabilities, steps, workers, progress)
 
 
 def ensemble_cases(
@@ -101,6 +111,7 @@ def ensemble_cases(
     labels: LabelScheme,
     file_ending: str,
     save_probabilities: bool = False,
+    postprocessing: Postprocessing = _NOTHING,
     workers: int = 1,
     progress: bool = False,
 ) -> list[Path]:
@@ -108,7 +119,8 @@ def ensemble_cases(
     tasks = []
     for identifier, members in files.items():
         target = output / f"{identifier}{file_ending}"
-        tasks.append((identifier, (EnsembleTask(tuple(members), target, file_ending, labels, save_probabilities),)))
+        task = EnsembleTask(tuple(members), target, file_ending, labels, save_probabilities, postprocessing)
+        tasks.append((identifier, (task,)))
     memory = {name: _memory_for(arguments[0]) for name, arguments in tasks} if workers > 1 else None
     raise_failures(over_cases(ensemble_case, tasks, workers, "Averaging", progress, memory), len(tasks), output)
     return [arguments[0].target for _, arguments in tasks]
@@ -167,6 +179,7 @@ def ensemble_case(task: EnsembleTask) -> None:
                 larger = mean > best  # ties stay with the lower label, as with argmax
                 segmentation[larger] = head
                 np.maximum(best, mean, out=best)
+    segmentation = task.postprocessing.apply(segmentation)
     write_labels(task.target, segmentation, ImageGeometry.from_properties(properties, segmentation.shape))
     if task.save_probabilities:
         from nnssl_adapt.inference.export import write_probabilities  # torch, which workers need not wait for

@@ -11,6 +11,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import memory_needed
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.geometry.spacing import resampled_shape
+from nnssl_adapt.inference.postprocess import BYTES_PER_VOXEL
 from nnssl_adapt.inference.sliding_window import tile_positions
 from nnssl_adapt.inference.tasks import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
@@ -41,6 +42,7 @@ def foresee(
     step: float,
     bytes_per_logit: int = 4,
     with_probabilities: bool = False,
+    with_postprocessing: bool = False,
 ) -> Foresight:
     """Foresee one image; ``bytes_per_logit`` is of the sums over tiles."""
     try:
@@ -55,6 +57,8 @@ def foresee(
     exporting = target * (heads * bytes_per_logit + 4) + source * 4
     if labels.has_regions or with_probabilities:
         exporting += source * heads * (_RESAMPLED_LOGIT + (_PROBABILITY if with_probabilities else 0))
+    if with_postprocessing:
+        exporting = max(exporting, target * heads * bytes_per_logit + source * BYTES_PER_VOXEL)
     reading = memory_needed(RawCase(task.identifier, task.files), plan.settings) if task.files else 0
     return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting))
 

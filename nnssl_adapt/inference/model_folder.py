@@ -7,6 +7,7 @@ or by nnU-Net 2.x. Checkpoints are read as data (``weights_only``), whoever wrot
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.trainer_class import architecture_of_stock_trainer
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.architectures import Architecture, build_network
@@ -162,6 +163,28 @@ class ModelFolder:
         """Folds that have this checkpoint. Numbered ones only, if there are any, as nnU-Net chooses."""
         folds = tuple(fold for fold in self.folds if which in self._checkpoints(fold))
         return tuple(fold for fold in folds if fold != "all") or folds
+
+    def choose_folds(self, asked: int | str | Sequence[int | str] | None, which: Which) -> tuple[Fold, ...]:
+        """The folds asked for (numbers or ``all``), which must have this checkpoint; None: see :meth:`folds_with`.
+
+        Raises ModelFolderError, listing what there is; ConfigurationError for what is no fold, or one given twice.
+        """
+        if asked is None:
+            folds = self.folds_with(which)
+            if not folds:
+                self.checkpoint_path(self.folds[0], which)  # says which there are
+            return folds
+        names = [asked] if isinstance(asked, (int, str)) else list(asked)
+        chosen: list[Fold] = []
+        for name in names:
+            if str(name) != "all" and not re.fullmatch(r"[0-9]+", str(name)):
+                raise ConfigurationError(f"fold {name!r}: expected a number (0 to 4) or all")
+            fold: Fold = "all" if str(name) == "all" else int(name)
+            self.checkpoint_path(fold, which)
+            chosen.append(fold)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ConfigurationError(f"folds must be given once each, got {', '.join(str(n) for n in names) or 'none'}")
+        return tuple(chosen)
 
     def fold_folder(self, fold: int | str) -> Path:
         return self.path / f"fold_{fold}"

@@ -51,15 +51,17 @@ class Pipeline:
         predict: the network.
         workers: processes that read and export; 0: threads of this process do.
         memory: bytes that each image needs (identifier → bytes).
+        settle: is told at once what became of an image, while the network works on another one, which may take hours.
     """
 
     steps: Steps
     predict: Predict
     workers: int = 0
     memory: Mapping[str, int] = field(default_factory=dict)
+    settle: Callable[[Result], None] | None = None
 
     def run(self, tasks: Sequence[ImageTask]) -> Iterator[Result]:
-        """Yield what became of each image, as it is done.
+        """Yield what became of each image, after ``settle`` was told.
 
         Raises:
             OutputError: an image could not be written, and the next could not be either.
@@ -78,6 +80,7 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, hands: _Threads | _Processes, tasks: Sequence[ImageTask]) -> None:
         self.predict = pipeline.predict
+        self.settle = pipeline.settle
         self.hands = hands
         self.size = max(1, pipeline.workers)
         self.budget = Budget.of(pipeline.memory, pipeline.workers)
@@ -109,15 +112,19 @@ class _Run:
 
     def _move_on(self) -> None:
         """See what is done, and let images in that there is room for. Also called between two tiles."""
+        stop: Exception | None = None
         for future in [f for f in self.exporting if f.done()]:
             task = self.exporting.pop(future)
             try:
-                self.finished.append(Result(task, future.result()))
-            except (OutputError, BrokenProcessPool):
-                self.exporting[future] = task
-                raise
+                result = Result(task, future.result())
+            except (OutputError, BrokenProcessPool) as error:
+                self.exporting[future], stop = task, error
+                continue
             except Exception as error:
-                self.finished.append(Result(task, error=error))
+                result = Result(task, error=error)
+            self._finish(result)
+        if stop is not None:  # after the others, which are done
+            raise stop
         for future in [f for f in self.preparing if f.done()]:
             if isinstance(future.exception(), BrokenProcessPool):
                 future.result()
@@ -134,6 +141,11 @@ class _Run:
         tasks = [*self.preparing.values(), *(task for task, _ in self.ready), *self.exporting.values()]
         return [task.identifier for task in tasks] + ([self.running] if self.running is not None else [])
 
+    def _finish(self, result: Result) -> None:
+        if self.settle is not None:
+            self.settle(result)
+        self.finished.append(result)
+
     def _taken(self) -> Iterator[Result]:
         while self.finished:
             yield self.finished.pop(0)
@@ -148,7 +160,7 @@ class _Run:
         except (OutputError, BrokenProcessPool):
             raise
         except Exception as error:
-            self.finished.append(Result(task, error=error))
+            self._finish(Result(task, error=error))
         finally:
             self.running = None
 

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from nnssl_adapt.data.dataset import MAX_LISTED
 from nnssl_adapt.data.images import read_geometry, read_labels, write_labels
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, UnsafeCheckpoint
 from nnssl_adapt.files import atomic_path, make_folder, write_json
@@ -26,7 +27,7 @@ from nnssl_adapt.geometry.cropping import nonzero_box
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
 
-_BYTES_PER_VOXEL = 24
+BYTES_PER_VOXEL = 24
 """Of working on a case: labels as stored, their copy, a mask and int32 components."""
 
 
@@ -50,6 +51,18 @@ class Postprocessing:
     def then(self, values: Sequence[int]) -> Postprocessing:
         """Return these steps with one more."""
         return Postprocessing((*self.steps, tuple(values)))
+
+    def refuse_unknown(self, labels: LabelScheme, where: str | Path) -> None:
+        """Raise ConfigurationError, naming the file ``where``, for steps about labels that the model does not have.
+
+        Such steps would change nothing, and come from another model's file.
+        """
+        unknown = sorted({value for step in self.steps for value in step} - set(labels.foreground_labels))
+        if unknown:
+            raise ConfigurationError(
+                f"{where} is about label {', '.join(str(v) for v in unknown)}, but there are only "
+                f"{', '.join(str(v) for v in labels.foreground_labels)}: is it the postprocessing of another model?"
+            )
 
     def __str__(self) -> str:
         if not self.steps:
@@ -100,6 +113,9 @@ class Postprocessing:
                     functions, arguments = _NamesOnly(stream).load()
             else:
                 content = json.loads(path.read_text(encoding="utf-8"))
+                missing = {"postprocessing_fns", "postprocessing_kwargs"} - set(content)
+                if missing:
+                    raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
                 functions, arguments = content["postprocessing_fns"], content["postprocessing_kwargs"]
             unknown = [str(function) for function in functions if function != _FUNCTION]
             if unknown:
@@ -198,7 +214,7 @@ def postprocess_folder(
     make_folder(target)
     copy_descriptions(description_of(source).parent, target)
     tasks = [(name, (source / name, target / name, postprocessing)) for name in names]
-    memory = {name: memory_of(source / name, _BYTES_PER_VOXEL) for name in names} if workers > 1 else None
+    memory = {name: memory_of(source / name, BYTES_PER_VOXEL) for name in names} if workers > 1 else None
     raise_failures(over_cases(postprocess_case, tasks, workers, "Postprocessing", progress, memory), len(tasks), target)
     return [target / name for name in names]
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
-from nnssl_adapt.errors import ConfigurationError, ModelFolderError, NnsslAdaptError, PredictionError
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
 from nnssl_adapt.files import atomic_path, make_folder, sha256_of
 from nnssl_adapt.inference.device import check_device
+from nnssl_adapt.inference.failures import complaint, failure_report
 from nnssl_adapt.inference.foresight import count_tiles, foresee
 from nnssl_adapt.inference.in_memory import checked_array, expected_channels, to_simpleitk
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
-from nnssl_adapt.inference.pipeline import Pipeline
+from nnssl_adapt.inference.pipeline import Pipeline, Result
+from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.progress_bar import TileBar
 from nnssl_adapt.inference.record import PredictionRecord, remove_unfinished, unfinished
 from nnssl_adapt.inference.sliding_window import Allocate, Progress, sliding_window_logits
@@ -32,7 +34,6 @@ from nnssl_adapt.inference.tasks import Images, ImageTask, image_tasks, is_image
 
 logger = logging.getLogger(__name__)
 
-_LISTED_FAILURES = 20
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -53,11 +54,14 @@ class Predictor:
         precision: of the network on CUDA: ``fp16`` as nnU-Net, ``bf16``, or ``fp32``. An image whose numbers are too large
             for it is done again in float32. Other devices always compute in float32.
         batch_size: tiles, mirrored copies included, that go through the network together; None: as fits the device.
+        postprocessing: done to every segmentation, or the file that says what (``postprocessing.json``, or nnU-Net's
+            ``.pkl``); None: nothing.
 
     Raises:
         DeviceUnavailable: this machine has no such device.
         ModelFolderError, PlanError, CheckpointError: the folder can't be used, see :meth:`ModelFolder.open`.
-        ConfigurationError: the step, the folds or the precision make no sense.
+        ConfigurationError: the step, the folds or the precision make no sense; the postprocessing is of other labels.
+        CaseError, UnsafeCheckpoint: the postprocessing can't be read.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Predictor:
         accumulation_dtype: torch.dtype = torch.float32,
         precision: Precision = "fp16",
         batch_size: int | None = None,
+        postprocessing: Postprocessing | str | Path | None = None,
     ) -> None:
         self.device = check_device(device)
         if precision not in _PRECISIONS:
@@ -81,12 +86,13 @@ class Predictor:
             raise ConfigurationError(f"the tile step is a fraction of the patch, 0 < step <= 1, got {step}")
         path = model_folder.path if isinstance(model_folder, ModelFolder) else model_folder
         self.model = ModelFolder.open(path)
-        self.folds = _choose_folds(self.model, folds, checkpoint)
+        self.folds = self.model.choose_folds(folds, checkpoint)
         self.step = step
         self.checkpoint = checkpoint
         self.accumulation_dtype = accumulation_dtype
         self.precision = precision
         self.batch_size = batch_size
+        self.postprocessing = _opened(postprocessing, self.model)
         self._network = self.model.build_network(empty=True)
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
         self._loaded = len(self._weights) - 1
@@ -236,19 +242,19 @@ class Predictor:
         tasks = tasks[part.number - 1 :: part.total]
         record = None
         if target is not None and not is_image_file(target):
-            self._describe_output(target)
             record = PredictionRecord(target, self._settings)
+            self._describe_output(record)
         waiting = tasks if overwrite else unfinished(tasks, record, save_probabilities)
         in_memory = is_in_memory(images) or output is None
-        with TileBar(len(waiting), progress) as bar:
+        with TileBar(len(waiting), progress and bool(waiting)) as bar:
             results, failures = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
         if failures and not several:
             raise next(iter(failures.values()))
         if failures:
-            raise PredictionError(_report(failures, len(tasks), output))
+            raise PredictionError(failure_report(failures, len(tasks), output))
         if output is not None:
             return [task.target for task in tasks if task.target is not None]
-        if several:
+        if several or not tasks:
             return results
         labels = next(iter(results.values()))
         if is_in_memory(images) and not isinstance(images, np.ndarray):
@@ -270,7 +276,13 @@ class Predictor:
         bytes_per_logit = self.accumulation_dtype.itemsize
         foreseen = {
             task.identifier: foresee(
-                task, self.plan, self.model.labels, self.step, bytes_per_logit, with_probabilities=save_probabilities
+                task,
+                self.plan,
+                self.model.labels,
+                self.step,
+                bytes_per_logit,
+                with_probabilities=save_probabilities,
+                with_postprocessing=bool(self.postprocessing.steps),
             )
             for task in tasks
         }
@@ -286,21 +298,23 @@ class Predictor:
 
             return self.predict_logits(image, after_tile, allocate)
 
-        for task in tasks:
-            remove_unfinished(task, save_probabilities)
-        memory = {name: foresight.memory for name, foresight in foreseen.items()}
-        pipeline = Pipeline(self._steps(save_probabilities), predict, workers, memory)
-        for result in pipeline.run(tasks):
+        def settle(result: Result) -> None:
             name = result.task.identifier
             if result.error is not None:
                 failures[name] = result.error
-                logger.error("%s: %s", name, _complaint(result.error))
+                logger.error("%s: %s", name, complaint(result.error))
                 logger.debug("%s failed", name, exc_info=result.error)
             elif result.labels is not None and result.task.target is None:
                 results[name] = result.labels
             elif record is not None:
                 record.add(result.task, save_probabilities)
             bar.finish(name)
+
+        for task in tasks:
+            remove_unfinished(task, save_probabilities)
+        memory = {name: foresight.memory for name, foresight in foreseen.items()}
+        for _ in Pipeline(self._steps(save_probabilities), predict, workers, memory, settle).run(tasks):
+            pass
         return {task.identifier: results[task.identifier] for task in tasks if task.identifier in results}, failures
 
     def _steps(self, save_probabilities: bool) -> Steps:
@@ -310,12 +324,16 @@ class Predictor:
             len(self.model.channel_names),
             expected_channels(self.model),
             save_probabilities,
+            self.postprocessing,
         )
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """What the labels depend on, for the record of what is done."""
+        # An entry only where there are steps: what was predicted without them stays done.
+        steps = [list(step) for step in self.postprocessing.steps]
         return {
+            **({"postprocessing": steps} if steps else {}),
             "checkpoints": {
                 str(fold): sha256_of(self.model.checkpoint_path(fold, self.checkpoint)) for fold in self.folds
             },
@@ -327,35 +345,26 @@ class Predictor:
             "precision": self.precision if self.device.type == "cuda" else "fp32",
         }
 
-    def _describe_output(self, folder: Path) -> None:
-        """Copy dataset.json and plans.json to the segmentations, where nnU-Net's tools look for them."""
-        make_folder(folder)
-        for name in ("dataset.json", "plans.json"):
-            if not (folder / name).exists():  # it may be somebody's dataset that segmentations are added to
-                with atomic_path(folder / name) as temporary:
+    def _describe_output(self, record: PredictionRecord) -> None:
+        """Copy dataset.json and plans.json to the segmentations, where evaluation and nnU-Net's tools look for them."""
+        make_folder(record.folder)
+        for name, key in (("dataset.json", "dataset.json"), ("plans.json", "plans")):
+            path = record.folder / name
+            there = sha256_of(path) if path.is_file() else None
+            if there is None or there in record.used(key):  # that of the model before this one
+                with atomic_path(path) as temporary:
                     shutil.copyfile(self.model.path / name, temporary)
+            elif there != self._settings[key]:  # somebody's dataset, which segmentations are added to
+                logger.warning("%s stays as it was; it is not the model's", path)
 
 
-def _choose_folds(
-    model: ModelFolder, asked: int | str | Sequence[int | str] | None, checkpoint: Which
-) -> tuple[Fold, ...]:
-    """The folds asked for, all of which must have the checkpoint; by default all that have it."""
-    if asked is None:
-        folds = model.folds_with(checkpoint)
-        if not folds:
-            model.checkpoint_path(model.folds[0], checkpoint)  # says which there are
-        return folds
-    names = [asked] if isinstance(asked, (int, str)) else list(asked)
-    chosen: list[Fold] = []
-    for name in names:
-        if str(name) != "all" and not str(name).isdigit():
-            raise ConfigurationError(f"fold {name!r}: expected a number (0 to 4) or all")
-        fold: Fold = "all" if str(name) == "all" else int(name)
-        model.checkpoint_path(fold, checkpoint)
-        chosen.append(fold)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigurationError(f"folds must be given once each, got {', '.join(str(n) for n in names) or 'none'}")
-    return tuple(chosen)
+def _opened(given: Postprocessing | str | Path | None, model: ModelFolder) -> Postprocessing:
+    """The steps, all of which are about the model's labels."""
+    if given is None:
+        return Postprocessing()
+    steps = given if isinstance(given, Postprocessing) else Postprocessing.load(given)
+    steps.refuse_unknown(model.labels, "the postprocessing" if isinstance(given, Postprocessing) else given)
+    return steps
 
 
 def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | None:
@@ -363,21 +372,3 @@ def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | No
         return progress
     whole: Progress = progress
     return lambda done, total: whole(index * total + done, parts * total)
-
-
-def _complaint(error: Exception) -> str:
-    if isinstance(error, NnsslAdaptError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is too small for a single tile: close other programs on it, or use -device cpu"
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return f"{type(error).__name__}: {error}"
-
-
-def _report(failures: dict[str, Exception], total: int, output: str | Path | None) -> str:
-    lines = [f"  {name}: {_complaint(error)}" for name, error in failures.items()]
-    if len(lines) > _LISTED_FAILURES:
-        lines = [*lines[:_LISTED_FAILURES], f"  ... and {len(lines) - _LISTED_FAILURES} more"]
-    kept = f"; the others are in {output}" if output is not None and len(failures) < total else ""
-    return "\n".join([f"{len(failures)} of {total} images could not be predicted{kept}:", *lines])

@@ -42,7 +42,7 @@ class PredictionRecord:
     def __post_init__(self) -> None:
         self.digest = digest_of(self.settings)[:16]
         for line in _lines(self.folder / RECORD):
-            if "settings" in line:
+            if isinstance(line.get("settings"), dict):
                 self._known[str(line.get("id"))] = line["settings"]
             elif "image" in line:
                 self._images[str(line["image"])] = line
@@ -67,6 +67,10 @@ class PredictionRecord:
         names = sorted({*before, *self.settings})
         plain = json.loads(json.dumps(dict(self.settings)))
         return tuple(name for name in names if before.get(name) != plain.get(name))
+
+    def used(self, name: str) -> list[Any]:
+        """Values of a setting with which images in this folder were predicted at some time."""
+        return [settings.get(name) for settings in self._known.values()]
 
     def add(self, task: ImageTask, with_probabilities: bool) -> None:
         """Note that an image is done. Raises OutputError when that can't be written."""
@@ -101,16 +105,22 @@ def unfinished(
         logger.info("%d of %d images are already predicted", len(tasks) - len(waiting), len(tasks))
     there = [task for task in waiting if task.target is not None and task.target.is_file()]
     if there:
-        changed = sorted({name for task in there for name in record.changed_since(task)})
         logger.warning(
             "%d segmentations in %s are predicted again: %s",
             len(there),
             record.folder,
-            f"made with other {', '.join(changed)}"
-            if changed
-            else "not known to be whole and of this model and these images",
+            _why_again(there, record),
         )
     return waiting
+
+
+def _why_again(tasks: Sequence[ImageTask], record: PredictionRecord) -> str:
+    changed = sorted({name for task in tasks for name in record.changed_since(task)})
+    if changed:
+        return f"made with other {', '.join(changed)}"
+    if all(record.is_done(task, with_probabilities=False) for task in tasks):
+        return "their probabilities (.npz, .pkl) are missing"
+    return "not known to be whole and of this model and these images"
 
 
 def remove_unfinished(task: ImageTask, with_probabilities: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nnssl_adapt.data.preprocess import preprocess_arrays
 from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
+from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.tasks import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
 
@@ -41,6 +42,7 @@ class Steps:
         num_channels: of an image.
         expected: how an image should look, for messages.
         save_probabilities: whether to write nnU-Net's ``.npz`` and ``.pkl`` too.
+        postprocessing: done to the labels; probabilities stay as they are.
     """
 
     plan: FinetunePlan
@@ -48,6 +50,7 @@ class Steps:
     num_channels: int
     expected: str
     save_probabilities: bool = False
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
 
     def prepare(self, task: ImageTask) -> Prepared:
         """Read and preprocess. Raises CaseError."""
@@ -71,6 +74,7 @@ class Steps:
             write_probabilities(task.beside_target(), probabilities, properties)
         else:
             labels = logits_to_segmentation(logits, properties, self.plan, self.labels)
+        labels = self.postprocessing.apply(labels)
         if task.target is not None:
             write_labels(task.target, labels, geometry)  # last: it is the sign that the image is done
         return labels

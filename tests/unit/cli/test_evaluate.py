@@ -65,7 +65,7 @@ def test_comparing_two(folders, capsys):
     cord = next(line for line in said.splitlines() if line.startswith("cord"))
     assert cord.split()[1] == "6" and cord.split()[-2:] == ["6", "0"] and "0.0312" in cord
     assert (folders / "out" / "comparison.png").is_file()
-    assert main(["compare", words[0], f"mine={words[1]}", "--metric", "HD95", "-o", str(folders / "out")]) == 0
+    assert main(["compare", words[0], f"mine={words[1]}", "--metric", "hd95", "-o", str(folders / "out")]) == 0
     assert "HD95: mine minus two" in capsys.readouterr().out
 
 

@@ -3,10 +3,13 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 from crossval_folders import DATASET, LABELS, write_model, write_references
 
 from nnssl_adapt.cli.main import main
+from nnssl_adapt.data.images import read_labels
+from nnssl_adapt.inference.postprocess import Postprocessing
 
 NAMES = ("nnUNetTrainer__nnUNetPlans__3d_fullres", "nnUNetTrainer__otherPlans__3d_fullres")
 
@@ -31,16 +34,29 @@ def test_what_is_printed_can_be_typed(results, tmp_path, capsys):
     assert len(information["all_results"]) == 3
     assert (results / "inference_instructions.txt").read_text() in said
     commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  nnssl-adapt")]
-    assert [command[1] for command in commands] == ["predict", "predict", "ensemble", "postprocess"]
+    assert [command[1] for command in commands] == ["predict", "predict", "ensemble"]
     places = {
         "OUTPUT_FOLDER_MODEL_1": results / NAMES[0] / "fold_0" / "validation",
         "OUTPUT_FOLDER_MODEL_2": results / NAMES[1] / "fold_0" / "validation",
-        "OUTPUT_FOLDER": tmp_path / "ensemble",
-        "OUTPUT_FOLDER_PP": tmp_path / "final",
+        "OUTPUT_FOLDER": tmp_path / "final",
     }
-    for command in commands[2:]:
-        assert run(*(places.get(word, word) for word in command[1:]), "-np", 1) == 0
-    assert sorted(path.name for path in (tmp_path / "final").glob("*.nii.gz")) == ["a.nii.gz", "d.nii.gz"]
+    assert run(*(places.get(word, word) for word in commands[2][1:]), "-np", 1) == 0
+    (flag, steps) = commands[2][-2:]
+    assert flag == "--postprocess"
+    # In one command, or in two: the same.
+    assert run(*(places.get(word, word) for word in commands[2][1:-4]), "-o", tmp_path / "plain", "-np", 1) == 0
+    assert run("postprocess", "-i", tmp_path / "plain", "--steps", steps, "-o", tmp_path / "then", "-np", 1) == 0
+    for name in ("a.nii.gz", "d.nii.gz"):
+        once, twice, plain = (read_labels(tmp_path / folder / name)[0] for folder in ("final", "then", "plain"))
+        assert np.array_equal(once, twice) and not np.array_equal(once, plain)
+    Postprocessing(((4,),)).save(tmp_path / "other.json")
+    for words in (
+        ("ensemble", places["OUTPUT_FOLDER_MODEL_1"], "--postprocess"),
+        ("postprocess", "-i", tmp_path / "plain", "--steps"),
+    ):
+        assert run(*words, tmp_path / "other.json", "-o", tmp_path / "bad") == 1
+        assert "other.json is about label 4, but there are only 1, 2, 3" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
 
 
 def test_steps_are_found_for_any_folder(results, tmp_path, capsys):
@@ -63,7 +79,7 @@ def test_steps_are_found_for_any_folder(results, tmp_path, capsys):
         (("find-best", "-d", "991", "-np", "0"), "-np 0"),
         (("ensemble", "-o", "OUT"), "no folder of predictions was given"),
         (("ensemble", "OUT", "-o", "OUT2"), "OUT: no such folder"),
-        (("postprocess", "-i", "OUT", "--steps", "x.json", "-o", "OUT2"), "OUT/dataset.json is missing"),
+        (("postprocess", "-i", "OUT", "--steps", "x.json", "-o", "OUT2"), "OUT: no such folder"),
     ],
 )
 def test_one_clear_line_for_what_is_wrong(results, words, message, capsys):

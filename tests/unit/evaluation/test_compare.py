@@ -61,6 +61,9 @@ def test_differences(results):
     assert comparison.only_first == ("only_here",) and comparison.only_second == ()
     table = comparison_table(comparison)
     assert "left out, since tuned lacks them: 1 case(s): only_here" in table and "+0.1350" in table
+    assert (
+        comparison.one_sided == {"lesion": ("case_7",)} and "left out of lesion: 1 case(s) in which only one" in table
+    )
 
 
 def test_the_same_seed_gives_the_same_interval(results):
@@ -135,9 +138,13 @@ def test_a_model_folder_means_all_its_folds(tmp_path):
 
 def test_what_is_refused(results, tmp_path):
     first, second = (load_results(path, name=path.parent.name) for path in results)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "plans.json").write_text("{}")
+    with pytest.raises(CaseError, match="no fold of this model has been validated"):
+        load_results(tmp_path / "model")
     with pytest.raises(ConfigurationError, match="metric 'dice'"):
         load_results(results[0], "dice")
-    with pytest.raises(CaseError, match="has no HD95: judge it with nnssl-adapt evaluate"):
+    with pytest.raises(CaseError, match="has no HD95: judge with nnssl-adapt evaluate -p .*a -g LABELS"):
         load_results(results[0], "HD95")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CaseError, match=r"has no summary\.json: make it with"):
@@ -168,3 +175,30 @@ def test_files_and_picture(results, tmp_path):
 
     picture = matplotlib.image.imread(folder / "comparison.png")
     assert picture.shape[1] == 1350 and picture[..., :3].std() > 0.05
+
+
+def test_only_what_was_measured_alike_is_compared(tmp_path):
+    """A surface Dice at 2 mm is better than one at 1 mm, whatever the model."""
+
+    def judged(name, metric, **how):
+        path = write_summary(tmp_path / name / "summary.json", {"a": (0.5, 0.6), "b": (0.7, 0.8)}, metric)
+        content = json.loads(path.read_text())
+        content["nnssl_adapt"].update(how)
+        path.write_text(json.dumps(content))
+        return path
+
+    one, two = (judged(f"at_{mm}", "NSD", empty="nan", tolerance_mm=mm) for mm in (1.0, 2.0))
+    with pytest.raises(CaseError, match=r"different rules \(.*tolerance 1 mm; .*tolerance 2 mm\)"):
+        compare(load_results(one, "NSD"), load_results(two, "NSD"), "NSD")
+    theirs, strict = judged("nnunet", "Dice"), judged("strict", "Dice", empty="0", tolerance_mm=1.0)
+    loose = judged("loose", "Dice", empty="nan", tolerance_mm=2.0)
+    assert compare(load_results(theirs), load_results(loose)).differences[0].cases == 2
+    with pytest.raises(CaseError, match="empty classes: nan; empty classes: 0"):
+        compare(load_results(theirs), load_results(strict))
+    for fold, path in enumerate((loose, strict)):
+        (tmp_path / "model" / f"fold_{fold}" / "validation").mkdir(parents=True)
+        content = json.loads(path.read_text())
+        content["metric_per_case"] = content["metric_per_case"][fold : fold + 1]
+        (tmp_path / "model" / f"fold_{fold}" / "validation" / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(CaseError, match="folds were judged differently"):
+        load_results(tmp_path / "model")

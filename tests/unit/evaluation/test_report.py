@@ -17,7 +17,7 @@ from synthetic import write_image
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
 from nnssl_adapt.evaluation.metrics import evaluate_folder
-from nnssl_adapt.evaluation.report import write_report
+from nnssl_adapt.evaluation.report import make_report, write_report
 from nnssl_adapt.evaluation.report_content import CaseResult, worst_median_best
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.weights.architectures import build_network
@@ -158,6 +158,20 @@ def test_what_is_no_model_folder(tmp_path):
 def test_worst_median_and_best_are_different_cases(values, expected):
     cases = [CaseResult(f"c{i}", "0", {"a": {"Dice": v}}, None, None) for i, v in enumerate(values)]
     assert [(what, case.mean_dice) for what, case in worst_median_best(cases)] == expected
+
+
+def test_a_notebook_shows_it_in_a_frame(trained, tmp_path):
+    report = make_report(trained, overlays=False)
+    assert report.save(tmp_path / "page.html").read_text(encoding="utf-8") == report.html
+    assert not (trained / "report.html").exists() and report.save() == trained / "report.html"
+    frames = []
+
+    class Notebook(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            frames.append((tag, dict(attrs).get("srcdoc")))
+
+    Notebook().feed(report._repr_html_())
+    assert frames == [("iframe", report.html)]
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

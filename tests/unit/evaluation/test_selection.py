@@ -32,13 +32,12 @@ def test_the_best_and_how_to_use_it(models):
     assert [candidate.name for candidate in selection.candidates] == [POOR, GOOD]  # nnU-Net's order
     assert len(selection.best.summary.cases) == 5
     assert selection.decision.postprocessing.steps == ((1, 2, 3),)
-    predict, postprocess = inference_commands(selection)
+    steps = models / GOOD / "crossval_results_folds_0_1_2" / "postprocessing.json"
+    (predict,) = inference_commands(selection)
     assert predict == (
         "nnssl-adapt predict -d Dataset991_Tiny -i INPUT_FOLDER -o OUTPUT_FOLDER -f 0 1 2 "
-        "-tr nnUNetTrainer -c 3d_lowres -p nnUNetPlans"
+        f"-tr nnUNetTrainer -c 3d_lowres -p nnUNetPlans --postprocess {steps}"
     )
-    steps = models / GOOD / "crossval_results_folds_0_1_2" / "postprocessing.json"
-    assert postprocess == f"nnssl-adapt postprocess -i OUTPUT_FOLDER -o OUTPUT_FOLDER_PP --steps {steps}"
     assert steps.is_file() and predict in instructions_text(selection)
 
 
@@ -54,7 +53,10 @@ def test_an_ensemble_is_predicted_in_three_steps(models):
     commands = inference_commands(selection)
     assert [command.split()[1] for command in commands[:3]] == ["predict", "predict", "ensemble"]
     assert all("--save-probabilities" in command for command in commands[:2])
-    assert commands[2] == "nnssl-adapt ensemble OUTPUT_FOLDER_MODEL_1 OUTPUT_FOLDER_MODEL_2 -o OUTPUT_FOLDER"
+    ensemble = "nnssl-adapt ensemble OUTPUT_FOLDER_MODEL_1 OUTPUT_FOLDER_MODEL_2 -o OUTPUT_FOLDER"
+    if selection.decision.postprocessing.steps:
+        ensemble += f" --postprocess {selection.best.folder / 'postprocessing.json'}"
+    assert commands[2:] == [ensemble]
 
 
 def test_what_we_cant_predict_is_predicted_with_nnunet(models):
@@ -62,8 +64,10 @@ def test_what_we_cant_predict_is_predicted_with_nnunet(models):
     content = json.loads(path.read_text())
     content["configurations"]["3d_lowres"]["patch_size"] = [24, 32]
     path.write_text(json.dumps(content))
-    (first, *_) = inference_commands(find_best(991, ensembles=False))
+    first, postprocess = inference_commands(find_best(991, ensembles=False))
     assert first.startswith("nnUNetv2_predict -d Dataset991_Tiny -i INPUT_FOLDER")
+    steps = models / GOOD / "crossval_results_folds_0_1_2" / "postprocessing.json"
+    assert postprocess == f"nnssl-adapt postprocess -i OUTPUT_FOLDER -o OUTPUT_FOLDER_PP --steps {steps}"
 
 
 def test_folds_and_names_may_be_chosen(models):

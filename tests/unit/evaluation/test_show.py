@@ -23,8 +23,8 @@ def titles(figure):
 def test_what_is_given_is_drawn_through_the_centre_of_the_labels():
     image, labels = volumes()
     figure = na.show(image, labels, np.roll(labels, 1, 0), spacing=SPACING)
-    assert titles(figure)[:3] == ["image, axial 2", "reference, axial 2", "prediction, axial 2"]  # centre 1.5, to even
-    assert titles(figure)[3] == "image, coronal 3" and titles(figure)[6] == "image, sagittal 8"
+    assert titles(figure)[:3] == ["image, z = 2", "reference, z = 2", "prediction, z = 2"]  # centre 1.5, to even
+    assert titles(figure)[3] == "image, y = 3" and titles(figure)[6] == "image, x = 8"  # which plane is not known
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1", "2"]
     # Rows of a coronal picture are slices of 3 mm, its columns 0.5 mm apart.
     assert figure.axes[3].get_aspect() == 6
@@ -39,6 +39,30 @@ def test_files_and_images_bring_their_spacing(tmp_path):
     itk.SetSpacing(SPACING[::-1])
     for first in (tmp_path / "a.nii.gz", str(tmp_path / "a.nii.gz")):
         assert na.show(first, itk).axes[2].get_aspect() == 6
+
+
+@pytest.mark.parametrize("code", ["LPS", "RAS", "PIR", "ASL", "SRA"])
+def test_however_it_is_stored_it_is_drawn_upright(code):
+    """``code``: where the axes x, y, z go. What is drawn is the same, the numbers are those of the file."""
+    image, labels = volumes()
+    itk = [sitk.GetImageFromArray(array) for array in (image, labels)]  # LPS: Z to superior, Y to posterior, X to left
+    for one in itk:
+        one.SetSpacing(SPACING[::-1])
+    turned = [sitk.DICOMOrient(one, code) for one in itk]
+    figure = na.show(*turned)
+    drawn = [plot.images[0].get_array() for plot in figure.axes[::2]]
+    assert np.array_equal(drawn[0], image[2, ::-1])  # anterior is up
+    assert np.array_equal(drawn[1], image[:, 3])
+    assert np.array_equal(drawn[2], image[:, ::-1, 8])
+    assert [plot.get_aspect() for plot in figure.axes[::2]] == [2, 6, 3]
+    assert [plot.texts[0].get_text() for plot in figure.axes[::2]] == ["R", "R", "P"]
+    for title, index in zip(titles(figure)[::2], ((2, 3, 8),) * 3, strict=True):
+        plane, axis, number = title.removeprefix("image, ").replace(",", "").replace("=", "").split()
+        world = ("axial", "coronal", "sagittal").index(plane)
+        at = [0, 0, 0]
+        at["xyz".index(axis)] = int(number)
+        there = turned[0].TransformIndexToPhysicalPoint(at)
+        assert there[2 - world] == pytest.approx(index[world] * SPACING[world])
 
 
 def test_what_does_not_fit_is_said():

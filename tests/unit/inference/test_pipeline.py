@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from nnssl_adapt.inference import foresight, pipeline
 from nnssl_adapt.inference.foresight import foresee, network_shape
 from nnssl_adapt.inference.pipeline import Pipeline
 from nnssl_adapt.inference.predictor import Predictor
+from nnssl_adapt.inference.record import PredictionRecord
 from nnssl_adapt.inference.steps import SharedMemory, Steps
 from nnssl_adapt.inference.tasks import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
@@ -81,12 +84,56 @@ def test_a_killed_worker_is_a_clear_error_and_finished_images_stay(predictor, im
     assert not list(out.glob(".unfinished*"))
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=needs_processes)])
+def test_what_is_done_is_on_record_while_the_next_image_is_at_work(predictor, images, tmp_path, monkeypatch, workers):
+    """Images take hours on a CPU: a run that is killed then must not have forgotten the ones before."""
+    out, calls, real = tmp_path / "out", [], Predictor.predict_logits
+
+    def killed_in_the_second(self, image, progress, allocate):
+        calls.append(image.shape)
+        if len(calls) == 1:
+            return real(self, image, progress, allocate)
+        for _ in range(600):
+            progress(1, 1000)  # a tile is done
+            if (out / "predicted.jsonl").exists() and '"image": "a"' in (out / "predicted.jsonl").read_text():
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+        raise AssertionError("not on record")
+
+    monkeypatch.setattr(Predictor, "predict_logits", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict(images, out, workers=workers)
+    assert read(out / "a.nii.gz").shape == (14, 30, 40) and not (out / "b.nii.gz").exists()
+
+
 @needs_processes
 def test_a_full_disk_in_a_worker_stops_the_work(predictor, images, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "export_in_worker", worker_traps.export_or_fill_the_disk)
     with pytest.raises(OutputError, match=r"no space left while writing .*b\.nii\.gz"):
         predictor.predict(images, tmp_path / "out", workers=1)
     assert (tmp_path / "out" / "a.nii.gz").is_file() and not (tmp_path / "out" / "c.nii.gz").exists()
+
+
+def test_what_was_written_beside_the_one_that_found_the_disk_full_is_told(predictor):
+    """``a`` finds it full; ``b`` is written by then, and must not be forgotten."""
+    told = []
+    run = pipeline._Run(Pipeline(predictor._steps(False), None, settle=told.append), None, [])
+    full, written = Future(), Future()
+    full.set_exception(OutputError("no space left"))
+    written.set_result(None)
+    run.exporting = {full: ImageTask("a", (), None), written: ImageTask("b", (), None)}
+    with pytest.raises(OutputError, match="no space left"):
+        list(run.results())
+    assert [(result.task.identifier, result.error) for result in told] == [("b", None)]
+
+
+def test_a_record_that_cannot_be_written_stops_the_work(predictor, images, tmp_path, monkeypatch):
+    def full(self, line):
+        raise OutputError(f"no space left while writing {self.folder}")
+
+    monkeypatch.setattr(PredictionRecord, "_append", full)
+    with pytest.raises(OutputError, match="no space left while writing"):
+        predictor.predict(images, tmp_path / "out")
 
 
 @needs_processes

@@ -186,12 +186,28 @@ def test_images_are_never_overwritten(model, images, tmp_path):
         predictor.predict(images, tmp_path / "out.nii.gz")
 
 
-def test_segmentations_may_go_into_a_dataset_without_changing_its_json(model, images, tmp_path):
+def test_segmentations_may_go_into_a_dataset_without_changing_its_json(model, images, tmp_path, caplog):
     out = tmp_path / "labelsTs"
     out.mkdir()
     (out / "dataset.json").write_text("somebody's")
-    Predictor(model, device="cpu", tta=False).predict(images, out)
-    assert (out / "dataset.json").read_text() == "somebody's"
+    for _ in range(2):
+        caplog.clear()
+        Predictor(model, device="cpu", tta=False).predict(images, out)
+        assert (out / "dataset.json").read_text() == "somebody's"
+        assert f"{out / 'dataset.json'} stays as it was; it is not the model's" in caplog.text
+
+
+def test_another_model_brings_its_own_dataset_json(make_model, images, tmp_path, caplog):
+    """Evaluation would judge its labels by those of the model before."""
+    out = tmp_path / "out"
+    first = make_model()
+    labels = {"labels": {"background": 0, "lung": 1, "heart": 2}}
+    second = make_model(name="nnUNetTrainer__other__3d_fullres", labels=labels)
+    for model in (first, second, first):
+        Predictor(model, device="cpu", tta=False).predict(images, out)
+        for name in ("dataset.json", "plans.json"):
+            assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert "stays as it was" not in caplog.text
 
 
 @pytest.mark.parametrize(
