@@ -1,4 +1,7 @@
-"""A training that kills itself at a given place: ``python killed_training.py PLACE PLANS RECIPE_JSON RESULTS``."""
+"""Trainings that kill themselves, each at another place: ``python killed_training.py PLANS RECIPE_JSON RESULTS PLACE…``.
+
+Each is a process of its own with its results in RESULTS/PLACE. They are forked from one, for importing torch takes seconds.
+"""
 
 import itertools
 import json
@@ -13,6 +16,7 @@ from training_runs import at, trainer_of
 
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import checkpointing, validation
+from nnssl_adapt.training.progress import History
 from nnssl_adapt.training.recipe import Recipe
 from nnssl_adapt.training.trainer import PretrainedTrainer
 
@@ -58,8 +62,21 @@ class Setter:
     setattr = staticmethod(setattr)
 
 
-if __name__ == "__main__":
-    place, plans, recipe, results = sys.argv[1:]
+def train(place, plans, recipe, results):
+    History.plot = lambda *_: None  # the picture after each epoch takes longer than the rest
     arrange(place)
     plan = FinetunePlan.find(DATASET, plans)
-    trainer_of(plan, Recipe(**json.loads(recipe)), results_folder=results).run()
+    trainer_of(plan, Recipe(**json.loads(recipe)), results_folder=Path(results) / place).run()
+    sys.exit(f"the training survived {place!r}")
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # the first optimizer of each would do it, for seconds
+
+    words, places = sys.argv[1:4], sys.argv[4:]
+    for place in places:
+        child = os.fork()
+        if child == 0:
+            train(place, *words)
+        if os.waitpid(child, 0)[1] != signal.SIGKILL:
+            sys.exit(1)

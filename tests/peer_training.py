@@ -15,10 +15,12 @@ def main(dataset: str) -> None:
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.run.run_training import get_trainer_from_args
+    from quick_planning import count_without_weights
 
     torch.set_num_threads(1)
     number = int(dataset)
     extract_fingerprints([number], num_processes=1, show_progress_bar=False)
+    count_without_weights()
     plan_experiments([number])
     make_network_tiny(number)
     preprocess([number], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)

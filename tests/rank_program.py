@@ -107,7 +107,7 @@ def learn(ranks, folder):
 def wait_for_stop(ranks, folder):
     """Until any rank is asked to stop."""
     asked = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
     (folder / f"ready_{ranks.rank}").write_text(str(os.getpid()))
     while not ranks.any(bool(asked)):

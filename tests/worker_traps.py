@@ -12,7 +12,10 @@ def export_or_die(steps, task, *arguments):
     """Export, but die in the middle of image ``b``."""
     if task.identifier == "b":
         (task.target.parent / f".unfinished-xyz-{task.target.name}").write_bytes(b"half a file")
-        time.sleep(1)  # until ``a``, beside it, is surely done
+        record, until = task.target.parent / "predicted.jsonl", time.monotonic() + 60
+        while not (record.exists() and '"image": "a"' in record.read_text()):  # ``a``, beside it, is done
+            assert time.monotonic() < until, "waited in vain"
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     export_in_worker(steps, task, *arguments)
 

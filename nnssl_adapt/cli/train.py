@@ -36,9 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the pre-trained weights, for a plan that names none, or where they lie now (they must be the plan's own)",
     )
     parser.add_argument(
-        "-num_gpus", type=int, default=1, help="train with so many processes on this machine, a GPU each (default 1)"
-    )
-    parser.add_argument(
         "--c",
         dest="resume",
         nargs="?",
@@ -56,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-num_gpus", type=int, default=1, help="train with so many processes on this machine, a GPU each (default 1)"
+    )
     parser.add_argument(
         "--track",
         action="append",

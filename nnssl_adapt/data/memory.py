@@ -7,9 +7,10 @@ import logging
 import sys
 from pathlib import Path
 
+from nnssl_adapt.data.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders
+
 logger = logging.getLogger(__name__)
 
-_CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 """Version 1 of cgroups writes a number near 2^63 where there is no limit."""
 
@@ -35,10 +36,10 @@ def _machine_memory(source: Path = Path("/proc/meminfo")) -> int | None:
         return None
 
 
-def _cgroup_memory(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+def _cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
     """The least that any control group around this process has left, None without a limit."""
     left: list[int] = []
-    for folder in _cgroup_folders(root, membership):
+    for folder in cgroup_folders("memory", root, membership):
         for limit_name, usage_name, cache_name in (
             ("memory.max", "memory.current", "file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
@@ -48,24 +49,6 @@ def _cgroup_memory(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cg
                 # Pages of files that were read count as used, but are given up when memory gets short.
                 left.append(limit - max(0, usage - _statistic(folder / "memory.stat", cache_name)))
     return max(0, min(left)) if left else None
-
-
-def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
-    """Folders of the process's control group and of all around it, of either version."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    folders: list[Path] = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        top = root / "memory" if controllers else root
-        inner = top / path.lstrip("/")
-        folders += [inner, *(parent for parent in inner.parents if parent == top or top in parent.parents)]
-    return list(dict.fromkeys(folders))
 
 
 def _number(path: Path) -> int | None:

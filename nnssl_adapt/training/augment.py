@@ -32,7 +32,7 @@ from nnssl_adapt.training.spatial import (
 )
 
 DUMMY_2D_ABOVE = 3
-"""Sizees whose longest axis exceeds the first by more than this factor are rotated and scaled slice by slice."""
+"""Sizes whose longest axis exceeds the first by more than this factor are rotated and scaled slice by slice."""
 
 _ASSUMED_SMALLEST_SCALE = 0.85
 """What nnU-Net sizes the patch to read by; scaling goes down to 0.7, which it has never been adapted to."""

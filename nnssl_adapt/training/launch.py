@@ -28,13 +28,12 @@ from torch.distributed import TCPStore
 
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, OtherRankFailed, TrainingError, TrainingStopped
 from nnssl_adapt.files import write_json
+from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.stopping import signals_to_heed
 
 logger = logging.getLogger(__name__)
 
 PROGRAM = (sys.executable, "-m", "nnssl_adapt.train")
-
-PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
-"""Signals that are meant for the training; the last as SIGTERM, since a terminal that closed is no reason to save nothing."""
 
 _TO_NOTICE = 15.0
 """Seconds that the others have to notice that one failed, and to say what they have to say."""
@@ -85,7 +84,7 @@ def run_ranks(arguments: Sequence[str], count: int, device: str = "cuda", progra
         ConfigurationError: a device that processes can't share.
         TrainingError: one was killed, or failed and the main one can't have said why. The others are ended.
     """
-    _check_device(count, device)
+    check_processes(count, device)
     # Held here and not by a rank: no port can be taken away between its choice and its use.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="nnssl_adapt-ranks-") as folder:
@@ -101,8 +100,17 @@ def run_ranks(arguments: Sequence[str], count: int, device: str = "cuda", progra
         return group.verdict()
 
 
-def _check_device(count: int, device: str) -> None:
-    if device == "cpu":
+def check_processes(count: int, device: str, batch_size: int | None = None) -> None:
+    """Raise what speaks against so many processes, before anything long is done for them.
+
+    Raises DeviceUnavailable: there are fewer GPUs; ConfigurationError: less than one, a device that they can't share, or more
+    than a batch has samples.
+    """
+    if count < 1:
+        raise ConfigurationError(f"-num_gpus {count}: expected 1 or more")
+    if batch_size is not None:
+        Ranks(size=count).samples(batch_size)
+    if count == 1 or device == "cpu":
         return
     if device != "cuda":
         raise ConfigurationError(
@@ -165,8 +173,6 @@ class _Processes:
             process.send_signal(number)
 
     def pass_on(self, number: int) -> None:
-        if number == getattr(signal, "SIGHUP", None):
-            number = signal.SIGTERM
         self.pending.append(number)
         for process in self.running:
             if process.poll() is None:
@@ -264,7 +270,7 @@ def _passing_on(group: _Processes) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         group.pass_on(number)
 
-    before = {number: signal.signal(number, handle) for number in PASSED_ON}
+    before = {number: signal.signal(number, handle) for number in signals_to_heed()}
     try:
         yield
     finally:

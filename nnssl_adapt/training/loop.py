@@ -157,11 +157,11 @@ class TrainingLoop:
             return
         state.non_finite_in_a_row += 1
         logger.warning(
-            "epoch %d, step %d: the loss or its gradient is not finite, skipped", state.epoch, state.iteration
+            "epoch %d, step %d: the loss or its gradient is not finite, skipped", state.epoch + 1, state.iteration
         )
         if state.non_finite_in_a_row >= self.recipe.non_finite_limit:
             raise NonFiniteLoss(
-                f"the loss or its gradient was not finite {state.non_finite_in_a_row} times in a row (epoch {state.epoch}, "
+                f"the loss or its gradient was not finite {state.non_finite_in_a_row} times in a row (epoch {state.epoch + 1}, "
                 f"step {state.iteration}); the last good checkpoint is kept. Try a lower --lr or --set precision=fp32, with "
                 "--c to go on from there"
             )
@@ -217,7 +217,7 @@ class TrainingLoop:
         checkpoints.stopping(state)
         self.ranks.barrier()  # nobody leaves before the one that writes has written
         where = (
-            f"stopped by {stop.reason or 'another process'} in epoch {state.epoch} after {state.iteration} of "
+            f"stopped by {stop.reason or 'another process'} in epoch {state.epoch + 1} after {state.iteration} of "
             f"{self.recipe.iterations_per_epoch} steps"
         )
         if not checkpoints.enabled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,8 +291,12 @@ class Batches(Dataset):  # type: ignore[type-arg]
 
 def iterate_batches(
     batches: Batches, schedule: BatchSchedule, workers: int, pin_memory: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yield the schedule's batches in order, made ahead by ``workers`` processes, or here when there are none."""
+) -> Generator[dict[str, Any]]:
+    """Yield the schedule's batches in order, made ahead by ``workers`` processes, or here when there are none.
+
+    Close it (:func:`contextlib.closing`) when no more are wanted: workers that are left when the program ends take its one
+    SIGTERM for a scheduler's (see :func:`prepare_worker`), and it would wait for them for ever.
+    """
     if workers == 0:
         for request in schedule:
             yield batches[request]
@@ -350,11 +354,11 @@ def prepare_worker(number: int) -> None:
     """Make this process a worker: one thread, freed memory is used again, signals are left to the trainer."""
     torch.set_num_threads(1)
     reuse_freed_memory()
-    # Ctrl-C and a scheduler's SIGTERM and SIGUSR1 reach all processes of a job. The trainer decides when workers end, so
-    # that it can finish its step; but the second SIGTERM, which is the trainer's own, must work.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Ctrl-C, a scheduler's SIGTERM and SIGUSR1, and a closed terminal's SIGHUP reach all processes of a job. The trainer
+    # decides when workers end, so that it can finish its step; but the second SIGTERM, which is the trainer's own, must work.
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has only the first
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

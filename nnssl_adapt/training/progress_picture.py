@@ -76,7 +76,7 @@ def _dice(panel: Axes, history: History, class_names: Sequence[str]) -> None:
 
 def _rates(panel: Axes, history: History, class_names: Sequence[str]) -> None:
     _line(panel, history, history.lrs, None, color="tab:blue")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * max(history.lrs, default=1.0))
     panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     panel.yaxis.get_offset_text().set_x(-0.07)  # beside the ticks, not on the panel above
     panel.set_ylabel("learning rate")
@@ -102,7 +102,7 @@ def _device(panel: Axes, history: History, class_names: Sequence[str]) -> None:
 
 def _line(panel: Axes, history: History, values: Sequence[float], label: str | None, **style: Any) -> None:
     marker = "." if len(history) < 20 else None  # a single epoch makes no line
-    panel.plot(range(len(history)), values, label=label, marker=marker, **style)
+    panel.plot(range(1, len(history) + 1), values, label=label, marker=marker, **style)
 
 
 def _short(name: str) -> str:

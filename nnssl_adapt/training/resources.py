@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl_adapt.data.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, words_in
 from nnssl_adapt.data.memory import available_memory
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
 _SHARED_MEMORY = Path("/dev/shm")
 
 MOST_WORKERS = 12
@@ -115,40 +114,15 @@ def _leading_number(text: str | None) -> int | None:
     return int(digits) if digits.isdigit() and int(digits) > 0 else None
 
 
-def cgroup_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float | None:
+def cgroup_cores(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
     """The least CPU quota of the control groups around this process, in cores (may be a fraction); None without any."""
     quotas = []
-    for folder in _folders(root, membership, ("cpu", "cpu,cpuacct", "cpuacct,cpu")):
-        words = _words(folder / "cpu.max")  # version 2: "200000 100000" or "max 100000"
-        quota = words[:2] if words else _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+    for folder in cgroup_folders("cpu", root, membership):
+        words = words_in(folder / "cpu.max")  # version 2: "200000 100000" or "max 100000"
+        quota = words[:2] if words else words_in(folder / "cpu.cfs_quota_us") + words_in(folder / "cpu.cfs_period_us")
         if len(quota) == 2 and all(word.isdigit() for word in quota) and int(quota[1]) > 0:  # -1, max: no quota
             quotas.append(int(quota[0]) / int(quota[1]))
     return min(quotas) if quotas else None
-
-
-def _folders(root: Path, membership: Path, controllers: tuple[str, ...]) -> list[Path]:
-    """Of the process's control group and all around it: of version 2, and of these controllers in version 1."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    folders: list[Path] = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if names and names not in controllers:
-            continue
-        top = root / names if names else root
-        inner = top / path.lstrip("/")
-        folders += [inner, *(parent for parent in inner.parents if parent == top or top in parent.parents), top]
-    return list(dict.fromkeys(folders))
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------
@@ -161,11 +135,11 @@ def _shared_memory(folder: Path = _SHARED_MEMORY) -> int | None:
         return None
 
 
-def memory_kills(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
+def memory_kills(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """How many processes of this process's control group were killed for memory so far; 0 where nobody counts."""
-    for folder in _folders(root, membership, ("memory",)):
+    for folder in cgroup_folders("memory", root, membership):
         for name in ("memory.events", "memory.oom_control"):
-            words = _words(folder / name)
+            words = words_in(folder / name)
             counts = dict(zip(words[::2], words[1::2], strict=False))
             if counts.get("oom_kill", "").isdigit():
                 return int(counts["oom_kill"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.errors import ConfigurationError, NothingToResume
 from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, write_json
 from nnssl_adapt.inference.trainer_class import write_trainer_class
 from nnssl_adapt.paths import results_folder
@@ -65,11 +65,38 @@ class RunFolder:
         path = self.path / name
         return path if path.is_file() else None
 
-    def set_earlier_run_aside(self) -> None:
-        """Move what an earlier run of this fold left into ``earlier_run_<date and time>``: it may still be wanted, and must
-        not be taken for this run's."""
-        if not any(self.checkpoint(name) for name in (LATEST, BEST, FINAL)):
+    def require_checkpoint(self, name: str) -> None:
+        """Raise NothingToResume, with what to do instead, if this fold has no checkpoint of this name."""
+        if self.checkpoint(name) is not None:
             return
+        there = [other for other in (LATEST, BEST, FINAL) if self.checkpoint(other)]
+        advice = {
+            LATEST: "the training is not over: go on with --c",
+            BEST: "--val_best validates checkpoint_best.pth",
+            FINAL: "--val alone validates checkpoint_final.pth",
+        }
+        what = "; ".join(advice[other] for other in there) or "train it first, without --val"
+        raise NothingToResume(f"{self.path} has no {name} to validate: {what}")
+
+    @property
+    def has_run(self) -> bool:
+        """Whether an earlier run of this fold left a checkpoint."""
+        return any(self.checkpoint(name) for name in (LATEST, BEST, FINAL))
+
+    def set_earlier_run_aside(self, for_checkpoints: bool = True) -> None:
+        """Move what an earlier run of this fold left into ``earlier_run_<date and time>``: it may still be wanted, and must
+        not be taken for this run's.
+
+        Raises ConfigurationError if the new run is to write no checkpoints (``for_checkpoints``): trying things out must not
+        leave the folder without a model.
+        """
+        if not self.has_run:
+            return
+        if not for_checkpoints:
+            raise ConfigurationError(
+                f"{self.path} has a model or a run to go on with, which a run without checkpoints would push aside: give it "
+                "a folder of its own with --set trainer_name=NAME"
+            )
         aside = make_folder(self.path / f"earlier_run_{datetime.now():%Y_%m_%d_%H_%M_%S}")
         with explain_write_errors(aside):
             for name in _OF_ONE_RUN:

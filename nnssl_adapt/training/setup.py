@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,8 +69,8 @@ def batches_of_fold(
     ranks: Ranks,
     workers: int,
     pin_memory: bool,
-) -> Iterator[Batch]:
-    """All batches of a run from some point on, in the order in which the loop takes them.
+) -> Generator[Batch]:
+    """All batches of a run from some point on, in the order in which the loop takes them. To be closed when no more are wanted.
 
     Args:
         plan: says patch, batch and labels.

@@ -23,8 +23,8 @@ from nnssl_adapt.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, a scheduler's end of time, and what ``sbatch --signal=USR1@120`` sends ahead of it."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+"""Ctrl-C, a scheduler's end of time, what ``sbatch --signal=USR1@120`` sends ahead of it, and a terminal that closed."""
 
 _RECENT = 50
 """Steps that the longest step is looked for in: the first ones, which compile and tune, don't count for ever."""
@@ -73,6 +73,17 @@ def read_time_limit(text: str) -> float:
     return seconds
 
 
+def time_left(time_limit: str, started: float) -> str:
+    """What is left now of a time limit that counts from ``started`` (seconds since 1970), to be given to another process.
+
+    As :func:`find_deadline` takes it: in minutes, or ``none``. At least a second, on which that process stops in good order.
+    """
+    if time_limit.lower() == "none":
+        return time_limit
+    seconds = read_time_limit(time_limit) - (time.time() - started)
+    return f"{max(1.0, seconds) / 60:.2f}"
+
+
 def find_deadline(
     time_limit: str | None = None, started: float | None = None, environment: Mapping[str, str] | None = None
 ) -> Deadline | None:
@@ -97,6 +108,12 @@ def find_deadline(
         else:
             logger.warning("SLURM_JOB_END_TIME is in the past; it is passed over")
     return min(deadlines, key=lambda deadline: deadline.at, default=None)
+
+
+def signals_to_heed() -> tuple[signal.Signals, ...]:
+    """The signals that ask for a stop; not SIGHUP where it is ignored, which is what ``nohup`` is for."""
+    ignored = [number for number in SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN]
+    return tuple(number for number in SIGNALS if number not in ignored)
 
 
 # -- whether to stop -------------------------------------------------------------------------------------------------------
@@ -156,7 +173,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(deadline: Deadline | None = None, clock: Callable[[], float] = time.time) -> Iterator[StopRequest]:
-    """Note SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of dying of them. A second Ctrl-C stops at once.
+    """Note the signals that ask for a stop instead of dying of them. A second Ctrl-C (SIGINT) stops at once.
 
     The others may come as often as they like: schedulers send several, to all processes of a job. Where handlers can't be
     set, outside the main thread, signals do what they did before.
@@ -165,7 +182,7 @@ def stop_on_signals(deadline: Deadline | None = None, clock: Callable[[], float]
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals_to_heed()}
     pressed_at: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -177,10 +194,10 @@ def stop_on_signals(deadline: Deadline | None = None, clock: Callable[[], float]
         if request.reason is None:
             request.reason = signal.Signals(number).name  # told after the step: writing from a handler may deadlock
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

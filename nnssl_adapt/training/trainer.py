@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,10 @@ from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.adapters import add_adapters
 from nnssl_adapt.training.checkpointing import (
+    BEST,
     FINAL,
     LATEST,
     CheckpointWriter,
-    RunIdentity,
     TrainingState,
     check_resumable,
     load_checkpoint,
@@ -46,6 +46,8 @@ from nnssl_adapt.training.progress import History, log_epoch, log_file
 from nnssl_adapt.training.recipe import Recipe
 from nnssl_adapt.training.recipe_checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.run_folder import RunFolder
+from nnssl_adapt.training.run_identity import RunIdentity
+from nnssl_adapt.training.run_lock import only_run_in
 from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
@@ -64,8 +66,6 @@ from nnssl_adapt.training.stopping import Deadline, StopRequest, stop_on_signals
 from nnssl_adapt.training.trackers import Trackers, check_trackers
 from nnssl_adapt.training.validation import FoldValidation
 from nnssl_adapt.weights.checkpoint import Checkpoint
-
-__all__ = ["PretrainedTrainer", "check_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,17 +174,20 @@ class PretrainedTrainer:
             deadline: when to have stopped; see :func:`~nnssl_adapt.training.stopping.find_deadline`.
 
         Raises:
-            TrainingStopped: SIGINT, SIGTERM or SIGUSR1 came, or the deadline is near; what there is is saved.
-            NothingToResume: ``resume``, and there is no checkpoint.
+            TrainingStopped: a signal asked for it, or the deadline is near; what there is is saved.
+            NothingToResume: ``resume`` or ``validate_only``, and there is no checkpoint.
             ConfigurationError: the checkpoint is of another network or optimiser; other folds have another network; the
                 plan names no weights.
             SourceError, TransferError: the pre-trained weights are missing, or don't fit.
             NonFiniteLoss: the loss was NaN or infinite too often in a row.
-            TrainingError: a worker died, or the memory is too small.
+            TrainingError: a worker died, the memory is too small, or another process trains this fold.
             OutputError: files can't be written.
         """
+        if validate_only:
+            self.folder.require_checkpoint(BEST if checkpoint_for_validation == "best" else FINAL)
         make_folder(self.folder.path)
         with (
+            only_run_in(self.folder.path) if self.ranks.is_main else nullcontext(),
             log_file(self.folder.path) if self.ranks.is_main else nullcontext(),
             stop_on_signals(deadline) as stop,
             restored_random_state(self.device),
@@ -228,10 +231,11 @@ class PretrainedTrainer:
         folder, identity = self.folder.path, self._identity
         names, settings = self.labels.class_names, self.recipe.to_dict()
         with (
+            closing(self._batches_from(state)) as batches,  # ends its workers, whatever still refers to it
             Trackers(self.trackers, folder, folder.parent.name, settings, state.epoch, names) as self._tracked,
             CheckpointWriter(folder, identity, self.checkpointing, self.ranks.is_main, stop.saved) as checkpoints,
         ):
-            loop.run(state, self._batches_from(state), checkpoints, stop)
+            loop.run(state, batches, checkpoints, stop)
 
     def _show(self, history: History) -> None:
         self.history = history
@@ -254,7 +258,7 @@ class PretrainedTrainer:
         for warning in freezing_warnings(self.recipe, start.report):
             logger.warning("%s", warning)
         if self.ranks.is_main:
-            self.folder.set_earlier_run_aside()
+            self.folder.set_earlier_run_aside(for_checkpoints=self.checkpointing)
             remove_unfinished(self.folder.path)
             self.folder.write_model_files(self.plan)
             start.report.save(self.folder.path / "transfer_report.json")
@@ -277,7 +281,7 @@ class PretrainedTrainer:
             remove_unfinished(self.folder.path)
             self.folder.write_model_files(self.plan)
         self.history = state.history
-        logger.info("going on from %s: epoch %d, step %d", path, state.epoch, state.iteration)
+        logger.info("going on from %s: epoch %d after %d steps", path, state.epoch + 1, state.iteration)
         return state
 
     def _refuse_longer_training(self) -> None:
@@ -301,7 +305,7 @@ class PretrainedTrainer:
         average = None if decay is None else WeightAverage(network, decay)
         return TrainingState(network, build_optimizer(network, self.recipe, self.device), scaler, average)
 
-    def _batches_from(self, state: TrainingState) -> Iterator[Batch]:
+    def _batches_from(self, state: TrainingState) -> Generator[Batch]:
         return batches_of_fold(
             self.plan,
             self.store,

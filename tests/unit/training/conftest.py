@@ -48,7 +48,7 @@ def plan(make_plan):
     return make_plan()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe():
     """Two short epochs from scratch."""
     return Recipe(

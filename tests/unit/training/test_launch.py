@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import rank_program
 import torch
+from killing import forked
 from torch.distributed.run import get_args_parser
 
 from nnssl_adapt.cli import train
@@ -22,11 +24,7 @@ from nnssl_adapt.training import launch
 from nnssl_adapt.training.launch import launch_wanted, run_ranks
 
 PROGRAM = (sys.executable, str(Path(rank_program.__file__)))
-LAUNCHER = (
-    "import sys; from nnssl_adapt.training.launch import run_ranks; "
-    "sys.exit(run_ranks(sys.argv[1:3], 2, 'cpu', (sys.executable, sys.argv[3])))"
-)
-PATIENCE = 60  # seconds that a test waits at most for what takes two or three
+PATIENCE = 120  # seconds that a test waits at most for what takes two or three
 
 
 def is_running(pid):
@@ -45,38 +43,42 @@ def eventually(condition):
 
 @pytest.fixture
 def launcher(tmp_path):
-    """A launcher in a process of its own, with two ranks that wait to be stopped; and their process ids."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path), "wait_for_stop", PROGRAM[1]], stderr=subprocess.PIPE, text=True
-    )
+    """The process ids of a launcher, in a process of its own, and of its two ranks, which wait to be stopped."""
+
+    def launch_two():
+        sys.stderr = (tmp_path / "stderr.txt").open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        os._exit(run_ranks([str(tmp_path), "wait_for_stop"], 2, "cpu", PROGRAM))
+
+    process = forked(launch_two)
     ready = [tmp_path / f"ready_{rank}" for rank in range(2)]
     eventually(lambda: all(path.exists() and path.read_text() for path in ready))
     pids = [int(path.read_text()) for path in ready]
     yield process, pids
-    for pid in (process.pid, *pids):
+    for pid in (process, *pids):
         if is_running(pid):
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    with suppress(ChildProcessError):
+        os.waitpid(process, 0)
 
 
-@pytest.mark.parametrize(
-    ("sent", "arrived"), [("SIGUSR1", "SIGUSR1"), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")]
-)
-def test_signals_are_passed_on_and_the_exit_code_is_kept(launcher, tmp_path, sent, arrived):
+@pytest.mark.parametrize("sent", ["SIGUSR1", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_signals_are_passed_on_and_the_exit_code_is_kept(launcher, tmp_path, sent):
     process, pids = launcher
-    process.send_signal(getattr(signal, sent))
-    assert process.wait(PATIENCE) == 75
-    assert process.stderr.read().split("\n") == ["error: stopped as asked", ""]
+    os.kill(process, getattr(signal, sent))
+    eventually(lambda: not is_running(process))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75
+    assert (tmp_path / "stderr.txt").read_text() == "error: stopped as asked\n"
     # Each got it once; the second may have agreed to stop before its own copy came.
     told = [(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)]
-    assert set(told) - {""} == {arrived}
+    assert set(told) - {""} == {sent}
     assert not any(is_running(pid) for pid in pids)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
 def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, tmp_path):
     process, pids = launcher
-    process.kill()
+    os.kill(process, signal.SIGKILL)
     eventually(lambda: not any(is_running(pid) for pid in pids))
     assert "SIGTERM" in (tmp_path / "stopped_0").read_text() + (tmp_path / "stopped_1").read_text()
 

@@ -50,7 +50,7 @@ def test_many_bad_steps_end_the_run(plan, recipe):
     trainer = trainer_of(plan, recipe.override(iterations_per_epoch=30))
     inner = trainer._loss
     trainer._loss = lambda logits, target: inner(logits, target) / 0
-    with pytest.raises(NonFiniteLoss, match=r"10 times in a row \(epoch 0, step 10\).*lower --lr"):
+    with pytest.raises(NonFiniteLoss, match=r"10 times in a row \(epoch 1, step 10\).*lower --lr"):
         trainer.run()
 
 

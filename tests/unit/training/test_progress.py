@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from nnssl_adapt.training import progress
 from nnssl_adapt.training.progress import DeviceFigures, EpochClock, EpochDisplay, History, log_epoch, log_file
 
+pytestmark = pytest.mark.pictures
+
 
 def history_of(epochs):
     history = History()
@@ -113,6 +115,8 @@ def test_the_picture(tmp_path, monkeypatch):
     assert labels_in(dice) == ["mean", "mean, smoothed", "a", "b"]
     assert list(dice.lines[2].get_ydata()) == pytest.approx([0.0, 0.2, 0.4, 0.6])
     assert list(seconds.lines[0].get_ydata()) == [60] * 4 and rate.get_ylabel() == "learning rate"
+    assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4]  # as the log counts them
+    assert rate.get_ylim()[1] > max(rate.lines[0].get_ydata())
 
 
 def test_the_device_has_a_panel_where_it_was_measured(tmp_path, monkeypatch):

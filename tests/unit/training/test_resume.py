@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import training_runs
-from tiny_plans import CNN, PATCH, TRANSFORMER, changed
+from tiny_plans import CNN, PATCH, TRANSFORMER, changed, plan_content
 from training_runs import Killed, assert_same_training, at, fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import ConfigurationError, NothingToResume, TrainingStopped, UnreadableCheckpoint
+from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import validation
 from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.architectures import Architecture
@@ -52,46 +55,53 @@ KILLED_AT = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hard(recipe):
     """Everything that has a state of its own: averaged weights, steps of several batches, a checkpoint after each step."""
     return recipe.override(epochs=3, ema_decay=0.9, accumulate=2, checkpoint_minutes=1e-9, checkpoint_every=1)
 
 
+@pytest.fixture(scope="module")
+def killed(prepared, hard, tmp_path_factory):
+    """A plan, its model of an uninterrupted run, and the folders where others were killed at all places."""
+    root = tmp_path_factory.mktemp("killed")
+    shutil.copytree(prepared(1), root, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as environment:
+        for part in ("raw", "preprocessed", "results"):
+            environment.setenv(f"nnUNet_{part}", str(root / f"nnUNet_{part}"))
+        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        environment.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        plan = FinetunePlan.load(FinetunePlan(plan_content(CNN)).save())
+        script = Path(training_runs.__file__).with_name("killed_training.py")
+        words = [plan.plans_name, json.dumps(hard.to_dict()), str(root / "parts"), *KILLED_AT]
+        done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        whole = trainer_of(plan, hard, results_folder=root / "whole").run()
+        yield SimpleNamespace(plan=plan, whole=whole, parts=root / "parts")
+
+
 @pytest.mark.parametrize("place", KILLED_AT)
-def test_killed_and_resumed_equals_uninterrupted(plan, hard, tmp_path, place):
-    words = [place, plan.plans_name, json.dumps(hard.to_dict()), str(tmp_path / "parts")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    script = Path(training_runs.__file__).with_name("killed_training.py")
-    done = subprocess.run([sys.executable, str(script), *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (fold,) = (tmp_path / "parts").glob("*/*/fold_0")
+def test_killed_and_resumed_equals_uninterrupted(killed, hard, place):
+    (fold,) = (killed.parts / place).glob("*/*/fold_0")
     left = "checkpoint_final.pth" if place == "validation" else "checkpoint_latest.pth"
     assert (fold / left).is_file()
     assert place != "writing a checkpoint" or list(fold.glob(".unfinished-*-checkpoint_*"))
 
-    model = trainer_of(plan, hard, results_folder=tmp_path / "parts").run(resume=True)
-    whole = trainer_of(plan, hard, results_folder=tmp_path / "whole").run()
-    assert_same_training(whole, model)
+    model = trainer_of(killed.plan, hard, results_folder=killed.parts / place).run(resume=True)
+    assert_same_training(killed.whole, model)
     assert not list(fold.glob(".unfinished*")) and not (fold / "checkpoint_latest.pth").exists()
 
 
-def test_killed_and_resumed_with_a_worker(plan, hard, tmp_path):
-    whole = trainer_of(plan, hard, results_folder=tmp_path / "whole").run()
-
+def test_killed_and_resumed_with_a_worker(killed, hard, tmp_path):
     def die():
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
         at(patched, die, step=8)
         with pytest.raises(Killed):
-            trainer_of(plan, hard, workers=1, results_folder=tmp_path / "parts").run()
-    model = trainer_of(plan, hard, workers=1, results_folder=tmp_path / "parts").run(resume=True)
-    assert_same_training(whole, model)
+            trainer_of(killed.plan, hard, workers=1, results_folder=tmp_path / "parts").run()
+    model = trainer_of(killed.plan, hard, workers=1, results_folder=tmp_path / "parts").run(resume=True)
+    assert_same_training(killed.whole, model)
 
 
 def test_killed_between_the_last_checkpoint_and_tidying_up(plan, recipe, monkeypatch):
@@ -141,6 +151,19 @@ def stopped(plan, recipe):
         interrupt(patched, step=4)
         with pytest.raises(TrainingStopped):
             trainer_of(plan, recipe).run()
+
+
+def test_nothing_to_validate(plan, recipe):
+    trainer = trainer_of(plan, recipe)
+    with pytest.raises(NothingToResume, match=r"no checkpoint_final\.pth to validate: train it first"):
+        trainer.run(validate_only=True)
+    assert not trainer.folder.model.exists()
+
+
+def test_validating_what_is_not_finished(plan, recipe, stopped):
+    with pytest.raises(NothingToResume, match=r"no checkpoint_final\.pth .*go on with --c; --val_best validates"):
+        trainer_of(plan, recipe).run(validate_only=True)
+    trainer_of(plan, recipe).run(validate_only=True, checkpoint_for_validation="best")
 
 
 def test_resuming_what_makes_no_sense(plan, recipe, stopped):

@@ -121,7 +121,7 @@ def test_a_run_near_its_deadline_saves_and_goes_on_later(plan, recipe, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(TrainingLoop, "step", slow_step)
         deadline = Deadline(clock.now + 555, "the end of the Slurm job")
-        with pytest.raises(TrainingStopped, match=r"stopped by the end of the Slurm job in epoch 1 after 2 of 3 steps"):
+        with pytest.raises(TrainingStopped, match=r"stopped by the end of the Slurm job in epoch 2 after 2 of 3 steps"):
             trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(deadline=deadline)
     model = trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True)
     assert_same_training(whole, model)
@@ -140,11 +140,31 @@ def test_signals_are_noted_and_handlers_put_back(number):
     assert {known: signal.getsignal(known) for known in stopping.SIGNALS} == before
 
 
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked() and stop.reason == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_same_signal_several_times_is_one():
     with stop_on_signals() as stop:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.raise_signal(number)
         assert stop.asked() and stop.reason == "SIGUSR1"
+
+
+def test_no_worker_outlives_a_run_that_is_stopped(plan, recipe, monkeypatch):
+    interrupt(monkeypatch, step=2)
+    with pytest.raises(TrainingStopped) as raised:  # which refers to all that was there
+        trainer_of(plan, recipe, workers=1).run()
+    assert raised.tb is not None and not multiprocessing.active_children()
 
 
 def test_a_second_ctrl_c_stops_at_once(plan, recipe, monkeypatch):
@@ -184,8 +204,8 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("number", "workers"),
-    [(signal.SIGTERM, "0"), (signal.SIGINT, "0"), (signal.SIGUSR1, "1")],
-    ids=["SIGTERM", "SIGINT", "SIGUSR1 with a worker"],
+    [(signal.SIGTERM, "0"), (signal.SIGINT, "0"), (signal.SIGHUP, "1")],
+    ids=["SIGTERM", "SIGINT", "SIGHUP with a worker"],
 )
 def test_the_command_saves_and_exits_with_75(plan, recipe, number, workers):
     words = ["991", "3d_fullres", "0", "-p", plan.plans_name, "-device", "cpu", "--workers", workers, "--c", "auto"]
@@ -203,13 +223,13 @@ def test_the_command_saves_and_exits_with_75(plan, recipe, number, workers):
     try:
         while "STEP" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
-        os.killpg(process.pid, number)  # a scheduler's signal, and Ctrl-C, reach the data workers too
+        os.killpg(process.pid, number)  # a scheduler's and a terminal's reach the data workers too
         _, complaint = process.communicate("go\n", timeout=60)
     finally:
         process.kill()
     assert process.returncode == common.EXIT_STOPPED == os.EX_TEMPFAIL
     (said,) = [line for line in complaint.splitlines() if line.startswith(("stopped", "error"))]
-    assert said.startswith(f"stopped by {number.name} in epoch 0 after 3 of 4 steps; run the same command")
+    assert said.startswith(f"stopped by {number.name} in epoch 1 after 3 of 4 steps; run the same command")
     (latest,) = plan.dataset_folder.parents[1].glob("nnUNet_results/*/*/fold_0/checkpoint_latest.pth")
     assert torch.load(latest, weights_only=True)["nnssl_adapt"]["iteration"] == 3
 

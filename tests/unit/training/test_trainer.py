@@ -25,6 +25,7 @@ from nnssl_adapt.training.trainer import PretrainedTrainer
 # -- what a run leaves ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_nnunets_files(plan, recipe, package_log):
     trainer = trainer_of(plan, recipe)
     model = trainer.run()
@@ -35,6 +36,7 @@ def test_a_run_leaves_nnunets_files(plan, recipe, package_log):
     fold = fold_of(model)
     names = {path.name for path in fold.iterdir() if not path.name.startswith("training_log_")}
     assert names == {
+        ".lock",
         "checkpoint_best.pth",
         "checkpoint_final.pth",
         "debug.json",
@@ -120,6 +122,15 @@ def test_without_checkpoints(plan, recipe):
     model = trainer.run()
     assert not list(model.path.rglob("*.pth"))
     assert (fold_of(model) / "validation" / "summary.json").is_file()
+
+
+def test_without_checkpoints_a_model_that_is_there_stays(plan, recipe):
+    recipe = recipe.override(epochs=1, warmup_epochs=0)
+    model = trainer_of(plan, recipe).run()
+    before = (fold_of(model) / "checkpoint_final.pth").read_bytes()
+    with pytest.raises(ConfigurationError, match="without checkpoints would push aside.*trainer_name=NAME"):
+        trainer_of(plan, recipe.override(seed=1), disable_checkpointing=True).run()
+    assert (fold_of(model) / "checkpoint_final.pth").read_bytes() == before
 
 
 def test_an_earlier_run_is_set_aside(plan, recipe):
