@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> int:
     """Compare the spacing modes, show the plan that would be made and the memory it takes; nothing is written."""
     from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.geometry.spacing import check_fixed
     from nnssl_adapt.planning.fit_gpu import plan_memory
     from nnssl_adapt.planning.make import load_or_make_fingerprint, spacing_advice
 
@@ -73,6 +74,8 @@ def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: C
         raise ConfigurationError(
             "--dry-run writes nothing, and --reorient copies images: run 'nnssl-adapt reorient' first"
         )
+    if arguments.mode == "fixed":
+        check_fixed(arguments.mode, arguments.spacing)  # before the images are read
     fingerprint = load_or_make_fingerprint(dataset, workers, progress=True, save=False)
     if not arguments.keep_topology:
         advice = spacing_advice(checkpoint, fingerprint, arguments.spacing, dataset.labels.num_heads)

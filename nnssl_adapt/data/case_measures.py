@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawCase
-from nnssl_adapt.data.images import read_geometry, read_image, read_labels
+from nnssl_adapt.data.images import count_channels, read_geometry, read_image, read_labels
 from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import atomic_path
@@ -82,7 +83,8 @@ def measure_case(case: RawCase, draws: int, parts: Path | None = None) -> Measur
     measured = MeasuredCase.load(path, made_of)
     if measured is None:
         measured = _measured(case, draws)
-        measured.save(path, made_of)
+        with suppress(FileNotFoundError):  # another process was done first, and has removed the folder
+            measured.save(path, made_of)
     return measured
 
 
@@ -90,11 +92,14 @@ def memory_to_measure(case: RawCase, draws: int) -> int:
     """Bytes that :func:`measure_case` takes at most, from the header alone; 0 where that can't be read (reading will tell)."""
     try:
         geometry = read_geometry(case.images[0])
+        channels = max(len(case.images), count_channels(case.images[0]))
     except CaseError:
         return 0
     voxels = math.prod(geometry.size)
-    # The channels, their foreground (which may be all of it) and its hits; a batch of draws is small beside them.
-    return voxels * (4 * len(case.images) + 3 + 4 + 8 + 16) + min(draws, _DRAWS_AT_ONCE) * 8
+    # The channels, the labels, one channel's foreground (which may be all of it) and its hits; then what is drawn, kept of
+    # every channel and sorted of one. A batch of draws is small beside them.
+    drawn = min(draws, voxels)
+    return voxels * (4 * channels + 26) + drawn * (12 * channels + 36) + min(draws, _DRAWS_AT_ONCE) * 8
 
 
 def _measured(case: RawCase, draws: int) -> MeasuredCase:

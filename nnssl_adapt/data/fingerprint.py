@@ -13,8 +13,9 @@ import numpy as np
 from nnssl_adapt.data.case_measures import MeasuredCase, measure_case, memory_to_measure, merged
 from nnssl_adapt.data.dataset import MAX_LISTED, RawDataset
 from nnssl_adapt.data.parallel import over_cases
+from nnssl_adapt.data.store import RECORDS_FOLDER, describe_source
 from nnssl_adapt.errors import DatasetError
-from nnssl_adapt.files import write_json
+from nnssl_adapt.files import sha256_of, write_json
 
 _TOTAL_SAMPLES = 10e7
 """Foreground voxels drawn from the whole dataset, in equal parts from each case (nnU-Net's number)."""
@@ -109,6 +110,41 @@ def fingerprint_dataset(
         },
         median_relative_size_after_cropping=float(np.median([case.relative_size for case in measured])),
     )
+
+
+# -- whether it still holds ---------------------------------------------------------------------------------------------
+
+
+def remember_sources(path: Path, dataset: RawDataset) -> None:
+    """Note which files the fingerprint at ``path`` was measured on; see :func:`changed_cases`."""
+    write_json(_sources_file(path), {"sha256": sha256_of(path), "sources": _sources(dataset)})
+
+
+def changed_cases(path: Path, dataset: RawDataset) -> list[str]:
+    """Cases that were added, removed or changed (size or time of a file) since the fingerprint at ``path`` was made.
+
+    Empty also where that is not known, as of a fingerprint that nnU-Net made.
+    """
+    try:
+        noted = json.loads(_sources_file(path).read_text(encoding="utf-8"))
+        before = noted["sources"] if noted["sha256"] == sha256_of(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if not isinstance(before, dict):
+        return []
+    now = _sources(dataset)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _sources(dataset: RawDataset) -> dict[str, list[dict[str, Any]]]:
+    return {case.identifier: [describe_source(file) for file in case.files] for case in dataset.cases}
+
+
+def _sources_file(path: Path) -> Path:
+    return path.parent / RECORDS_FOLDER / "fingerprint_sources.json"
+
+
+# -- statistics ---------------------------------------------------------------------------------------------------------
 
 
 def _statistics(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

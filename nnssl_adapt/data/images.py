@@ -131,11 +131,12 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, ImageGeometry]:
         voxels = voxels[0]
     if voxels.dtype.kind == "f":
         _refuse_non_finite(voxels, path)
-        fractions = int(np.count_nonzero(voxels != np.rint(voxels)))
-        if fractions:
+        fractions = [plane[plane != np.rint(plane)] for plane in voxels]  # a slice at a time: they may be float64
+        if count := sum(map(len, fractions)):
+            example = next(found[0] for found in fractions if len(found))
             raise CaseError(
-                f"{path}: labels must be whole numbers, {fractions} voxels are not "
-                f"(e.g. {voxels[voxels != np.rint(voxels)][0]:g}); was it resampled with interpolation?"
+                f"{path}: labels must be whole numbers, {count} voxels are not (e.g. {example:g}); was it resampled with "
+                "interpolation?"
             )
     low, high = voxels.min(), voxels.max()
     limits = np.iinfo(np.int16)

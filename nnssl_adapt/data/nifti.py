@@ -47,8 +47,9 @@ def read_nifti_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         shape: array shape (slowest axis first) that SimpleITK found in the header.
 
     Returns:
-        Array of ``shape`` in the file's own type, or float64 where the header asks for scaling; None for a kind of
-        file that only SimpleITK knows (NIfTI-2, a separate ``.img``, colour voxels, ...). Equal to what SimpleITK reads.
+        Array of ``shape`` in the file's own type, or float32 where the header asks for scaling (float64 of float64);
+        None for a kind of file that only SimpleITK knows (NIfTI-2, a separate ``.img``, colour voxels, ...). Equal to
+        what SimpleITK reads.
 
     Raises:
         IncompleteFile: bytes are missing or damaged.
@@ -72,9 +73,18 @@ def read_nifti_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     if len(content) < expected:
         raise IncompleteFile(f"{len(content)} of {expected} bytes")
     voxels = np.frombuffer(content, dtype, count=count, offset=int(offset)).reshape(shape)
-    if slope == 0 or (slope == 1 and intercept == 0):
-        return voxels
-    return voxels.astype(np.float64) * slope + intercept
+    slope = slope or 1.0  # the standard has slope 0 switch off the intercept too; ITK does not
+    return voxels if (slope, intercept) == (1.0, 0.0) else _scaled(voxels, slope, intercept)
+
+
+def _scaled(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """``voxels · slope + intercept`` as ITK rounds it, a slice at a time, so that float64 never fills the memory."""
+    scaled = np.empty(
+        voxels.shape, np.float64 if voxels.dtype.itemsize == 8 and voxels.dtype.kind == "f" else np.float32
+    )
+    for source, target in zip(voxels, scaled, strict=True):
+        target[...] = source.astype(scaled.dtype).astype(np.float64) * slope + intercept
+    return scaled
 
 
 def _unpacked(path: Path) -> bytes:

@@ -69,7 +69,8 @@ def preprocess_cases(
     """Preprocess every training case into a store. A case that is there, whole and unchanged is kept.
 
     Unchanged means: the same settings and labels, and source files of the same size and time. Cases that the dataset no
-    longer has are removed from the store.
+    longer has are removed from the store. Several processes may fill a store at the same time, even without ``shard``: what
+    one has done, the others leave alone.
 
     Args:
         dataset: what to preprocess.
@@ -95,7 +96,7 @@ def preprocess_cases(
         "classes": [list(entry) if isinstance(entry, tuple) else entry for entry in dataset.labels.sampled_classes],
     }
     digest = digest_of({key: purpose[key] for key in ("settings", "classes")})
-    store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest}, alone=shard == WHOLE)
+    store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest})
     _remove_strangers(store, dataset)
     needs = {case.identifier: memory_needed(case, settings) for case in dataset.cases}
     # The largest first: they would otherwise keep one process busy when all others have finished.
@@ -104,10 +105,12 @@ def preprocess_cases(
     for case in mine:
         sources = [describe_source(path) for path in case.files]
         if overwrite or not store.is_complete(case.identifier, digest, sources):
-            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
+            tasks.append(
+                (case.identifier, (case, settings, dataset.labels, store.folder, digest, sources, not overwrite))
+            )
         elif check and not store.is_complete(case.identifier, read_all=True):
             logger.warning("%s: what is stored of case %s is damaged: made again", store.folder, case.identifier)
-            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources)))
+            tasks.append((case.identifier, (case, settings, dataset.labels, store.folder, digest, sources, False)))
     if len(tasks) < len(mine):
         logger.info("%d of %d cases are already preprocessed", len(mine) - len(tasks), len(mine))
     failures = [
@@ -127,7 +130,8 @@ def preprocess_cases(
 def memory_needed(case: RawCase, settings: PreprocessSettings) -> int:
     """Bytes that preprocessing a case takes at most, from its header alone; 0 where that can't be read (reading will tell).
 
-    The sum of the arrays that :func:`preprocess_case` holds at its three widest moments, as if nothing were cropped.
+    The sum of the arrays that :func:`preprocess_case` and :meth:`CaseStore.write` hold at their widest moments, as if nothing
+    were cropped and noise could not be compressed.
     """
     try:
         geometry = read_geometry(case.images[0])
@@ -143,7 +147,8 @@ def memory_needed(case: RawCase, settings: PreprocessSettings) -> int:
     reading = source * (8 * channels + 6)
     resampling = source * 4 * channels + target * (4 * channels + 10)
     locating = target * (4 * channels + 14)
-    return max(reading, resampling, locating)
+    storing = target * (3 * 4 * channels + 4)  # the array, packed, and the file's content
+    return max(reading, resampling, locating, storing)
 
 
 def _preprocess_into_store(
@@ -153,9 +158,15 @@ def _preprocess_into_store(
     folder: Path,
     digest: str,
     sources: Sequence[Mapping[str, Any]],
+    share: bool,
 ) -> None:
+    """With ``share``, a case that another process has finished since this run began is left alone: it may be in use."""
+    store = CaseStore(folder)
+    if share and store.is_complete(case.identifier, digest, sources):
+        return
     preprocessed = preprocess_case(case, settings, label_scheme)
-    CaseStore(folder).write(case.identifier, preprocessed, settings.patch_size, digest, sources)
+    if not (share and store.is_complete(case.identifier, digest, sources)):
+        store.write(case.identifier, preprocessed, settings.patch_size, digest, sources)
 
 
 def _remove_strangers(store: CaseStore, dataset: RawDataset) -> None:

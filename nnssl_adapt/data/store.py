@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import pickle
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -27,6 +26,7 @@ import SimpleITK as sitk
 from isal import isal_zlib
 
 from nnssl_adapt.data.properties import load_properties
+from nnssl_adapt.data.workplace import remove_abandoned, workplace
 from nnssl_adapt.errors import CaseError, DatasetNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json
 
@@ -106,15 +106,14 @@ class CaseStore:
         """What :meth:`begin` noted: the exact settings of this folder; empty where nnU-Net made it."""
         return _read_json(self._records / "settings.json")
 
-    def begin(self, settings: Mapping[str, Any], alone: bool = True) -> None:
+    def begin(self, settings: Mapping[str, Any]) -> None:
         """Note what the folder is for before any case is written; ``settings["digest"]`` tells its cases from others.
 
-        ``alone``: no other process is writing into the folder, so that what is half-written was left by an interrupted
-        run and can be removed. Raises OutputError if the folder can't be written.
+        What a killed process left half-written is removed, what others are writing at the moment is not. Raises OutputError
+        if the folder can't be written.
         """
         make_folder(self._records / "cases")
-        if alone:
-            shutil.rmtree(self._records / "unfinished", ignore_errors=True)
+        remove_abandoned(self._records / "unfinished")
         if self.settings != json.loads(json.dumps(settings)):
             write_json(self._records / "settings.json", settings)
 
@@ -181,8 +180,7 @@ class CaseStore:
             (properties_path, pickle.dumps(case.properties, protocol=4)),
             (data_path, _compressed(case.data.astype(np.float32, copy=False), patch_size)),
         )
-        unfinished = make_folder(self._records / "unfinished")
-        with explain_write_errors(self.folder):
+        with explain_write_errors(self.folder), workplace(self._records / "unfinished") as unfinished:
             for path, content in contents:
                 temporary = unfinished / path.name
                 with open(temporary, "wb") as stream:

@@ -58,6 +58,19 @@ def checked_spacing(values: Sequence[float], what: str = "spacing") -> Spacing:
     return z, y, x
 
 
+def check_fixed(mode: str, fixed: Sequence[float] | None) -> None:
+    """Raise ConfigurationError unless a spacing is given where ``mode`` is ``fixed``, a good one, and only there."""
+    if (mode == "fixed") != (fixed is not None):
+        problem = (
+            "needs a spacing: add -os Z Y X"
+            if fixed is None
+            else f"takes no spacing, got {list(fixed)}: use mode fixed"
+        )
+        raise ConfigurationError(f"spacing mode {mode} {problem}")
+    if fixed is not None:
+        checked_spacing(fixed)
+
+
 def choose_spacing(
     mode: str,
     *,
@@ -78,13 +91,7 @@ def choose_spacing(
     Raises ConfigurationError when ``fixed`` is missing, malformed, or given with another mode.
     """
     mode = canonical_mode(mode)
-    if (mode == "fixed") != (fixed is not None):
-        problem = (
-            "needs a spacing: add -os Z Y X"
-            if fixed is None
-            else f"takes no spacing, got {list(fixed)}: use mode fixed"
-        )
-        raise ConfigurationError(f"spacing mode {mode} {problem}")
+    check_fixed(mode, fixed)
     if fixed is not None:
         return SpacingChoice(mode, checked_spacing(fixed))
     if mode == "no_resample":

@@ -131,7 +131,7 @@ def _outlook(
     ]
     median = np.median(np.asarray(new_shapes, dtype=float), axis=0)
     z, y, x = (max(1, round(float(n))) for n in median)
-    patch = fit_patch(wanted_patch, divisors, (z, y, x))
+    patch = fit_patch(wanted_patch, divisors, median.tolist())  # unrounded, as the plan does it
     seen = math.prod(min(p, n) for p, n in zip(patch, (z, y, x), strict=True)) / (z * y * x)
     ratios = [math.prod(new) / math.prod(old) for new, old in zip(new_shapes, shapes, strict=True)]
     tiles = math.prod(max(1, math.ceil((n - p) / (p / 2)) + 1) for n, p in zip((z, y, x), patch, strict=True))

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset
+from nnssl_adapt.data.fingerprint import DatasetFingerprint, changed_cases, fingerprint_dataset, remember_sources
 from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.verify import verify_dataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, make_folder
-from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, checked_spacing, choose_spacing
+from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, check_fixed, checked_spacing, choose_spacing
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
 from nnssl_adapt.planning.base_plans import BasePlans, find_topology
@@ -26,7 +26,7 @@ from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget, usual_step
 from nnssl_adapt.planning.memory import MIN_BATCH, by, estimate_memory
 from nnssl_adapt.planning.naming import check_name, check_plans_name, refuse_to_replace_stranger
 from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE, nnunet_plan, preset_for
-from nnssl_adapt.planning.normalization import FROM_PRETRAINING
+from nnssl_adapt.planning.normalization import FROM_PRETRAINING, parse_normalization
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.topology import check_preset
 from nnssl_adapt.weights.architectures import nearest_patch
@@ -128,9 +128,12 @@ def make_plan(
         know(raw)
         plans_name = plans_name or f"ptPlans_dynamic__{name}"
         return _fitted(FinetunePlan(dynamic_content(raw, checkpoint, topology, plans_name, transfer)), raw, fit_gpu)
+    check_fixed(mode, spacing)
+    parse_normalization(normalization, raw)
     patch = nearest_patch(checkpoint.architecture, checkpoint.plan.patch_size)
     check_transfer(raw, checkpoint, checkpoint.architecture, patch, transfer)
     raw = orient(raw)
+    base = BasePlans.find(raw.name, base_plans)
     fingerprint = know(raw)
     if mode == AUTO:
         advice = spacing_advice(checkpoint, fingerprint)
@@ -145,7 +148,6 @@ def make_plan(
     )
     if choice.note:
         logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
-    base = BasePlans.find(raw.name, base_plans)
     content = plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer, normalization)
     return _fitted(FinetunePlan(content), raw, fit_gpu)
 
@@ -285,17 +287,23 @@ def load_or_make_fingerprint(
 ) -> DatasetFingerprint:
     """Return the dataset's fingerprint from its preprocessed folder, verifying and measuring the images if it is missing.
 
-    A fingerprint of another number of cases than the dataset has is made anew.
+    A fingerprint of another number of cases than the dataset has is made anew, and so is one of ours when files have
+    changed since.
     """
     path = preprocessed_folder() / raw.name / "dataset_fingerprint.json"
     if path.is_file():
         fingerprint = DatasetFingerprint.load(path)
-        if len(fingerprint.spacings) == len(raw.cases):
+        changed = changed_cases(path, raw)
+        if len(fingerprint.spacings) == len(raw.cases) and not changed:
             logger.info("using the fingerprint %s", path)
             return fingerprint
-        logger.warning(
-            "%s describes %d cases, the dataset has %d: making it anew", path, len(fingerprint.spacings), len(raw.cases)
+        count, more = len(fingerprint.spacings), f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        why = (
+            f"these cases have changed since: {', '.join(changed[:5])}{more}"
+            if changed
+            else f"it describes {count} cases"
         )
+        logger.warning("%s is out of date (%s, the dataset has %d): making it anew", path, why, len(raw.cases))
     logger.info("verifying %s (%d cases)", raw.name, len(raw.cases))
     report = verify_dataset(raw, workers=workers, progress=progress)
     for warning in report.warnings:
@@ -306,6 +314,7 @@ def load_or_make_fingerprint(
     parts = path.parent / ".nnssl_adapt_fingerprint"
     fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress, parts=parts)
     fingerprint.save(path)
+    remember_sources(path, raw)
     shutil.rmtree(parts, ignore_errors=True)
     return fingerprint
 

@@ -49,7 +49,7 @@ def choose_normalization(
     Raises ConfigurationError for a wish that can't be read, PlanError where the pre-training's channels differ and nobody
     says which is which.
     """
-    wishes = _parsed(wish, raw)
+    wishes = parse_normalization(wish, raw)
     pretrained = _of_pretraining(pretraining, raw, settings) if FROM_PRETRAINING in wishes else ([], [])
     natural = normalization_of_data(raw, fingerprint)
     schemes, masks = [], []
@@ -73,7 +73,8 @@ def choose_normalization(
     return schemes, masks
 
 
-def _parsed(wish: str, raw: RawDataset) -> list[str]:
+def parse_normalization(wish: str, raw: RawDataset) -> list[str]:
+    """One word a channel of what :func:`choose_normalization` takes. Raises ConfigurationError for what can't be read."""
     words = [word.strip().lower() for word in wish.split(",")]
     known = (FROM_PRETRAINING, FROM_DATA, *SCHEMES_BY_NAME)
     unknown = [word for word in words if word not in known]

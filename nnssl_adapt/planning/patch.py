@@ -31,10 +31,10 @@ def describe_fit(wanted: Sequence[int], fitted: Sequence[int], median_shape: Seq
     if tuple(wanted) == tuple(fitted):
         return None
     return (
-        f"patch {_by(wanted)} fitted to {_by(fitted)}: the median image has {_by(round(n) for n in median_shape)} voxels, "
+        f"patch {_by(wanted)} fitted to {_by(fitted)}: the median image has {_by(f'{n:g}' for n in median_shape)} voxels, "
         "and each axis must be a multiple of the network's strides"
     )
 
 
-def _by(numbers: Iterable[int]) -> str:
+def _by(numbers: Iterable[int | str]) -> str:
     return " × ".join(str(n) for n in numbers)

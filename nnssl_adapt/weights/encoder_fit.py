@@ -33,7 +33,7 @@ from nnssl_adapt.weights.matching import (
     why_fresh,
 )
 from nnssl_adapt.weights.settings import TransferSettings
-from nnssl_adapt.weights.token_order import TokenOrder, file_order, network_order
+from nnssl_adapt.weights.token_order import ASSUMED, TokenOrder, file_order, network_order
 
 _ROTATED = ("attn.q_proj.weight", "attn.q_proj.bias", "attn.k_proj.weight", "attn.k_proj.bias")
 
@@ -79,6 +79,11 @@ class EncoderFit:
         file, reason = file_order(self.checkpoint, self.settings.token_order)
         self.order = TokenOrder(file, network_order(network), reason)
         self.notes.append(str(self.order))
+        if reason.startswith(ASSUMED):
+            self.warnings.append(
+                "nothing says how this transformer was pre-trained, and its tokens are taken to be in whd order: if it was by "
+                "Models Genesis or Volume Fusion, say --token-order hwd, or its positions arrive with two axes exchanged"
+            )
         eva: Any = network.get_submodule(self.parts.encoder)
         self.rotary = getattr(eva, "rope", None) is not None
         self.grid = tuple(eva.rope.feat_shape) if self.rotary and eva.rope.feat_shape else None

@@ -59,7 +59,7 @@ def find_models(names: Sequence[str]) -> list[ModelListing]:
 
 def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
     """The one 3D model. Raises SourceNotFound, which lists them, for several, and SourceError for 2D ones alone."""
-    volumetric = [model for model in models if not join(where, model.folder).rstrip("/").endswith("__2d")]
+    volumetric = [model for model in models if not _is_2d(model, where)]
     if len(volumetric) == 1:
         return volumetric[0]
     if not volumetric:
@@ -68,6 +68,12 @@ def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
     raise SourceNotFound(
         f"{where} holds {len(folders)} trained models: {listing(folders)}; choose one with --file NAME (filename= in Python)"
     )
+
+
+def _is_2d(model: ModelListing, where: str) -> bool:
+    """Whether its folder, or one around it, says so."""
+    folder = model.folder or where.rstrip("/").rpartition("/")[2]
+    return any(part.endswith("__2d") for part in folder.split("/"))
 
 
 def choose_folds(

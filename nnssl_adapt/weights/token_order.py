@@ -23,9 +23,12 @@ _PROBE_GRID = (2, 3, 4)
 
 _SIMMIM = re.compile(r"simmim", re.IGNORECASE)
 _EVA_MAE = re.compile(
-    r"MAE|VoCo|SimCLR|SwinUNETR|VolumeFusion|Model(s)?Genesis|nnFoundationViT|-(MG|VF)$", re.IGNORECASE
+    r"MAE|Eva|VoCo|SimCLR|SwinUNETR|VolumeFusion|Model(s)?Genesis|nnFoundationViT|-(MG|VF)$", re.IGNORECASE
 )
-"""Trainers and published repositories whose Primus is an EvaMAE."""
+"""Trainers and published repositories whose Primus is an EvaMAE. nnssl's trainers of it have Eva in their names."""
+
+_PUBLISHED_FOLDER = re.compile(r"Primus[SBMLX]-OpenMind-[A-Za-z]+|nnFoundationViT")
+"""What a copy of a published repository is called by most who make one."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ def _recognise(volume: Tensor, tokens: Tensor) -> str:
 def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
     """Token order that a checkpoint was trained with, and the reason.
 
-    In this order: what is asked for; what is known of the repository or the trainer; what the tensors' names say. Where the
-    file holds the whole masked autoencoder, its order is measured too, and a clear measurement has the last word: tables
-    tell how networks of a kind were trained, it tells how this one was.
+    In this order: what is asked for; what is known of the repository or the trainer; what the tensors' names say; what the
+    folder is called. Where the file holds the whole masked autoencoder, its order is measured too, and a clear measurement has
+    the last word: tables tell how networks of a kind were trained, it tells how this one was.
     """
     if asked in ("hwd", "whd"):
         return asked, "as asked for"
@@ -115,16 +118,29 @@ def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
     return measured.order, f"{measured}, which outweighs that {reason} and would be {known}"
 
 
+ASSUMED = "assumed"
+"""What the reason begins with where nothing in the file or its name tells."""
+
+
 def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
-    named = [checkpoint.origin.repo_id, checkpoint.trainer_name]
-    for name in filter(None, named):
-        if _SIMMIM.search(name):
-            return "whd", f"{name} is SimMIM"
-        if _EVA_MAE.search(name):
-            return "hwd", f"{name} trains nnssl's EvaMAE"
+    for name in filter(None, [checkpoint.origin.repo_id, checkpoint.trainer_name]):
+        known = _order_of_name(name)
+        if known is not None:
+            return known
     if any(name.startswith("decoder.blocks.") for name in checkpoint.tensors):
         return "hwd", "it has a masked autoencoder's second transformer"
     encoder = checkpoint.plan.key_to_encoder or ""
     if encoder.endswith(".eva"):
         return "hwd", f"its encoder lies under {encoder}, as in nnssl's VoCo, SimCLR and SwinUNETR"
-    return "whd", "assumed: no trainer is named and its tensors look like SimMIM's; MG and VF would be hwd"
+    folder = _PUBLISHED_FOLDER.search(checkpoint.origin.source)
+    known = _order_of_name(folder[0]) if folder is not None else None
+    if known is not None:
+        return known[0], f"by the name of its folder: {known[1]}"
+    return "whd", f"{ASSUMED}: no trainer is named and its tensors look like SimMIM's; MG and VF would be hwd"
+
+
+def _order_of_name(name: str) -> tuple[str, str] | None:
+    """Of a trainer or a repository."""
+    if _SIMMIM.search(name):
+        return "whd", f"{name} is SimMIM"
+    return ("hwd", f"{name} trains nnssl's EvaMAE") if _EVA_MAE.search(name) else None

@@ -3,7 +3,9 @@
 import pytest
 
 from nnssl_adapt.cli import preprocess
+from nnssl_adapt.cli.common import checked_workers
 from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.planning import make
 
 
 @pytest.fixture
@@ -55,8 +57,29 @@ def test_parts_make_the_whole_and_the_last_saves_the_plan(command, nnunet_folder
         (("--shard", "3/2"), "shard 3/2: expected 1/2 to 2/2"),
         (("--normalization", "ct,ct"), "2 entries for 1 channel"),
         (("--normalization", "hounsfield"), "'hounsfield' is none of from_pretraining, from_data, zscore"),
+        (("-am", "fixed"), "spacing mode fixed needs a spacing: add -os Z Y X"),
+        (("-am", "fixed", "--dry-run"), "spacing mode fixed needs a spacing: add -os Z Y X"),
+        (("-am", "median", "-os", 1, 1, 1), "spacing mode median takes no spacing"),
+        (("-am", "auto", "-os", 1, 1, 1), "spacing mode auto takes no spacing"),
+        (("-am", "fixed", "-os", 1, 0, 1), "expected three positive numbers of millimetres"),
+        (("-pl", "nnUNetPlanz"), "nnUNetPlanz"),
     ],
 )
-def test_wrong_words(command, words, problem):
+def test_wrong_words(command, words, problem, monkeypatch):
+    """They are found before any image is read, which may take an hour."""
+    monkeypatch.setattr(make, "verify_dataset", lambda *_, **__: pytest.fail("images were read"))
     code, _, err = command(*words)
     assert code == 1 and problem in err and err.count("\n") == 1
+
+
+def test_as_many_processes_as_the_job_may_use(monkeypatch):
+    """On a machine of many cores that lends the job three."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr("nnssl_adapt.training.resources.cgroup_cores", lambda: None)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    assert checked_workers(None) == 8
+    monkeypatch.setattr("nnssl_adapt.training.resources.cgroup_cores", lambda: 3.5)
+    assert checked_workers(None) == 3 and checked_workers(20) == 20
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert checked_workers(None) == 2

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from synthetic import make_dataset, write_image
 
 import nnssl_adapt.data.case_measures as measures_module
 import nnssl_adapt.data.fingerprint as fingerprint_module
-from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset
+from nnssl_adapt.data.case_measures import memory_to_measure
+from nnssl_adapt.data.dataset import RawCase, RawDataset
+from nnssl_adapt.data.fingerprint import DatasetFingerprint, changed_cases, fingerprint_dataset, remember_sources
 from nnssl_adapt.errors import DatasetError
+from nnssl_adapt.planning.make import load_or_make_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +121,55 @@ def test_a_file_that_is_no_fingerprint(tmp_path: Path, text: str, message: str) 
     path.write_text(text)
     with pytest.raises(DatasetError, match=message):
         DatasetFingerprint.load(path)
+
+
+def test_memory_is_foreseen_of_all_channels_however_they_are_stored(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path, cases=1, channels=3, shape=(6, 9, 7), spacing=(2.0, 1.0, 1.5))
+    case = RawDataset.open(root).cases[0]
+    together = root / "imagesTr" / "all_0000.nii.gz"
+    write_channels_together(together, case.images)
+    apart, one = (memory_to_measure(RawCase("a", files, case.label), 100) for files in (case.images, (together,)))
+    few, many = (memory_to_measure(case, draws) for draws in (100, 378))
+    assert apart == one == few < many
+    (tmp_path / "no_0000.nii.gz").write_text("no image")
+    assert memory_to_measure(RawCase("b", (tmp_path / "no_0000.nii.gz",)), 100) == 0
+
+
+def write_channels_together(path: Path, channels: Sequence[Path]) -> None:
+    images = [sitk.ReadImage(str(channel)) for channel in channels]
+    sitk.WriteImage(sitk.JoinSeries(images), str(path))
+
+
+# -- a dataset that changes ----------------------------------------------------------------------------------------------
+
+
+def test_a_changed_dataset_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One image replaced: as many cases as before, and other intensities and shapes."""
+    root = make_dataset(tmp_path / "raw", cases=3, shape=(6, 9, 7), spacing=(2.0, 1.0, 1.5))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    path = tmp_path / "preprocessed" / root.name / "dataset_fingerprint.json"
+    first = load_or_make_fingerprint(RawDataset.open(root), workers=1)
+    assert changed_cases(path, RawDataset.open(root)) == []
+    for kind in ("imagesTr/case_01_0000", "labelsTr/case_01"):
+        write_image(root / f"{kind}.nii.gz", np.full((5, 8, 4), 1, np.int16), (2.0, 1.0, 1.5))
+    assert changed_cases(path, RawDataset.open(root)) == ["case_01"]
+    with caplog.at_level(logging.WARNING):
+        second = load_or_make_fingerprint(RawDataset.open(root), workers=1)
+    assert "out of date (these cases have changed since: case_01" in caplog.text
+    assert second.shapes_after_crop[1] == (5, 8, 4) != first.shapes_after_crop[1]
+    assert DatasetFingerprint.load(path) == second
+    assert changed_cases(path, RawDataset.open(root)) == []
+
+
+def test_of_nnunets_own_fingerprint_nothing_is_known(tmp_path: Path) -> None:
+    dataset = RawDataset.open(make_dataset(tmp_path / "raw", cases=2, shape=(6, 9, 7), spacing=(2.0, 1.0, 1.5)))
+    path = tmp_path / "dataset_fingerprint.json"
+    fingerprint_dataset(dataset).save(path)
+    assert changed_cases(path, dataset) == []
+    remember_sources(path, dataset)
+    (dataset.cases[0].label or Path()).touch()
+    assert changed_cases(path, dataset) == ["case_00"]
+    path.write_text(path.read_text() + "\n")  # another program wrote it anew
+    assert changed_cases(path, dataset) == []

@@ -44,17 +44,28 @@ def test_voxels_and_geometry_are_what_simpleitk_reads(tmp_path: Path, ending: st
     assert read_geometry(path) == geometry
 
 
-@pytest.mark.parametrize("slope, intercept", [(2.5, -7.25), (1.0, 3.0), (0.0, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize("dtype", ["int16", "float64"])
+@pytest.mark.parametrize("slope, intercept", [(2.5, -7.25), (1.0, 3.0), (0.0, 0.0), (1.0, 0.0), (0.0, 5.0), (0.1, 1e4)])
 def test_intensity_scaling_in_a_nifti_header_is_applied_as_simpleitk_does(
-    tmp_path: Path, slope: float, intercept: float
+    tmp_path: Path, dtype: str, slope: float, intercept: float
 ) -> None:
     path = tmp_path / "x.nii"
-    write_image(path, image_of(np.random.default_rng(2), "int16"), SPACING)
+    write_image(path, image_of(np.random.default_rng(2), dtype), SPACING)
     content = bytearray(path.read_bytes())
     content[112:120] = np.array([slope, intercept], "<f4").tobytes()
     path.write_bytes(content)
     expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(np.float32)
     np.testing.assert_array_equal(read_image([path])[0][0], expected)
+
+
+def test_labels_that_a_nifti_header_scales_are_whole_numbers(tmp_path: Path) -> None:
+    """1/255 is no float32: 255 times it is 1 only if rounded as ITK does."""
+    path = tmp_path / "x.nii"
+    write_image(path, np.array([[[0, 255, 0], [255, 255, 0]]], np.uint8), SPACING)
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([1 / 255, 0], "<f4").tobytes()
+    path.write_bytes(content)
+    assert read_labels(path)[0].tolist() == [[[[0, 1, 0], [1, 1, 0]]]]
 
 
 def test_big_endian_nifti(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import random
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from killing import forked, killed_while
 from synthetic import make_dataset, write_image
 
 import nnssl_adapt.data.parallel as parallel_module
@@ -23,6 +25,7 @@ from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.preprocess import PreprocessedCase, PreprocessSettings
 from nnssl_adapt.data.preprocess_cases import Shard, memory_needed, preprocess_cases
 from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.data.workplace import workplace
 from nnssl_adapt.errors import ConfigurationError, OutputError, PreprocessingError
 
 SHAPE = (8, 12, 10)
@@ -197,17 +200,47 @@ def test_shards_fill_one_store_at_the_same_time(tmp_path: Path, dataset: RawData
     whole = preprocess_cases(dataset, settings(), tmp_path / "whole", workers=1)
     done.clear()
     store = CaseStore(tmp_path / "parts")
-    for number in (2, 3, 1):
-        unfinished = store.folder / ".nnssl_adapt" / "unfinished"
-        unfinished.mkdir(parents=True, exist_ok=True)
-        (unfinished / "another.b2nd").write_text("another job is writing this")
-        preprocess_cases(dataset, settings(), store.folder, workers=1, shard=Shard(number, 3))
-        assert (unfinished / "another.b2nd").exists()
+    with workplace(store.folder / ".nnssl_adapt" / "unfinished") as other:
+        (other / "another.b2nd").write_text("another job is writing this")
+        for number in (2, 3, 1):
+            preprocess_cases(dataset, settings(), store.folder, workers=1, shard=Shard(number, 3))
+        assert (other / "another.b2nd").exists()
     assert sorted(done) == ALL == store.identifiers
     for name in ALL:
         np.testing.assert_array_equal(store.open(name).data[:], whole.open(name).data[:])
-    preprocess_cases(dataset, settings(), store.folder, workers=1)
-    assert len(done) == len(ALL) and not unfinished.exists()
+    assert not list(other.parent.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_job_has_done_meanwhile_is_left_alone(
+    tmp_path: Path, dataset: RawDataset, done: list[str], monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The jobs of an array start together and find the same store empty; one that trains already reads its files."""
+    folder = tmp_path / "store"
+    noting = cases_module.preprocess_case
+
+    def overtaken(case: Any, *rest: Any) -> PreprocessedCase:
+        monkeypatch.setattr(cases_module, "preprocess_case", noting)
+        preprocess_cases(dataset, settings(), folder, workers=1)
+        files.update({path: path.stat().st_ino for path in folder.glob("case_*")})
+        return noting(case, *rest)
+
+    files: dict[Path, int] = {}
+    monkeypatch.setattr(cases_module, "preprocess_case", overtaken)
+    assert preprocess_cases(dataset, settings(), folder, workers=1, overwrite=overwrite).identifiers == ALL
+    assert len(files) == 3 * len(ALL)
+    kept = [path for path, number in files.items() if path.stat().st_ino == number]
+    assert len(done) == (2 * len(ALL) if overwrite else len(ALL) + 1)
+    assert overwrite or len(kept) == len(files)
+
+
+def test_jobs_that_start_together_all_succeed(tmp_path: Path, dataset: RawDataset) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    store = tmp_path / "store"
+    children = [forked(lambda: preprocess_cases(dataset, settings(), store, workers=1)) for _ in range(6)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
+    assert CaseStore(store).identifiers == ALL
 
 
 @pytest.mark.parametrize(
@@ -245,6 +278,36 @@ def test_memory_is_foreseen_from_the_header(tmp_path: Path, dataset: RawDataset)
     assert memory_needed(case, settings()) == 0  # reading it will say what is wrong
 
 
+def peak() -> int:
+    """The most bytes that this process ever had in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def foreseen_and_taken(root: str) -> tuple[int, int]:
+    dataset = RawDataset.open(Path(root))
+    schemes = {"normalization_schemes": ("ZScoreNormalization",) * 4, "use_mask_for_norm": (False,) * 4}
+    chosen = settings(spacing=(1.0, 1.0, 1.3), patch_size=(64, 96, 96), **schemes)
+    before = peak()
+    preprocess_cases(dataset, chosen, Path(root) / "store", workers=1)
+    return memory_needed(dataset.cases[0], chosen), peak() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells the peak")
+def test_a_case_takes_no_more_memory_than_foreseen(tmp_path: Path) -> None:
+    """In a process of its own. Of several channels writing takes the most: pixels of noise can't be compressed."""
+    root = make_dataset(tmp_path / "raw", cases=1, channels=4, shape=(40, 140, 120), spacing=(2.0, 1.0, 1.3))
+    random = np.random.default_rng(1)
+    for path in (root / "imagesTr").iterdir():
+        write_image(path, random.normal(100, 20, (40, 140, 120)).astype(np.float32), (2.0, 1.0, 1.3))
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    script = f"import sys; sys.path[:0] = {here!r}; import {Path(__file__).stem} as test; "
+    script += f"print(*test.foreseen_and_taken({str(root)!r}))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    foreseen, taken = map(int, answer.stdout.split())
+    assert 0.5 * foreseen < taken < 1.1 * foreseen + (24 << 20)  # libraries need a little of their own
+
+
 def span(folder: str, number: int) -> None:
     """Note when it ran."""
     start = time.monotonic()
@@ -273,42 +336,28 @@ def test_no_more_cases_at_a_time_than_fit(
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def forked(dataset: RawDataset, folder: Path) -> int:
-    """Preprocess in a child process and return its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            preprocess_cases(dataset, settings(spacing=(1.0, 0.9, 1.1)), folder, workers=1)
-        finally:
-            os._exit(0)
-    return child
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_thirty_random_moments_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "raw", cases=6, shape=(16, 24, 20), spacing=SPACING)
     dataset = RawDataset.open(root)
     chosen = settings(spacing=(1.0, 0.9, 1.1))
-    reference = preprocess_cases(dataset, chosen, tmp_path / "reference", workers=1)
     started = time.monotonic()
-    os.waitpid(forked(dataset, tmp_path / "timed"), 0)
+    reference = preprocess_cases(dataset, chosen, tmp_path / "reference", workers=1)
     duration = time.monotonic() - started
     moments = random.Random(7)
     store = CaseStore(tmp_path / "store")
-    interrupted = tries = 0
-    while interrupted < 30 and tries < 150:  # those that are killed too late have not been interrupted
-        tries += 1
-        child = forked(dataset, store.folder)
-        time.sleep(moments.uniform(0, duration * (1 - len(store) / len(reference))))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        interrupted += os.WIFSIGNALED(status)
+    interrupted = 0
+    while interrupted < 30:
+        left = duration * (1 - len(store) / len(reference))
+        if killed_while(lambda: preprocess_cases(dataset, chosen, store.folder, workers=1), moments.uniform(0, left)):
+            interrupted += 1
+        else:  # it was quicker than the first one
+            duration *= 0.8
         for name in store.identifiers:  # what counts as whole is whole
             np.testing.assert_array_equal(store.open(name).data[:], reference.open(name).data[:])
         if len(store) == len(reference):
             for name in moments.sample(store.identifiers, 4):
                 store.remove(name)
-    assert interrupted == 30
     preprocess_cases(dataset, chosen, store.folder, workers=1)
     assert store.identifiers == reference.identifiers
     here, there = ({p.name: p.read_bytes() for p in s.folder.iterdir() if p.is_file()} for s in (store, reference))

@@ -3,6 +3,7 @@
 import pytest
 
 from nnssl_adapt.planning.advice import advise_spacing
+from nnssl_adapt.planning.patch import fit_patch
 
 SHAPES = [(40, 256, 320)] * 3
 SPACINGS = [(4.0, 0.8, 0.5)] * 3
@@ -24,6 +25,13 @@ def test_every_mode_is_worked_out():
     assert kept.spacing is None and kept.voxels == 1 and kept.median_shape == (40, 256, 320)
     assert kept.patch_size == (40, 128, 96)  # no deeper than the image
     assert modes["fixed"].median_shape == (80, 128, 160) and modes["fixed"].coverage == pytest.approx(0.8 * 0.6)
+
+
+def test_the_patch_shown_is_the_plans():
+    """Between two images of 128 and 129 voxels lies a median of 128.5, which 128 do not cover."""
+    shapes, spacings = [(40, 128, 64), (40, 129, 64)], [(1.0, 1.0, 1.0)] * 2
+    kept = advice(spacings=spacings, shapes=shapes, patch=(64, 256, 96)).outlooks[-1]
+    assert kept.patch_size == fit_patch((64, 256, 96), (8, 16, 16), (40, 128.5, 64)) == (40, 144, 64)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_every_fitted_patch_can_be_used(wanted, divisors, median):
 def test_describe_fit_speaks_only_of_changes():
     assert describe_fit((32, 32, 32), (32, 32, 32), (40, 40, 40)) is None
     assert "160 × 160 × 160 fitted to 64 × 96 × 32" in describe_fit((160, 160, 160), (64, 96, 32), (50.0, 80, 30))
+    assert "has 50 × 128.5 × 30 voxels" in describe_fit((160, 160, 160), (64, 144, 32), (50.0, 128.5, 30))
 
 
 @pytest.mark.parametrize(

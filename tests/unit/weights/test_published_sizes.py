@@ -19,6 +19,8 @@ from nnssl_adapt.weights.state_dict import unwrap
 from nnssl_adapt.weights.stems import choose_stem
 from nnssl_adapt.weights.topology import read_topology
 
+# Its trainer's name says the sizes: BaseEvaMAETrainer_BS96_192ps_2500ep_40_16_8_16_1056_lr2e3, that is blocks and heads of
+# the encoder, blocks and heads of the second transformer, and the width. So does that of the small one, …_16_12_4_12_864_….
 FOUNDATION_VIT = {
     "input_channels": 1,
     "embed_dim": 1056,
@@ -34,6 +36,16 @@ FOUNDATION_VIT = {
     "attn_drop_rate": 0,
     "init_values": [0.1],
     "scale_attn_inner": True,
+}
+FOUNDATION_VIT_SMALL = {
+    **FOUNDATION_VIT,
+    "embed_dim": 864,
+    "encoder_eva_depth": 16,
+    "encoder_eva_numheads": 12,
+    "decoder_eva_depth": 4,
+    "decoder_eva_numheads": 12,
+    "init_values": None,
+    "scale_attn_inner": False,
 }
 
 
@@ -74,7 +86,8 @@ def primus_file(plan, layout):
     tensors = state(plan.architecture, plan.patch_size)
     tensors["mask_token"] = torch.empty(1, 1, plan.architecture.kwargs["embed_dim"], device="meta")
     if layout == "mae":
-        kwargs = {**plan.architecture.kwargs, "eva_depth": 8}
+        second_depth = (plan.raw["architecture_plans"]["arch_kwargs"] or {}).get("decoder_eva_depth", 2)
+        kwargs = {**plan.architecture.kwargs, "eva_depth": second_depth}
         second = state(Architecture("Primus", kwargs), plan.patch_size)
         tensors |= {
             f"decoder.{rest}": tensor for name, tensor in second.items() if (rest := below(name, "eva")) is not None
@@ -191,7 +204,7 @@ def test_a_crop_in_the_plan_gives_way_to_the_positions():
 def test_the_foundation_vit_is_as_published():
     content = plan("PrimusX", FOUNDATION_VIT, (192, 192, 192))
     tensors = primus_file(content, "mae")
-    assert round(numbers(tensors) / 1e6) == 674
+    assert round(numbers(tensors) / 1e6) == 674  # one block more or less would be 13 M
     assert round(numbers(tensors) * 4 / 1e8) == 27
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes["eva.pos_embed"] == shapes["decoder.pos_embed"] == (1, 24**3, 1056)
@@ -206,6 +219,21 @@ def test_the_foundation_vit_is_as_published():
     assert mended.key_to_lpe == "eva.pos_embed"
     assert positions_grid(tensors["eva.pos_embed"], tensors, mended) == (0, (24, 24, 24))
     assert_all_fit(mended, tensors)
+
+
+def test_the_small_foundation_vit_has_neither_layer_scale_nor_inner_norm():
+    content = plan("PrimusX", FOUNDATION_VIT_SMALL, (192, 192, 192))
+    tensors = primus_file(content, "mae")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes["eva.pos_embed"] == (1, 24**3, 864)
+    assert "decoder.blocks.3.norm1.weight" in shapes and "decoder.blocks.4.norm1.weight" not in shapes
+    assert not [name for name in shapes if "gamma" in name or "attn.norm" in name]
+    mended, notes = reconcile(content, tensors, "file.pth")
+    assert notes == []
+    assert_all_fit(mended, tensors)
+    # As it is if the plan's preset or a plan of the large one's options stands beside it.
+    wrong = plan("PrimusX", {**FOUNDATION_VIT_SMALL, "init_values": [0.1], "scale_attn_inner": True}, (192, 192, 192))
+    assert reconcile(wrong, tensors, "file.pth")[0].architecture == content.architecture
 
 
 @pytest.mark.parametrize("missing", ["init_values", "scale_attn_inner"])

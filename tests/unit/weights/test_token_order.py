@@ -115,6 +115,8 @@ def test_a_grid_that_is_not_square_is_said_to_be_inexact():
         (None, "VoCoEvaTrainer", "hwd"),
         (None, "SimCLREvaTrainer", "hwd"),
         (None, "SwinUNETREvaTrainer", "hwd"),
+        (None, "nnFoundationViT_small_trainer", "hwd"),
+        (None, "BaseKVConsisEvaTrainer", "hwd"),  # nnssl's aligned autoencoders build on EvaMAE too
     ],
 )
 def test_the_order_of_a_file_is_known_by_its_source_or_trainer(repo_id, trainer, expected):
@@ -130,6 +132,31 @@ def test_the_order_of_an_unnamed_file_is_told_by_its_tensors():
     assert file_order(checkpoint_of({}, patch, key_to_encoder="encoder.eva"), "auto")[0] == "hwd"
     order, reason = file_order(checkpoint_of(state_dict("Primus", patch), patch), "auto")
     assert (order, reason.startswith("assumed")) == ("whd", True)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("/data/pretrained/PrimusM-OpenMind-MG", "hwd"),
+        ("PrimusM-OpenMind-VF@main/checkpoint_final.pth", "hwd"),
+        ("PrimusB-OpenMind-SimMIM.zip", "whd"),
+        ("/data/mae/VoCo/mine", None),
+    ],
+)
+def test_a_copy_of_a_published_repository_is_known_by_its_folder(source, expected):
+    patch = (4, 12, 16)
+    unnamed = checkpoint_of(state_dict("Primus", patch), patch)
+    copied = dataclasses.replace(unnamed, origin=dataclasses.replace(unnamed.origin, source=source))
+    order, reason = file_order(copied, "auto")
+    assert (order if reason.startswith("by the name of its folder") else None) == expected
+
+
+def test_an_order_that_nothing_tells_is_a_warning():
+    patch = (4, 12, 12)
+    unnamed = checkpoint_of(state_dict("Primus", patch), patch)
+    target = build_network(architecture("Primus"), 1, 3, patch)
+    assert any("--token-order hwd" in warning for warning in transfer_weights(unnamed, target).warnings)
+    assert transfer_weights(unnamed, target, token_order="whd").warnings == ()
 
 
 def test_what_is_asked_for_wins_and_nonsense_is_refused():
