@@ -17,6 +17,7 @@ Where nnunetv2 is not installed, ours is measured alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -238,9 +239,11 @@ def our_steps(folder: Path, patch: int, labels: int, device: str, steps: int, wo
     cases = tuple(f"case_{number}" for number in range(len(SHAPES)))
     phase = PhaseData(cases, PatchSampler(spatial.read_size, size), chain)
     batches = Batches(folder, {TRAINING: phase}, 2, recipe.foreground_fraction, 0)
-    stream = iterate_batches(batches, BatchSchedule(1, 10**6, 0), workers, where.type == "cuda")
     forward = training_forward(network, recipe, where)
-    return timed(lambda: loop.step(state, [next(stream)], forward), steps, where)
+    with contextlib.closing(
+        iterate_batches(batches, BatchSchedule(1, 10**6, 0), workers, where.type == "cuda")
+    ) as stream:
+        return timed(lambda: loop.step(state, [next(stream)], forward), steps, where)
 
 
 def their_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int) -> Any:
