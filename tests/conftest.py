@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,70 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 CHECKPOINTS = Path(__file__).parent / "data" / "nnssl_checkpoints"
 
 
+@pytest.fixture(scope="session")
+def cache_homes(tmp_path_factory):
+    """Numbered paths; ``mktemp`` for each test would list thousands of folders each time."""
+    base = tmp_path_factory.mktemp("cache_homes")
+    return (base / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def own_cache(cache_homes, monkeypatch):
     """Downloads and unpacked zips of a test are its own, wherever they are kept by default."""
-    folder = tmp_path_factory.mktemp("cache_home")
+    folder = next(cache_homes)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "nnssl_adapt"
+
+
+LONGEST = 300  # seconds; the slowest test takes thirty on two idle cores
+
+
+@contextmanager
+def in_time():
+    """Who waits forever fails, and the others go on."""
+
+    def too_long(*_):
+        pytest.fail(f"took more than {LONGEST} s")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    with in_time():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    with in_time():
+        return (yield)
+
+
+# A picture of one black pixel.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_picture(request, monkeypatch):
+    """Drawing the progress after each epoch takes ten times as long as such an epoch: only what is marked "pictures" does."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(
+            "nnssl_adapt.training.progress_picture.draw_progress",
+            lambda history, path, names=(): path.write_bytes(PIXEL),
+        )
 
 
 @pytest.fixture

@@ -23,10 +23,11 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, nnunet_folders, monkeypa
     names: dict[str, object] = {}
     shown = [run_cell(source, names) for source in sources]
     rich = [type(value).__name__ for value in shown if value is not None]
-    assert rich == ["PosixPath", "Figure", "TransferReport", "Figure", "PosixPath"]
+    assert rich == ["PosixPath", "Figure", "TransferReport", "Figure", "Report"]
     assert "data:image/png" in names["report"]._repr_html_()
     assert names["report"].coverage == 1
-    assert shown[-1].is_file() and shown[-1].name == "report.html"
+    assert (names["model"].path / "report.html").read_text(encoding="utf-8") == shown[-1].html
+    assert shown[-1]._repr_html_().startswith("<iframe srcdoc=")
 
 
 def run_cell(source: str, names: dict[str, object]) -> object:

@@ -13,9 +13,12 @@ import SimpleITK as sitk
 import torch
 from hub_server import HubServer
 from synthetic import make_dataset
+from training_runs import assert_same_training
 
 import nnssl_adapt as na
 from nnssl_adapt.cli import main, preprocess, train
+from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.training import launch
 
 TINY = [
     "--epochs",
@@ -49,6 +52,7 @@ def fresh(nnunet_folders):
     return make_dataset(nnunet_folders / "nnUNet_raw", cases=3, shape=(20, 28, 24))
 
 
+@pytest.mark.pictures
 def test_preprocess_train_predict(raw, small_resenc, tmp_path, capsys):
     words = ["-d", "991", "-n", "mae", "-pc", str(small_resenc), "-am", "median", "-np", "1"]
     assert preprocess.main(words) == 0
@@ -103,6 +107,45 @@ def test_finetune_in_one_go_and_again(fresh, small_resenc, capsys):
     first = summary.read_text()
     assert main.main(words) == 0  # nothing is left to do, and nothing is lost
     assert summary.read_text() == first
+
+
+def test_finetune_hands_its_training_over_to_several_processes(raw, small_resenc, monkeypatch, capsys):
+    """What they are told is what a single process does. (That several do the same is tested elsewhere.)"""
+    words = ["finetune", "-d", "991", "-pc", str(small_resenc), "-np", "1", "-device", "cpu", "--workers", "0", *TINY]
+    words += ["--seed", "7", "--set", "weight_decay=0.01"]
+    assert main.main([*words, "-n", "one"]) == 0
+    asked = []
+
+    def in_this_process(arguments, count, device):
+        asked.append((count, device))
+        return train.main(arguments)
+
+    monkeypatch.setattr(launch, "run_ranks", in_this_process)
+    for _ in range(2):  # the second time, all is done
+        assert main.main([*words, "-n", "several", "-num_gpus", "2", "--time-limit", "30"]) == 0
+    assert asked == [(2, "cpu")] * 2
+    assert "is trained already" in capsys.readouterr().out
+    plans = (f"ptPlans__{name}____Spacing__1.00_1.00_1.00___Norm__Z" for name in ("one", "several"))
+    assert_same_training(*(ModelFolder.open(folder_of(name)) for name in plans))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-num_gpus", "3", "--batch", "2"], "batch of 2 can't be shared by 3 processes"),
+        (["-num_gpus", "0"], "-num_gpus 0"),
+    ],
+)
+def test_finetune_looks_at_the_number_of_processes_before_it_prepares(raw, small_resenc, more, message, capsys):
+    assert main.main(["finetune", "-d", "991", "-pc", str(small_resenc), "-device", "cpu", *more]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(Path(os.environ["nnUNet_preprocessed"]).rglob("*.b2nd"))
+
+
+def test_finetune_is_started_once(raw, small_resenc, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main.main(["finetune", "-d", "991", "-pc", str(small_resenc), "-device", "cpu"]) == 1
+    assert "finetune is started once" in capsys.readouterr().err
 
 
 def test_inspect_shows_what_would_be_transferred(raw, small_resenc, capsys):
@@ -176,31 +219,32 @@ def test_from_the_hub_and_then_offline(raw, small_resenc, tmp_path):
     assert result.returncode == 1 and "someone/small-resenc" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_errors_are_one_line_and_verbose_has_the_traceback(raw, small_resenc):
+def test_errors_are_one_line_and_verbose_has_the_traceback(raw, small_resenc, capsys):
     for words, expected in (
         (("inspect", "no/such/file.pth"), "no/such/file.pth"),
         (("preprocess", "-d", "7", "-n", "x", "-pc", str(small_resenc)), "Found: Dataset991_Tiny"),
         (("train", "-d", "991", "-f", "0", "-p", "ptPlans__none", "-device", "cpu"), "no plans file"),
         (("predict", "-i", str(raw), "-o", "out", "-m", str(raw), "-device", "cpu"), "plans.json"),
     ):
-        result = run(*words)
-        assert result.returncode == 1, result.stderr
-        assert expected in result.stderr and result.stderr.count("\n") == 1
-        assert "Traceback" not in result.stderr
-    assert "Traceback" in run("inspect", "no/such/file.pth", "--verbose").stderr
+        assert main.main(list(words)) == 1
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1 and "Traceback" not in said
+    result = run("inspect", "no/such/file.pth", "--verbose")
+    assert result.returncode == 1 and "Traceback" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_training_says_so(raw, small_resenc):
-    result = run("finetune", "-d", "991", "-pc", str(small_resenc))
-    assert result.returncode == 1 and "-device cpu" in result.stderr and "Traceback" not in result.stderr
+def test_without_a_gpu_training_says_so(raw, small_resenc, capsys):
+    assert main.main(["finetune", "-d", "991", "-pc", str(small_resenc)]) == 1
+    said = capsys.readouterr().err
+    assert "-device cpu" in said and "Traceback" not in said
 
 
-def test_unset_variables_say_what_to_export(small_resenc, monkeypatch):
+def test_unset_variables_say_what_to_export(small_resenc, monkeypatch, capsys):
     for part in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{part}", raising=False)
-    result = run("preprocess", "-d", "7", "-n", "x", "-pc", str(small_resenc))
-    assert result.returncode == 1 and "nnUNet_raw" in result.stderr
+    assert main.main(["preprocess", "-d", "7", "-n", "x", "-pc", str(small_resenc)]) == 1
+    assert "nnUNet_raw" in capsys.readouterr().err
 
 
 def damage_shape(raw):

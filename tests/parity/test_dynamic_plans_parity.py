@@ -21,7 +21,9 @@ from nnssl_adapt.weights.transfer import transfer_weights
 
 PLANNING = """
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+from quick_planning import count_without_weights
 if __name__ == "__main__":
+    count_without_weights()
     extract_fingerprints([991], num_processes=1, clean=False)
     plan_experiments([991])
     plan_experiments([991], experiment_planner_class_name="nnUNetPlannerResEncM")
@@ -39,6 +41,7 @@ def planned(tmp_path_factory):
         raw = make_dataset(root / "raw", shape=(34, 30, 12), spacing=(1.0, 1.2, 2.6))
         (root / "planning.py").write_text(PLANNING)
         calm = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        calm["PYTHONPATH"] = os.pathsep.join(sys.path)
         result = subprocess.run([sys.executable, str(root / "planning.py")], capture_output=True, text=True, env=calm)
         assert result.returncode == 0, result.stderr[-3000:]
         yield SimpleNamespace(raw=raw, folder=root / "preprocessed" / raw.name)

@@ -83,10 +83,10 @@ def run(words, **environment):
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-def by_nnunets_command(model, images, output, **environment):
+def by_nnunets_command(model, images, output):
     command = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
     flags = ["-i", images, "-o", output, "-m", model, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    run([sys.executable, "-c", command, *(str(flag) for flag in flags)], **environment)
+    run([sys.executable, "-c", command, *(str(flag) for flag in flags)])
 
 
 def by_nnunets_predictor(model, images, output):
@@ -170,7 +170,8 @@ def test_nnunet_predicts_with_a_primus_that_none_of_its_trainers_builds(world, t
     name = trainer_for_nnunet(architecture)
     model = primus_folder(tmp_path, architecture, name)
     write_trainer_class(model, architecture)
-    by_nnunets_command(model, world.images, tmp_path / "theirs", nnUNet_extTrainer=str(model))
+    words = [TESTS / "nnunet_prediction.py", model, world.images, tmp_path / "theirs", 0]
+    run([sys.executable, *map(str, words)], nnUNet_extTrainer=str(model))
     check_same_labels(model, world, tmp_path)
 
 
@@ -178,7 +179,7 @@ def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path
     """Whose plans know nothing of it."""
     architecture = Architecture.named("PrimusS")
     model = primus_folder(tmp_path, architecture, "nnUNet_Primus_S_Trainer", planned=ARCHITECTURE)
-    by_nnunets_command(model, world.images, tmp_path / "theirs")
+    by_nnunets_predictor(model, world.images, tmp_path / "theirs")
     check_same_labels(model, world, tmp_path)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS
 from nnssl_adapt.sharing.package import make_package
 from nnssl_adapt.weights.architectures import Architecture, build_network
 
-PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
+PREDICT = (Path(__file__).parents[1] / "nnunet_prediction.py").read_text(encoding="utf-8")
 INSTALL = "from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point as main; main()"
 
 
@@ -56,8 +57,7 @@ def labels_in(folder):
 
 def check_same_labels(original, package, images, tmp_path, folds=(0,), **environment):
     """nnU-Net's labels by the package against ours by the model that it was made of, both with its rounding."""
-    flags = ["-i", images, "-o", tmp_path / "theirs", "-m", package, "-f", *folds]
-    run(PREDICT, *flags, "-device", "cpu", "-npp", "1", "-nps", "1", **environment)
+    run(PREDICT, package, images, tmp_path / "theirs", *folds, **environment)
     na.Predictor(original, device="cpu", accumulation_dtype=torch.float16).predict(images, tmp_path / "ours")
     theirs, ours = labels_in(tmp_path / "theirs"), labels_in(tmp_path / "ours")
     assert len(np.unique(theirs)) == 3, "a segmentation of nothing proves nothing"

@@ -57,17 +57,12 @@ TABLE = [
 PLANNING = """
 import contextlib, io, json, sys
 from pathlib import Path
-import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as residual
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from quick_planning import count_without_weights
 
-with_weights = ExperimentPlanner.static_estimate_VRAM_usage
-def without_weights(*arguments, **named):  # the same count, of networks that need no memory
-    with torch.device("meta"):
-        return with_weights(*arguments, **named)
-ExperimentPlanner.static_estimate_VRAM_usage = staticmethod(without_weights)
-
+count_without_weights()
 for planner in (ExperimentPlanner, residual.ResEncUNetPlanner):  # 2D networks are no concern here, and take long
     def only_3d(self, spacing, *rest, plan=planner.get_plans_for_configuration):
         return plan(self, spacing, *rest) if len(spacing) == 3 else {}
@@ -122,6 +117,7 @@ def planned(tmp_path_factory):
     (root / "rows.json").write_text(json.dumps(rows))
     (root / "planning.py").write_text(PLANNING)
     calm = {**os.environ, **folders, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    calm["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [
         sys.executable,
         "-W",
