@@ -172,12 +172,6 @@ class History:
         writer.writerows(rows)
         write_text(path.with_suffix(".csv"), table.getvalue())
 
-    def plot(self, path: Path, class_names: Sequence[str] = ()) -> None:
-        """Draw ``progress.png``; see :func:`nnssl_adapt.training.progress_picture.draw_progress`."""
-        from nnssl_adapt.training.progress_picture import draw_progress
-
-        draw_progress(self, path, class_names)
-
 
 class EpochClock:
     """Measures what the device does in an epoch: how much of the time it works, and how long it is kept waiting for data.

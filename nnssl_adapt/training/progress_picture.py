@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,34 @@ _MOST_NAMED = 20
 """Classes that a legend can name and colours can tell apart."""
 
 _LONGEST_NAME = 22
+_PAUSE = 20
+"""Times as long as it took to draw."""
+
 _PANEL_INCHES = 2.6
+
+
+class ProgressPicture:
+    """progress.png, drawn anew with an epoch wherever that takes a small part of the time, and with the last.
+
+    Epochs of a second would otherwise be slowed down to a half.
+
+    Args:
+        path: of the PNG.
+        class_names: as many as the history has classes, or none.
+    """
+
+    def __init__(self, path: Path, class_names: Sequence[str] = ()) -> None:
+        self._path = path
+        self._class_names = class_names
+        self._not_before = 0.0
+
+    def show(self, history: History, last: bool) -> None:
+        """An epoch is over, the ``last`` one perhaps. Raises OutputError."""
+        started = time.monotonic()
+        if started < self._not_before and not last:
+            return
+        draw_progress(history, self._path, self._class_names)
+        self._not_before = time.monotonic() + _PAUSE * (time.monotonic() - started)
 
 
 def draw_progress(history: History, path: Path, class_names: Sequence[str] = ()) -> None:

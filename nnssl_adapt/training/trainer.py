@@ -43,6 +43,7 @@ from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer, grad
 from nnssl_adapt.training.out_of_memory import explained_memory_errors
 from nnssl_adapt.training.patches import default_workers, explained_worker_death, seeds_for
 from nnssl_adapt.training.progress import History, log_epoch, log_file
+from nnssl_adapt.training.progress_picture import ProgressPicture
 from nnssl_adapt.training.recipe import Recipe
 from nnssl_adapt.training.recipe_checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.run_folder import RunFolder
@@ -230,6 +231,7 @@ class PretrainedTrainer:
         )
         folder, identity = self.folder.path, self._identity
         names, settings = self.labels.class_names, self.recipe.to_dict()
+        self._picture = ProgressPicture(folder / "progress.png", names)
         with (
             closing(self._batches_from(state)) as batches,  # ends its workers, whatever still refers to it
             Trackers(self.trackers, folder, folder.parent.name, settings, state.epoch, names) as self._tracked,
@@ -243,7 +245,7 @@ class PretrainedTrainer:
             return
         log_epoch(history, self.recipe.epochs, self.labels.class_names)
         history.write_metrics(self.folder.path / "metrics.jsonl", self.labels.class_names)
-        history.plot(self.folder.path / "progress.png", self.labels.class_names)
+        self._picture.show(history, last=len(history) == self.recipe.epochs)
         self._tracked.log(history)
 
     # -- before it ---------------------------------------------------------------------------------------------------

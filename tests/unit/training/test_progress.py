@@ -11,8 +11,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from nnssl_adapt.training import progress
+from nnssl_adapt.training import progress, progress_picture
 from nnssl_adapt.training.progress import DeviceFigures, EpochClock, EpochDisplay, History, log_epoch, log_file
+from nnssl_adapt.training.progress_picture import ProgressPicture, draw_progress
 
 pytestmark = pytest.mark.pictures
 
@@ -99,9 +100,25 @@ def drawn(history, path, names, monkeypatch):
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    history.plot(path, names)
+    draw_progress(history, path, names)
     assert path.stat().st_size > 10_000
     return figures[0]
+
+
+def test_short_epochs_are_not_slowed_down_by_their_picture(tmp_path, monkeypatch):
+    now, shown = [0.0], []
+
+    def draw(history, path, names):
+        shown.append(len(history))
+        now[0] += 1
+
+    monkeypatch.setattr(progress_picture, "draw_progress", draw)
+    monkeypatch.setattr(progress_picture.time, "monotonic", lambda: now[0])
+    picture = ProgressPicture(tmp_path / "progress.png", ["a", "b"])
+    for epoch in range(1, 31):
+        now[0] += 3 if epoch < 20 else 100  # seconds
+        picture.show(history_of(epoch), last=epoch == 17)
+    assert shown == [1, 8, 15, 17, *range(20, 31)]
 
 
 def labels_in(panel):
