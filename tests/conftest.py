@@ -14,6 +14,11 @@ import pytest
 # Tiny arrays gain nothing from threads, and two test processes would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What started the tests may ignore these (nohup, a shell's background), and their processes would do so after them.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
+
 CHECKPOINTS = Path(__file__).parent / "data" / "nnssl_checkpoints"
 
 
