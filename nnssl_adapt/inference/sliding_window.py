@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
-from nnssl_adapt.inference.onednn import onednn_convolutions
+from nnssl_adapt.inference.convolutions import cudnn_benchmark, onednn_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def sliding_window_logits(
     network.to(device)
     # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.
     fast = onednn_convolutions(network, device) if accumulation_dtype == torch.float32 else nullcontext()
-    with _evaluating(network), _trying_algorithms(device), fast, torch.no_grad():
+    with _evaluating(network), cudnn_benchmark(device), fast, torch.no_grad():
         keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
         try:
             logits = _blend(run, whole, window, device, keep_on)
@@ -343,14 +343,3 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
-
-
-@contextmanager
-def _trying_algorithms(device: torch.device) -> Iterator[None]:
-    """Let cuDNN time its algorithms: every tile has the same shape."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

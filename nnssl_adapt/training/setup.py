@@ -128,14 +128,3 @@ def restored_random_state(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextmanager
-def cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    """Let cuDNN choose its fastest convolutions by trying: patches all have one size."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -16,6 +16,7 @@ from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError, NothingToResume
 from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
+from nnssl_adapt.inference.convolutions import cudnn_benchmark
 from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.planning.content import package_version
@@ -53,7 +54,6 @@ from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
     batches_of_fold,
-    cudnn_benchmark,
     preparation,
     restored_random_state,
     without_pretraining,

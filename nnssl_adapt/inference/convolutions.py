@@ -1,8 +1,8 @@
-"""Convolutions of a single tile on a CPU.
+"""Which algorithms convolve: the fastest for patches that all have one size.
 
-PyTorch leaves a convolution to oneDNN, unless the batch is one sample with few channels and voxels: that goes to code of
-its own (``use_mkldnn`` in ``aten/src/ATen/native/Convolution.cpp``), which takes up to twenty times as long. Batches of two
-would avoid it, but do not fit the processor's cache.
+On a GPU cuDNN finds them by trying. On a CPU PyTorch leaves a convolution to oneDNN, unless the batch is one sample with few
+channels and voxels: that goes to code of its own (``use_mkldnn`` in ``aten/src/ATen/native/Convolution.cpp``), which takes up
+to twenty times as long. Batches of two would avoid it, but do not fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -56,3 +56,14 @@ def _forward(of: nn.Conv3d, image: Tensor) -> Tensor:
     ):
         return nn.Conv3d.forward(of, image)
     return torch.mkldnn_convolution(image, of.weight, of.bias, of.padding, of.stride, of.dilation, of.groups)
+
+
+@contextmanager
+def cudnn_benchmark(device: torch.device) -> Iterator[None]:
+    """Within, cuDNN chooses its convolutions by timing them; nothing changes on other devices than CUDA."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl_adapt.inference.onednn import onednn_convolutions
+from nnssl_adapt.inference.convolutions import onednn_convolutions
 
 CPU = torch.device("cpu")
 
