@@ -77,6 +77,7 @@ class SpacingAdvice:
             rows = [row[:-1] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append("axes are the images' (Z × Y × X); a plan of median or fixed has the coarsest first")
         return "\n".join([*lines, f"* auto picks {self.picked}: {self.reason}"])
 
 

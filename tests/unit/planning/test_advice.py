@@ -52,8 +52,9 @@ def test_auto_keeps_to_its_rule(pretrained, spacing, picked, reason):
 
 def test_the_table_marks_what_was_picked():
     lines = str(advice()).splitlines()
-    assert len(lines) == 5 and len({len(line.rstrip()) > 40 for line in lines}) == 1
+    assert len(lines) == 6 and len({len(line.rstrip()) > 40 for line in lines}) == 1
     assert lines[1].startswith("  like_pretrained") and "1 × 1 × 1" in lines[1]
     assert lines[2].startswith("* median") and "4 × 0.8 × 0.5" in lines[2]
     assert "each its own" in lines[3]
-    assert lines[4].startswith("* auto picks median: ") and "2 times coarser" in lines[4]
+    assert "coarsest first" in lines[4]
+    assert lines[5].startswith("* auto picks median: ") and "2 times coarser" in lines[5]
