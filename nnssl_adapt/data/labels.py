@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -118,14 +118,26 @@ class LabelScheme:
         outputs = torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
         if outputs.shape[0] != self.num_heads:
             raise ValueError(f"expected {self.num_heads} network outputs, got {outputs.shape[0]}")
-        dtype = torch.uint8 if max(self.values_in_files) < 255 else torch.int16
-        if self.has_regions:
-            result = torch.zeros(outputs.shape[1:], dtype=dtype, device=outputs.device)
-            for output, value in zip(outputs, self.regions_class_order, strict=True):
-                result[torch.sigmoid(output.float()) > 0.5] = value
-        else:
-            result = outputs.argmax(0).to(dtype)
+        result = self.regions_to_labels(outputs) if self.has_regions else outputs.argmax(0).to(self._label_dtype)
         return result.numpy() if isinstance(logits, np.ndarray) else result
+
+    def regions_to_labels(self, outputs: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The same of regions, whose outputs (...) may come one after the other."""
+        import torch
+
+        result: torch.Tensor | None = None
+        for output, value in zip(outputs, self.regions_class_order, strict=True):
+            if result is None:
+                result = torch.zeros(output.shape, dtype=self._label_dtype, device=output.device)
+            result[torch.sigmoid(output.float()) > 0.5] = value
+        assert result is not None  # there is a region
+        return result
+
+    @property
+    def _label_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.uint8 if max(self.values_in_files) < 255 else torch.int16
 
 
 def _values(entry: LabelOrRegion) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from nnssl_adapt.data.preprocess import ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.geometry.logits import logits_to_labels
-from nnssl_adapt.geometry.resample import resample_image, resample_logits
+from nnssl_adapt.geometry.resample import as_array, resample_image, resample_logits
 from nnssl_adapt.planning.plan import FinetunePlan
 
 _FAST_RULE = ResamplingRule(order=1, order_z=0, force_separate_z=None)
@@ -43,6 +43,10 @@ def logits_to_segmentation(
     shape = properties["shape_after_cropping_and_before_resampling"]
     if not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE:
         cropped = logits_to_labels(logits, shape, plan.spacing, _own_spacing(properties, plan))
+    elif labels.has_regions and len(logits) == labels.num_heads:
+        # Each decides for itself, so one at a time is held at full size.
+        whole = (_on_own_grid(logits[head : head + 1], properties, plan)[0] for head in range(len(logits)))
+        cropped = labels.regions_to_labels(torch.from_numpy(output) for output in whole).numpy()
     else:
         cropped = np.asarray(labels.heads_to_labels(_on_own_grid(logits, properties, plan)))
     return _uncropped(cropped, properties, plan, _label_type(labels))
@@ -87,18 +91,18 @@ def write_probabilities(path_without_ending: Path, probabilities: np.ndarray, pr
 def _on_own_grid(logits: Tensor | np.ndarray, properties: Mapping[str, Any], plan: FinetunePlan) -> np.ndarray:
     """Logits (K, z, y, x) on the grid that the cropped image had before resampling; float32."""
     shape = tuple(int(n) for n in properties["shape_after_cropping_and_before_resampling"])
-    array = logits.float().numpy() if isinstance(logits, Tensor) else np.asarray(logits, np.float32)
     if plan.spacing is None:
-        if array.shape[1:] != shape:
+        if tuple(logits.shape[1:]) != shape:
             raise PlanError(
-                f"{plan.plans_name} keeps each image's grid, but logits are {array.shape[1:]}, image {shape}"
+                f"{plan.plans_name} keeps each image's grid, but logits are {tuple(logits.shape[1:])}, image {shape}"
             )
-        return array
+        return np.asarray(as_array(logits), np.float32)
     rule = plan.resampling_for_export
     own_spacing = _own_spacing(properties, plan)
     if rule == _FAST_RULE:
-        resampled = np.asarray(resample_logits(logits, shape, plan.spacing, own_spacing))
+        resampled = resample_logits(logits, shape, plan.spacing, own_spacing)
     else:
+        array = np.asarray(as_array(logits), np.float32)
         resampled = resample_image(array, shape, plan.spacing, own_spacing, **vars(rule))
     # nnU-Net keeps resampled logits in float16. The labels must not depend on whether probabilities were asked for.
     return resampled.astype(np.float16).astype(np.float32)

@@ -17,7 +17,7 @@ from nnssl_adapt.inference.tasks import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
 
 _RESAMPLED_LOGIT = 10
-"""Bytes a voxel and class when all classes are held at the image's own size: float32 twice and float16 once."""
+"""Bytes a voxel of a class that is held at the image's own size: float32 twice and float16 once."""
 
 _PROBABILITY = 8
 
@@ -55,8 +55,10 @@ def foresee(
     heads = labels.num_heads
     running = padded * (heads * bytes_per_logit + 8) + target * 4 * plan.num_channels
     exporting = target * (heads * bytes_per_logit + 4) + source * 4
-    if labels.has_regions or with_probabilities:
-        exporting += source * heads * (_RESAMPLED_LOGIT + (_PROBABILITY if with_probabilities else 0))
+    if with_probabilities:
+        exporting += source * heads * (_RESAMPLED_LOGIT + _PROBABILITY)
+    elif labels.has_regions:
+        exporting += source * (_RESAMPLED_LOGIT + 4)  # one at a time, beside the one before
     if with_postprocessing:
         exporting = max(exporting, target * heads * bytes_per_logit + source * BYTES_PER_VOXEL)
     reading = memory_needed(RawCase(task.identifier, task.files), plan.settings) if task.files else 0
