@@ -112,7 +112,8 @@ class MemoryEstimate:
     def __str__(self) -> str:
         return (
             f"{self.what}: about {gib(self.total)}\n"
-            f"  weights {gib(self.weights)}, gradients {gib(self.gradients)}, optimiser {gib(self.optimizer)}\n"
+            f"  when it takes most: weights {gib(self.weights)}, gradients by then {gib(self.gradients)}, "
+            f"optimiser {gib(self.optimizer)}\n"
             f"  activations {gib(self.activations)}, working memory {gib(self.working)}, margin {gib(self.margin)}"
         )
 
