@@ -47,7 +47,7 @@ KEYS = {
 
 def write_checkpoint(folder: Path) -> Path:
     """A ResEnc-L with one channel and one output, as nnFoundationCNN is published."""
-    from nnssl_adapt.weights.architectures import Architecture, build_network
+    from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
     network = build_network(Architecture.named("ResEncL"), 1, 1, PATCH)
     configuration = {
@@ -107,9 +107,9 @@ def memory() -> tuple[float, ...]:
 
 
 def ours(path: Path, channels: int) -> dict[str, float]:
-    from nnssl_adapt.weights.architectures import build_network
-    from nnssl_adapt.weights.checkpoint import open_checkpoint
-    from nnssl_adapt.weights.transfer import transfer_weights
+    from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+    from nnssl_adapt.weights.network.architectures import build_network
+    from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
     kept = []
 
@@ -130,7 +130,7 @@ def ours(path: Path, channels: int) -> dict[str, float]:
 
 def peer(path: Path, channels: int) -> dict[str, float]:
     """The usual way: everything into memory, then the encoder by its names; one channel only, others need a new stem."""
-    from nnssl_adapt.weights.architectures import Architecture, build_network
+    from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
     kept = []
 
@@ -215,7 +215,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         which, where, how_many = sys.argv[2:]
         torch.ones(8).sum()
-        importlib.import_module("nnssl_adapt.weights.transfer")  # imports are no part of it
+        importlib.import_module("nnssl_adapt.weights.transfer.transfer")  # imports are no part of it
         print(json.dumps({"ours": ours, "peer": peer}[which](Path(where), int(how_many))))
     else:
         main()

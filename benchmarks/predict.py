@@ -224,7 +224,7 @@ def make_world(root: Path, images: int) -> None:
     import SimpleITK as sitk
 
     from nnssl_adapt.planning.plan import FinetunePlan
-    from nnssl_adapt.weights.architectures import build_network
+    from nnssl_adapt.weights.network.architectures import build_network
 
     (root / "images").mkdir()
     random = np.random.default_rng(0)

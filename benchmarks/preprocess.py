@@ -28,9 +28,9 @@ import SimpleITK as sitk
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.memory import reuse_freed_memory
 from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule, preprocess_case
 from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.machine.memory import reuse_freed_memory
 
 # name: shape (Z, Y, X), spacing (mm), labels with background, share of the body that is labelled, what it resembles
 CASES = {

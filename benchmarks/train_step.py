@@ -85,9 +85,9 @@ class OurBatches:
 
     def __init__(self, folder: Path, patch: int, labels: int, on_device: bool = False) -> None:
         from nnssl_adapt.data.labels import LabelScheme
-        from nnssl_adapt.training.augment import SpatialRange, training_transforms
-        from nnssl_adapt.training.augment_gpu import device_transforms
-        from nnssl_adapt.training.patches import TRAINING, Batches, PatchSampler, PhaseData, prepare_worker
+        from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
+        from nnssl_adapt.training.batches.augment_gpu import device_transforms
+        from nnssl_adapt.training.batches.patches import TRAINING, Batches, PatchSampler, PhaseData, prepare_worker
 
         prepare_worker(0)
         size, scheme = (patch,) * 3, LabelScheme.from_dataset_json(dataset_json(labels))
@@ -101,7 +101,7 @@ class OurBatches:
         self.batches, self.made, self.phase = Batches(folder, {TRAINING: phase}, 2, 0.33, 0), 0, TRAINING
 
     def make(self) -> Any:
-        from nnssl_adapt.training.patches import BatchRequest
+        from nnssl_adapt.training.batches.patches import BatchRequest
 
         self.made += 1
         return self.batches[BatchRequest(self.phase, 0, self.made)]
@@ -202,7 +202,7 @@ TINY = {"features_per_stage": [4, 6, 8, 10, 12, 12]}
 
 def network_of(tiny: bool) -> Any:
     """ResEnc-L."""
-    from nnssl_adapt.weights.architectures import Architecture
+    from nnssl_adapt.weights.network.architectures import Architecture
 
     return Architecture.named("ResEncL", **(TINY if tiny else {}))
 
@@ -210,16 +210,23 @@ def network_of(tiny: bool) -> Any:
 def our_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int, augmentation: str) -> Any:
     """Our loop's seconds for each step, as a run has it: deep supervision as nnU-Net, batches from worker processes."""
     from nnssl_adapt.data.labels import LabelScheme
-    from nnssl_adapt.training.augment import SpatialRange, training_transforms
-    from nnssl_adapt.training.augment_gpu import DeviceAugmentation, device_transforms
-    from nnssl_adapt.training.checkpointing import TrainingState
+    from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
+    from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
+    from nnssl_adapt.training.batches.patches import (
+        TRAINING,
+        Batches,
+        BatchSchedule,
+        PatchSampler,
+        PhaseData,
+        iterate_batches,
+    )
     from nnssl_adapt.training.loop import TrainingLoop
-    from nnssl_adapt.training.losses import build_loss
-    from nnssl_adapt.training.network_options import to_device, training_forward
-    from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer, grad_scaler
-    from nnssl_adapt.training.patches import TRAINING, Batches, BatchSchedule, PatchSampler, PhaseData, iterate_batches
-    from nnssl_adapt.training.recipe import Recipe
-    from nnssl_adapt.weights.architectures import build_network
+    from nnssl_adapt.training.optimise.losses import build_loss
+    from nnssl_adapt.training.optimise.network_options import to_device, training_forward
+    from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer, grad_scaler
+    from nnssl_adapt.training.recipe.recipe import Recipe
+    from nnssl_adapt.training.run.checkpointing import TrainingState
+    from nnssl_adapt.weights.network.architectures import build_network
 
     recipe = Recipe.load("default").override(deep_supervision=True)
     where, size, scheme = torch.device(device), (patch,) * 3, LabelScheme.from_dataset_json(dataset_json(labels))

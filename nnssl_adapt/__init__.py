@@ -20,44 +20,44 @@ if TYPE_CHECKING:
     from nnssl_adapt.inference.predictor import Predictor
     from nnssl_adapt.planning.make import make_plan
     from nnssl_adapt.planning.plan import FinetunePlan
-    from nnssl_adapt.planning.prepare import preprocess_dataset
+    from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
     from nnssl_adapt.sharing.install import install_model
     from nnssl_adapt.sharing.package import make_package
     from nnssl_adapt.sharing.push import push_model
-    from nnssl_adapt.training.recipe import Recipe
+    from nnssl_adapt.training.recipe.recipe import Recipe
     from nnssl_adapt.training.trainer import PretrainedTrainer
-    from nnssl_adapt.weights.architectures import Architecture, build_network
-    from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
-    from nnssl_adapt.weights.prove import Proof, prove_transfer
-    from nnssl_adapt.weights.settings import TransferSettings
-    from nnssl_adapt.weights.transfer import TransferReport, transfer_weights
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from nnssl_adapt.weights.network.architectures import Architecture, build_network
+    from nnssl_adapt.weights.proof.prove import Proof, prove_transfer
+    from nnssl_adapt.weights.transfer.settings import TransferSettings
+    from nnssl_adapt.weights.transfer.transfer import TransferReport, transfer_weights
 
 _HOME = {
-    "Architecture": "nnssl_adapt.weights.architectures",
+    "Architecture": "nnssl_adapt.weights.network.architectures",
     "CaseStore": "nnssl_adapt.data.store",
-    "Checkpoint": "nnssl_adapt.weights.checkpoint",
+    "Checkpoint": "nnssl_adapt.weights.checkpoint.checkpoint",
     "FinetunePlan": "nnssl_adapt.planning.plan",
     "ModelFolder": "nnssl_adapt.inference.model_folder",
     "Predictor": "nnssl_adapt.inference.predictor",
     "PretrainedTrainer": "nnssl_adapt.training.trainer",
-    "Proof": "nnssl_adapt.weights.prove",
-    "Recipe": "nnssl_adapt.training.recipe",
+    "Proof": "nnssl_adapt.weights.proof.prove",
+    "Recipe": "nnssl_adapt.training.recipe.recipe",
     "Report": "nnssl_adapt.evaluation.report",
-    "TransferReport": "nnssl_adapt.weights.transfer",
-    "TransferSettings": "nnssl_adapt.weights.settings",
-    "build_network": "nnssl_adapt.weights.architectures",
+    "TransferReport": "nnssl_adapt.weights.transfer.transfer",
+    "TransferSettings": "nnssl_adapt.weights.transfer.settings",
+    "build_network": "nnssl_adapt.weights.network.architectures",
     "install_model": "nnssl_adapt.sharing.install",
     "make_package": "nnssl_adapt.sharing.package",
     "make_plan": "nnssl_adapt.planning.make",
     "make_report": "nnssl_adapt.evaluation.report",
-    "open_checkpoint": "nnssl_adapt.weights.checkpoint",
+    "open_checkpoint": "nnssl_adapt.weights.checkpoint.checkpoint",
     "preprocess_case": "nnssl_adapt.data.preprocess",
-    "preprocess_dataset": "nnssl_adapt.planning.prepare",
-    "prove_transfer": "nnssl_adapt.weights.prove",
+    "preprocess_dataset": "nnssl_adapt.planning.preprocess_dataset",
+    "prove_transfer": "nnssl_adapt.weights.proof.prove",
     "push_model": "nnssl_adapt.sharing.push",
     "reorient_dataset": "nnssl_adapt.data.reorient",
     "show": "nnssl_adapt.evaluation.show",
-    "transfer_weights": "nnssl_adapt.weights.transfer",
+    "transfer_weights": "nnssl_adapt.weights.transfer.transfer",
     "write_dataset_json": "nnssl_adapt.data.convert.dataset_json",
     "write_report": "nnssl_adapt.evaluation.report",
 }

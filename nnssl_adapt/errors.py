@@ -32,12 +32,33 @@ NnsslAdaptError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 
 class NnsslAdaptError(Exception):
-    """Base of all errors that a user can cause and mend.
+    """Base of all errors that a user can cause and fix.
 
     The command line prints the message as one line (more only with ``--verbose``) and exits with 1.
+
+    Attributes:
+        path: the file or folder that is wrong, if it is one.
+        mistakes: each mistake as a sentence of its own, where several are reported together.
+        next_command: what to type next, where one command helps.
     """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        path: str | Path | None = None,
+        mistakes: Iterable[str] = (),
+        next_command: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+        self.mistakes = tuple(mistakes)
+        self.next_command = next_command
 
 
 class ConfigurationError(NnsslAdaptError):

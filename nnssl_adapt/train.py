@@ -18,7 +18,7 @@ from nnssl_adapt.cli.common import run_command
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.training.launch import end_with_launcher, note_error
+    from nnssl_adapt.training.launch.launch import end_with_launcher, note_error
 
     end_with_launcher()
     try:

@@ -83,7 +83,7 @@ def quick_picture(request, monkeypatch):
     """Drawing the progress after each epoch takes ten times as long as such an epoch: only what is marked "pictures" does."""
     if "pictures" not in request.keywords:
         monkeypatch.setattr(
-            "nnssl_adapt.training.progress_picture.draw_progress",
+            "nnssl_adapt.training.progress.picture.draw_progress",
             lambda history, path, names=(): path.write_bytes(PIXEL),
         )
 
@@ -108,10 +108,10 @@ def known_fingerprints():
 @pytest.fixture
 def tiny_dataset(nnunet_folders, known_fingerprints):
     """Make a tiny raw dataset with its fingerprint: ``tiny_dataset(channels=2, …)``, see ``synthetic.make_dataset``."""
-    from synthetic import make_dataset
+    from support.synthetic import make_dataset
 
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.data.fingerprint import fingerprint_dataset
+    from nnssl_adapt.data.verifying.fingerprint import fingerprint_dataset
     from nnssl_adapt.files import write_json
 
     def make(**arguments) -> Path:

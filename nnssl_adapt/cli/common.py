@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnssl_adapt.weights.checkpoint import Checkpoint
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -178,9 +178,9 @@ def source_words(arguments: argparse.Namespace) -> list[str]:
 
 def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
-    from nnssl_adapt.weights.checkpoint import open_checkpoint
+    from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 
-    with _quiet("nnssl_adapt.weights.checkpoint"):  # its notes are printed with it
+    with _quiet("nnssl_adapt.weights.checkpoint.checkpoint"):  # its notes are printed with it
         checkpoint = open_checkpoint(arguments.source, **source_options(arguments))
     print(checkpoint)
     return checkpoint
@@ -200,7 +200,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 def default_workers() -> int:
     """Processes to use when none were asked for: the cores that this job may use, at most 8 as nnU-Net."""
-    from nnssl_adapt.training.resources import Resources
+    from nnssl_adapt.machine.resources import Resources
 
     return min(8, Resources.here().cores)
 
@@ -216,6 +216,6 @@ def checked_workers(wish: int | None) -> int:
 
 def require_device(name: str) -> str:
     """Return the device, or raise DeviceUnavailable saying which ones there are. Checked before any long work."""
-    from nnssl_adapt.inference.device import check_device
+    from nnssl_adapt.machine.device import check_device
 
     return str(check_device(name))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose
 
 if TYPE_CHECKING:
-    from nnssl_adapt.weights.hub_files import HubAddress
-    from nnssl_adapt.weights.source import ResolvedSource
+    from nnssl_adapt.weights.sources.hub_files import HubAddress
+    from nnssl_adapt.weights.sources.resolve import ResolvedSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.weights.checkpoint import read_checkpoint
-    from nnssl_adapt.weights.source import resolve_source
+    from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
+    from nnssl_adapt.weights.sources.resolve import resolve_source
 
     resolved = resolve_source(
         arguments.source,
@@ -64,8 +64,8 @@ def _show_use_of_cache(resolved: ResolvedSource, arguments: argparse.Namespace) 
 
 def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Namespace) -> None:
     from nnssl_adapt.errors import DigestMismatch
-    from nnssl_adapt.weights.shelf import files_to_copy, name_on_shelf, put_on_shelf
-    from nnssl_adapt.weights.source import resolve_source
+    from nnssl_adapt.weights.sources.offline_store import files_to_copy, name_on_shelf, put_on_shelf
+    from nnssl_adapt.weights.sources.resolve import resolve_source
 
     origin = resolved.origin
     address = _hub_wish(arguments) if origin.repo_id is not None else None
@@ -110,7 +110,7 @@ def _pinned(resolved: ResolvedSource, typed: str) -> str:
 
 def _hub_wish(arguments: argparse.Namespace) -> HubAddress | None:
     """The repository that was named, with the revision and file wanted of it; None for other sources."""
-    from nnssl_adapt.weights.hub_files import HubAddress
+    from nnssl_adapt.weights.sources.hub_files import HubAddress
 
     named = HubAddress.parse(arguments.source)
     if named is None:

@@ -16,7 +16,7 @@ from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
     from nnssl_adapt.planning.plan import FinetunePlan
-    from nnssl_adapt.training.recipe import Recipe
+    from nnssl_adapt.training.recipe.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.training.launch import check_processes
+    from nnssl_adapt.training.launch.launch import check_processes
 
     fold = parse_fold(arguments.fold)
     deadline = deadline_of(arguments, started)
@@ -91,7 +91,7 @@ def _train_in_processes(
     """Train with ``-num_gpus`` processes of ``nnUNetv2_train_pretrained``; returns their exit code."""
     import yaml
 
-    from nnssl_adapt.training.launch import run_ranks
+    from nnssl_adapt.training.launch.launch import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="nnssl_adapt-recipe-") as folder:
         path = Path(folder) / "recipe.yaml"
@@ -107,7 +107,7 @@ def training_words(
 
     ``started`` (seconds since 1970) is when this command was; its time limit counts from there.
     """
-    from nnssl_adapt.training.stopping import time_left
+    from nnssl_adapt.training.run.stopping import time_left
 
     words = ["-d", plan.dataset_name, "-c", plan.configuration, "-f", str(fold), "-p", plan.plans_name]
     words += ["-device", arguments.device, *(["--npz"] if arguments.npz else [])]

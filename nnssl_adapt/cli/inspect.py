@@ -15,8 +15,8 @@ from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from nnssl_adapt.weights.checkpoint import Checkpoint
-    from nnssl_adapt.weights.settings import TransferSettings
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+    from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     content: dict[str, Any] = {"checkpoint": describe(checkpoint), "transfer": report.to_dict()}
     passed = True
     if arguments.prove:
-        from nnssl_adapt.weights.prove import prove_transfer
+        from nnssl_adapt.weights.proof.prove import prove_transfer
 
         proof = prove_transfer(checkpoint, network, scope=settings.scope, channels=settings.channels)
         passed = proof.passed
@@ -63,7 +63,7 @@ def _target(
 ) -> tuple[nn.Module, TransferSettings, tuple[str, ...], str]:
     """The network to fill, how, what its outputs stand for, and a line that says whose it is."""
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.weights.architectures import build_network, nearest_patch
+    from nnssl_adapt.weights.network.architectures import build_network, nearest_patch
 
     plan = checkpoint.plan
     patch = nearest_patch(checkpoint.architecture, plan.patch_size)

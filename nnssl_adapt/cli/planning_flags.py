@@ -9,9 +9,9 @@ from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.data.fingerprint import DatasetFingerprint
+    from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
     from nnssl_adapt.planning.plan import FinetunePlan
-    from nnssl_adapt.weights.checkpoint import Checkpoint
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample", "auto")
 

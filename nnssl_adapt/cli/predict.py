@@ -86,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     import nnssl_adapt as na
-    from nnssl_adapt.data.memory import reuse_freed_memory
     from nnssl_adapt.errors import OutputError, PredictionError
     from nnssl_adapt.inference.record import RECORD
+    from nnssl_adapt.machine.memory import reuse_freed_memory
 
     arguments.how_to_go_on = "run the same command with --continue"
     part = _part(arguments.part)

@@ -12,7 +12,7 @@ from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.weights.checkpoint import Checkpoint
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:

@@ -13,7 +13,7 @@ from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
-    from nnssl_adapt.training.stopping import Deadline
+    from nnssl_adapt.training.run.stopping import Deadline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def deadline_of(arguments: argparse.Namespace, started: float) -> Deadline | None:
     """When the run has to be over, by ``--time-limit`` counted from ``started`` (seconds since 1970) and by Slurm."""
-    from nnssl_adapt.training.stopping import find_deadline
+    from nnssl_adapt.training.run.stopping import find_deadline
 
     return find_deadline(arguments.time_limit, started)
 
@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.paths import find_dataset_name
-    from nnssl_adapt.training.distributed import distributed
-    from nnssl_adapt.training.launch import launch_wanted, run_ranks
+    from nnssl_adapt.training.launch.distributed import distributed
+    from nnssl_adapt.training.launch.launch import launch_wanted, run_ranks
 
     dataset, configuration, fold = _dataset_configuration_fold(arguments)
     if arguments.source and arguments.from_scratch:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnssl_adapt.training.recipe import Recipe
+    from nnssl_adapt.training.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     Raises ConfigurationError with all mistakes: of the flags, of ``--set``, and of what the network or device can't do.
     """
     from nnssl_adapt.errors import ConfigurationError
-    from nnssl_adapt.training.recipe import Recipe, as_far_as_readable
-    from nnssl_adapt.training.recipe_checks import machine_mistakes
-    from nnssl_adapt.training.recipe_values import raise_if_any
-    from nnssl_adapt.training.trackers import tracker_mistakes
+    from nnssl_adapt.training.progress.trackers import tracker_mistakes
+    from nnssl_adapt.training.recipe.checks import machine_mistakes
+    from nnssl_adapt.training.recipe.recipe import Recipe, as_far_as_readable
+    from nnssl_adapt.training.recipe.values import raise_if_any
 
     mistakes: list[str] = []
     try:
@@ -165,7 +165,7 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
 def _chosen(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     """What ``-tr`` or ``--recipe`` names, or the family's own."""
     from nnssl_adapt.errors import ConfigurationError
-    from nnssl_adapt.training.recipe import Recipe
+    from nnssl_adapt.training.recipe.recipe import Recipe
 
     if arguments.trainer and arguments.recipe:
         raise ConfigurationError("-tr and --recipe both choose a recipe: give one of them")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nnssl_adapt.weights.settings import TransferSettings
+    from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 # Spelled out here so that --help does not import torch; a test compares them with the library's.
 _SCOPES = ("auto", "encoder", "encoder+decoder", "none")
@@ -55,7 +55,7 @@ def transfer_settings_from(arguments: argparse.Namespace, channel_names: Sequenc
     Raises ConfigurationError naming the flag that is wrong.
     """
     from nnssl_adapt.errors import ConfigurationError
-    from nnssl_adapt.weights.settings import CHANNEL_RULES, TransferSettings, parse_channels
+    from nnssl_adapt.weights.transfer.settings import CHANNEL_RULES, TransferSettings, parse_channels
 
     text = arguments.channels
     if not channel_names and text.strip().lower() not in CHANNEL_RULES:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.data.verify_all import verify_all
+    from nnssl_adapt.data.verifying.verify import verify_all
     from nnssl_adapt.errors import DatasetNotFound
     from nnssl_adapt.files import write_text
     from nnssl_adapt.paths import find_dataset_name, raw_folder

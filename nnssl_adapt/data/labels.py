@@ -189,3 +189,12 @@ def _parsed_class_order(order: Any, regions: Sequence[LabelOrRegion], where: str
             f"{where}: 'regions_class_order' must have one value for each of the {len(regions)} regions, got {len(order)}"
         )
     return tuple(order)
+
+
+def label_problem(path: Path, values: Iterable[int], expected: Iterable[int]) -> str | None:
+    """Say which of a label file's values dataset.json does not have; None if it has them all."""
+    unexpected = sorted(set(values) - set(expected))
+    if not unexpected:
+        return None
+    shown = ", ".join(str(v) for v in unexpected[:10]) + (", ..." if len(unexpected) > 10 else "")
+    return f"{path} has label value(s) {shown}; dataset.json has {', '.join(str(v) for v in expected)}"

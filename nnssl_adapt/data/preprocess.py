@@ -23,10 +23,9 @@ from nnssl_adapt.data.images import (
     read_image,
     read_labels,
 )
-from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
+from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme, label_problem
 from nnssl_adapt.data.normalize import CT_STATISTICS, SCHEMES, normalize_channel
 from nnssl_adapt.data.store import PreprocessedCase
-from nnssl_adapt.data.verify import label_problem
 from nnssl_adapt.errors import CaseError, PlanError
 from nnssl_adapt.geometry.cropping import Box, fill_holes, nonzero_box
 from nnssl_adapt.geometry.labels import resample_labels

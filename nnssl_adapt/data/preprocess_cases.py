@@ -12,11 +12,11 @@ from typing import Any
 from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.preprocess import PreprocessSettings, digest_of, preprocess_case
 from nnssl_adapt.data.store import CaseStore, describe_source
 from nnssl_adapt.errors import CaseError, ConfigurationError, PreprocessingError
 from nnssl_adapt.geometry.spacing import resampled_shape
+from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import SimpleITK as sitk
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.nifti import IncompleteFile, read_nifti_voxels
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.splits import SPLITS_FILE
 from nnssl_adapt.errors import CaseError, DatasetError, OutputError, PreprocessingError
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, orientation_code
+from nnssl_adapt.machine.workers import over_cases
 from nnssl_adapt.paths import free_dataset_id, preprocessed_folder, raw_folder
 
 logger = logging.getLogger(__name__)

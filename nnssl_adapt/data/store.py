@@ -26,9 +26,9 @@ import SimpleITK as sitk
 from isal import isal_zlib
 
 from nnssl_adapt.data.properties import load_properties
-from nnssl_adapt.data.workplace import remove_abandoned, workplace
 from nnssl_adapt.errors import CaseError, DatasetNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json
+from nnssl_adapt.machine.scratch import remove_abandoned, workplace
 
 logger = logging.getLogger(__name__)
 

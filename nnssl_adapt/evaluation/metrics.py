@@ -16,10 +16,10 @@ import numpy as np
 from nnssl_adapt.data.dataset import MAX_LISTED
 from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.measures import MEASURES, Judging, add_measures
 from nnssl_adapt.files import write_json
+from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from nnssl_adapt.data.images import read_labels
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.metrics import CaseMetrics, Summary, cases_in, compare_labels, summarize
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.inference.postprocess import Postprocessing, memory_of, postprocess_folder
+from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, NnsslAdaptError
 from nnssl_adapt.evaluation.metrics import load_summary
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.weights.transfer_report import TransferReport
+from nnssl_adapt.weights.transfer.report import TransferReport
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nnssl_adapt.geometry.weights import LinearTaps, linear_taps, nearest_index
+from nnssl_adapt.geometry.interpolation import LinearTaps, linear_taps, nearest_index
 
 _CHUNK = 1 << 15
 """Mixed voxels settled at a time; bounds the memory, and keeps it in the processor's cache."""

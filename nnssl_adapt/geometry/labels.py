@@ -8,9 +8,9 @@ import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.blocks import Blocks, resize_by_blocks, slicewise, taps_of
+from nnssl_adapt.geometry.interpolation import nearest_index
 from nnssl_adapt.geometry.resample import checked_shape
 from nnssl_adapt.geometry.spacing import separate_z_axis
-from nnssl_adapt.geometry.weights import nearest_index
 
 
 def resample_labels(

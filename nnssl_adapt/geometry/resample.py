@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.geometry.interpolation import MATRICES, bands, nearest_index
 from nnssl_adapt.geometry.spacing import separate_z_axis
-from nnssl_adapt.geometry.weights import MATRICES, bands, nearest_index
 
 
 def resample_image(

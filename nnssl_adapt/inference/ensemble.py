@@ -19,11 +19,11 @@ import numpy as np
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.postprocess import Postprocessing, copy_descriptions, description_of, raise_failures
+from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
 

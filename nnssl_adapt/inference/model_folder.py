@@ -21,9 +21,9 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.trainer_class import architecture_of_stock_trainer
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.weights.architectures import Architecture, build_network
-from nnssl_adapt.weights.state_dict import strip_wrappers, tensors_of
-from nnssl_adapt.weights.weight_file import read_weight_file
+from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
+from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 Fold = int | Literal["all"]
 Which = Literal["final", "best"]

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_adapt.data.parallel import Budget, kill_workers, prepare_worker
 from nnssl_adapt.errors import OutputError, PredictionError
 from nnssl_adapt.inference.sliding_window import Allocate
 from nnssl_adapt.inference.steps import Prepared, SharedMemory, Steps, export_in_worker, prepare_in_worker
 from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.machine.workers import Budget, kill_workers, prepare_worker
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from scipy import ndimage
 from nnssl_adapt.data.dataset import MAX_LISTED
 from nnssl_adapt.data.images import read_geometry, read_labels, write_labels
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, UnsafeCheckpoint
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.cropping import nonzero_box
+from nnssl_adapt.machine.workers import over_cases
 
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"

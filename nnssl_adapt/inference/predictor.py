@@ -19,18 +19,18 @@ from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
 from nnssl_adapt.files import atomic_path, make_folder, sha256_of
-from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.failures import complaint, failure_report
 from nnssl_adapt.inference.foresight import count_tiles, foresee
 from nnssl_adapt.inference.in_memory import checked_array, expected_channels, to_simpleitk
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
 from nnssl_adapt.inference.pipeline import Pipeline, Result
 from nnssl_adapt.inference.postprocess import Postprocessing
-from nnssl_adapt.inference.progress_bar import TileBar
 from nnssl_adapt.inference.record import PredictionRecord, remove_unfinished, unfinished
 from nnssl_adapt.inference.sliding_window import Allocate, Progress, sliding_window_logits
 from nnssl_adapt.inference.steps import Steps
 from nnssl_adapt.inference.tasks import Images, ImageTask, image_tasks, is_image_file, is_in_memory
+from nnssl_adapt.inference.tile_bar import TileBar
+from nnssl_adapt.machine.device import check_device
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.memory import give_back_freed_memory
 from nnssl_adapt.data.preprocess import preprocess_arrays
 from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.machine.memory import give_back_freed_memory
 from nnssl_adapt.planning.plan import FinetunePlan
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnssl_adapt.files import write_text
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 TRAINER_FILE = "trainer_class.py"
 PRIMUS_FROM_PLANS = "nnsslAdaptPrimusFromPlansTrainer"

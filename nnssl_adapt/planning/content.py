@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.fingerprint import DatasetFingerprint
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.geometry.spacing import Spacing, SpacingChoice, median_spacing, resampled_shape
 from nnssl_adapt.planning.base_plans import BasePlans
 from nnssl_adapt.planning.naming import describe_settings
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING, Normalization, choose_normalization
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.architectures import Architecture
-from nnssl_adapt.weights.checkpoint import Checkpoint
-from nnssl_adapt.weights.settings import TransferSettings
-from nnssl_adapt.weights.source import Origin
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.sources.resolve import Origin
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.planning.content import data_identifier, pretrain_info, provenance
 from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.weights.checkpoint import Checkpoint
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 SPACING_MODE = "base_plans"
 """``spacing_mode`` of such a plan: everything about the images is the base plan's."""

@@ -21,7 +21,7 @@ from nnssl_adapt.planning.memory import (
     largest_fit,
 )
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,20 @@ from functools import partial
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.fingerprint import DatasetFingerprint, changed_cases, fingerprint_dataset, remember_sources
 from nnssl_adapt.data.reorient import reorient_dataset
-from nnssl_adapt.data.verify import verify_dataset
+from nnssl_adapt.data.verifying.fingerprint import (
+    DatasetFingerprint,
+    changed_cases,
+    fingerprint_dataset,
+    remember_sources,
+)
+from nnssl_adapt.data.verifying.gate import verify_dataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, make_folder
 from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, check_fixed, checked_spacing, choose_spacing
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
 from nnssl_adapt.planning.base_plans import BasePlans, find_topology
-from nnssl_adapt.planning.checks import check_orientation, check_transfer, find_other_orientations
 from nnssl_adapt.planning.content import plans_content
 from nnssl_adapt.planning.dynamic import dynamic_content
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget, usual_step
@@ -28,10 +32,11 @@ from nnssl_adapt.planning.naming import check_name, check_plans_name, refuse_to_
 from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE, nnunet_plan, preset_for
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING, parse_normalization
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.preflight import check_orientation, check_transfer, find_other_orientations
 from nnssl_adapt.planning.topology import check_preset
-from nnssl_adapt.weights.architectures import nearest_patch
-from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nnssl_adapt.weights.network.architectures import nearest_patch
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.traced_step import trace_step
-from nnssl_adapt.weights.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 GIB = 2**30
 

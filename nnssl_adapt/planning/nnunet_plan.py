@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.fingerprint import DatasetFingerprint
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.geometry.spacing import median_spacing
 from nnssl_adapt.planning.base_plans import BasePlans
@@ -16,7 +16,7 @@ from nnssl_adapt.planning.content import configuration_entries, dataset_entries,
 from nnssl_adapt.planning.normalization import normalization_of_data
 from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
 from nnssl_adapt.planning.topology import NNUNET_PRESETS, needs_low_resolution, plan_network
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 PLANNED_HERE = "planned_here"
 """``base_plans`` of a plan whose network follows nnU-Net's rules, but was planned by this package."""

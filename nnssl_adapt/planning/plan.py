@@ -16,8 +16,8 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.plans_json import read_plans, refuse_ignored_keys
-from nnssl_adapt.weights.architectures import Architecture
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from itertools import accumulate
 import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError, PlanError
-from nnssl_adapt.weights.architecture_arguments import BLOCKS_PER_STAGE
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 
 Shape = tuple[int, int, int]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from nnssl_adapt.errors import NnsslAdaptError
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.paths import results_folder
-from nnssl_adapt.weights.records import Record
+from nnssl_adapt.weights.sources.digests import Record
 
 INSTALLED = "installed.json"
 """Record beside a model that was installed: digests and source."""

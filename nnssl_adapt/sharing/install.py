@@ -20,13 +20,13 @@ from nnssl_adapt.paths import downloads_folder, results_folder
 from nnssl_adapt.sharing.catalogue import INSTALLED
 from nnssl_adapt.sharing.contents import check_weights
 from nnssl_adapt.sharing.package import zip_of
-from nnssl_adapt.weights.archive import extract, is_archive, list_archive
-from nnssl_adapt.weights.download import Address, download
-from nnssl_adapt.weights.file_names import is_clutter, join
-from nnssl_adapt.weights.hub import Hub, Missing, NotCached
-from nnssl_adapt.weights.hub_files import HubAddress, is_hub_url
-from nnssl_adapt.weights.model_source import ModelListing, find_models
-from nnssl_adapt.weights.records import Record, whole_folder
+from nnssl_adapt.weights.sources.archive import extract, is_archive, list_archive
+from nnssl_adapt.weights.sources.digests import Record, whole_folder
+from nnssl_adapt.weights.sources.download import Address, download
+from nnssl_adapt.weights.sources.file_names import is_clutter, join
+from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached
+from nnssl_adapt.weights.sources.hub_files import HubAddress, is_hub_url
+from nnssl_adapt.weights.sources.model_source import ModelListing, find_models
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Literal
 
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceError
 from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_text
-from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.inference.trainer_class import STOCK_TRAINER
+from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.card import model_card
 from nnssl_adapt.sharing.checks import choose_orientation, find_raw, general_warnings, no_existing_output, sct_warnings
@@ -26,7 +26,7 @@ from nnssl_adapt.sharing.contents import PackagedModel, check_weights, choose_fo
 from nnssl_adapt.sharing.naming import read_name, release_tag
 from nnssl_adapt.sharing.proof import Proof, prove_package
 from nnssl_adapt.sharing.zips import write_zip
-from nnssl_adapt.weights.records import Record, whole_folder
+from nnssl_adapt.weights.sources.digests import Record, whole_folder
 
 logger = logging.getLogger(__name__)
 

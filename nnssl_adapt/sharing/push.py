@@ -25,9 +25,9 @@ from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.sharing.contents import CHECKPOINT
 from nnssl_adapt.sharing.install import unpack_model
 from nnssl_adapt.sharing.package import CARD, Prepared, prepare, zip_of
-from nnssl_adapt.weights.archive import is_archive
-from nnssl_adapt.weights.hub import endpoint, offline
-from nnssl_adapt.weights.weight_file import read_weight_file
+from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.sources.archive import is_archive
+from nnssl_adapt.weights.sources.hub import endpoint, offline
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import NonFiniteLoss, TrainingError, TrainingStopped
-from nnssl_adapt.training.checkpointing import CheckpointWriter, TrainingState, predicting
-from nnssl_adapt.training.distributed import Ranks
-from nnssl_adapt.training.losses import count_overlap, pseudo_dice
-from nnssl_adapt.training.network_options import training_forward
-from nnssl_adapt.training.patches import seeds_for
-from nnssl_adapt.training.progress import EpochClock, EpochDisplay, History
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.schedule import prepare_epoch
-from nnssl_adapt.training.stopping import StopRequest
+from nnssl_adapt.training.batches.patches import seeds_for
+from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.optimise.losses import count_overlap, pseudo_dice
+from nnssl_adapt.training.optimise.network_options import training_forward
+from nnssl_adapt.training.optimise.schedule import prepare_epoch
+from nnssl_adapt.training.progress.progress import EpochClock, EpochDisplay, History
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.checkpointing import CheckpointWriter, TrainingState, predicting
+from nnssl_adapt.training.run.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 Prepare = Callable[[Batch, torch.device], tuple[Tensor, Tensor]]
 
 _NETWORK = 11
-"""First counter of the network's random seeds, beside those of :mod:`nnssl_adapt.training.patches`."""
+"""First counter of the network's random seeds, beside those of :mod:`nnssl_adapt.training.batches.patches`."""
 
 _SMALLEST_SCALE = 1.0
 """Loss scales above it are still looking for their size, and gradients that overflow are part of that."""

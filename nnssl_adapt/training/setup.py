@@ -13,11 +13,9 @@ import torch
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.augment import SpatialRange, plain_transforms, training_transforms
-from nnssl_adapt.training.augment_gpu import DeviceAugmentation, device_transforms
-from nnssl_adapt.training.distributed import Ranks
-from nnssl_adapt.training.loop import Batch, Prepare, moved
-from nnssl_adapt.training.patches import (
+from nnssl_adapt.training.batches.augment import SpatialRange, plain_transforms, training_transforms
+from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
+from nnssl_adapt.training.batches.patches import (
     TRAINING,
     VALIDATION,
     Batches,
@@ -27,7 +25,9 @@ from nnssl_adapt.training.patches import (
     annotated_key,
     iterate_batches,
 )
-from nnssl_adapt.training.recipe import Recipe
+from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.loop import Batch, Prepare, moved
+from nnssl_adapt.training.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

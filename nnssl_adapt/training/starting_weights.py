@@ -14,11 +14,11 @@ from torch import nn
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
-from nnssl_adapt.planning.checks import find_other_orientations
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.checkpoint import Checkpoint, open_checkpoint
-from nnssl_adapt.weights.transfer import TransferReport, scratch_report, transfer_weights
+from nnssl_adapt.planning.preflight import find_other_orientations
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.transfer import TransferReport, scratch_report, transfer_weights
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ def find_checkpoint(
     """Open the checkpoint that the plan was made for, wherever it lies now; its digest decides.
 
     Looked for: ``given``; then the source that the plan names (found as
-    :func:`~nnssl_adapt.weights.checkpoint.open_checkpoint` does, at the recorded revision); then the path that the plan
-    keeps as a hint. ``options``: more of its arguments; they go before what the plan records.
+    :func:`~nnssl_adapt.weights.checkpoint.checkpoint.open_checkpoint` does, at the recorded revision); then the path that
+    the plan keeps as a hint. ``options``: more of its arguments; they go before what the plan records.
     """
     checkpoint = given if isinstance(given, Checkpoint) else _open(plan, given, dict(options or {}))
     recorded = plan.provenance.get("source", {}).get("sha256")

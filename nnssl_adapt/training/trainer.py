@@ -17,12 +17,26 @@ from nnssl_adapt.errors import ConfigurationError, NothingToResume
 from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
 from nnssl_adapt.inference.convolutions import cudnn_benchmark
-from nnssl_adapt.inference.device import check_device
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.machine.device import check_device
+from nnssl_adapt.machine.lock import only_run_in
 from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.adapters import add_adapters
-from nnssl_adapt.training.checkpointing import (
+from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death, seeds_for
+from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.loop import Batch, TrainingLoop
+from nnssl_adapt.training.optimise.adapters import add_adapters
+from nnssl_adapt.training.optimise.ema import WeightAverage
+from nnssl_adapt.training.optimise.losses import build_loss
+from nnssl_adapt.training.optimise.network_options import to_device
+from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer, grad_scaler
+from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors
+from nnssl_adapt.training.progress.picture import ProgressPicture
+from nnssl_adapt.training.progress.progress import History, log_epoch, log_file
+from nnssl_adapt.training.progress.trackers import Trackers, check_trackers
+from nnssl_adapt.training.recipe.checks import check_recipe_against, freezing_warnings
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.checkpointing import (
     BEST,
     FINAL,
     LATEST,
@@ -34,22 +48,10 @@ from nnssl_adapt.training.checkpointing import (
     remove_unfinished,
     restore,
 )
-from nnssl_adapt.training.distributed import Ranks
-from nnssl_adapt.training.ema import WeightAverage
-from nnssl_adapt.training.fold import cases_of_fold
-from nnssl_adapt.training.loop import Batch, TrainingLoop
-from nnssl_adapt.training.losses import build_loss
-from nnssl_adapt.training.network_options import to_device
-from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer, grad_scaler
-from nnssl_adapt.training.out_of_memory import explained_memory_errors
-from nnssl_adapt.training.patches import default_workers, explained_worker_death, seeds_for
-from nnssl_adapt.training.progress import History, log_epoch, log_file
-from nnssl_adapt.training.progress_picture import ProgressPicture
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.recipe_checks import check_recipe_against, freezing_warnings
-from nnssl_adapt.training.run_folder import RunFolder
-from nnssl_adapt.training.run_identity import RunIdentity
-from nnssl_adapt.training.run_lock import only_run_in
+from nnssl_adapt.training.run.fold import cases_of_fold
+from nnssl_adapt.training.run.folder import RunFolder
+from nnssl_adapt.training.run.identity import RunIdentity
+from nnssl_adapt.training.run.stopping import Deadline, StopRequest, stop_on_signals
 from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
@@ -63,15 +65,13 @@ from nnssl_adapt.training.starting_weights import (
     describe_citations,
     fill_with_starting_weights,
 )
-from nnssl_adapt.training.stopping import Deadline, StopRequest, stop_on_signals
-from nnssl_adapt.training.trackers import Trackers, check_trackers
 from nnssl_adapt.training.validation import FoldValidation
-from nnssl_adapt.weights.checkpoint import Checkpoint
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 _INITIAL_WEIGHTS = 10
-"""First counter of a random seed, beside those of :mod:`nnssl_adapt.training.patches` and the loop's."""
+"""First counter of a random seed, beside those of :mod:`nnssl_adapt.training.batches.patches` and the loop's."""
 
 
 class PretrainedTrainer:
@@ -84,14 +84,14 @@ class PretrainedTrainer:
         device: ``cuda``, ``cuda:1``, ``cpu`` or ``mps``.
         checkpoint: the pre-trained weights, or where they lie; None: found from what the plan records.
         source_options: how to open them, where other than the plan records: arguments of
-            :func:`~nnssl_adapt.weights.checkpoint.open_checkpoint`.
+            :func:`~nnssl_adapt.weights.checkpoint.checkpoint.open_checkpoint`.
         from_scratch: start from random weights, in a model folder of its own.
         workers: processes that make batches, 0 for none; None: what the machine allows.
         disable_checkpointing: write no checkpoints, for trying things out.
         results_folder: instead of ``nnUNet_results``.
         progress: whether to show a live line on a terminal.
         trackers: where else to send the figures: ``tensorboard``, ``wandb``.
-        ranks: the processes that train together, if there are several; see :mod:`nnssl_adapt.training.distributed`.
+        ranks: the processes that train together, if there are several; see :mod:`nnssl_adapt.training.launch.distributed`.
 
     Raises:
         DeviceUnavailable: no such device here.
@@ -172,7 +172,7 @@ class PretrainedTrainer:
             validate_only: don't train.
             checkpoint_for_validation: ``final`` or ``best``.
             save_probabilities: of the validation cases, as nnU-Net's ``.npz``.
-            deadline: when to have stopped; see :func:`~nnssl_adapt.training.stopping.find_deadline`.
+            deadline: when to have stopped; see :func:`~nnssl_adapt.training.run.stopping.find_deadline`.
 
         Raises:
             TrainingStopped: a signal asked for it, or the deadline is near; what there is is saved.

@@ -22,8 +22,8 @@ from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.sliding_window import Progress, sliding_window_logits
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.distributed import Ranks
-from nnssl_adapt.training.stopping import StopRequest
+from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.run.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 

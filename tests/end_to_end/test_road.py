@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from hub_server import HubServer
-from synthetic import make_dataset
-from training_runs import assert_same_training
+from support.hub_server import HubServer
+from support.synthetic import make_dataset
+from support.training_runs import assert_same_training
 
 import nnssl_adapt as na
 from nnssl_adapt.cli import main, preprocess, train
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.training import launch
+from nnssl_adapt.training.launch.launch import launch
 
 TINY = [
     "--epochs",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from nnssl_adapt.cli import main
 

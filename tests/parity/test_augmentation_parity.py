@@ -18,11 +18,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy.ndimage import gaussian_filter
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.training.augment import Augmentation, SpatialRange, training_transforms
-from nnssl_adapt.training.augment_gpu import DeviceAugmentation, device_transforms
-from nnssl_adapt.training.intensity import Blur, Contrast, Gamma, LowResolution
-from nnssl_adapt.training.patches import Place
-from nnssl_adapt.training.spatial import Box, needed_box, sample, with_centre
+from nnssl_adapt.training.batches.augment import Augmentation, SpatialRange, training_transforms
+from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
+from nnssl_adapt.training.batches.intensity import Blur, Contrast, Gamma, LowResolution
+from nnssl_adapt.training.batches.patches import Place
+from nnssl_adapt.training.batches.spatial import Box, needed_box, sample, with_centre
 
 READ, PATCH = (52, 60, 68), (36, 44, 40)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from synthetic import make_dataset
+from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
@@ -16,12 +16,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl_adapt as na
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 PLANNING = """
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-from quick_planning import count_without_weights
+from support.quick_planning import count_without_weights
 if __name__ == "__main__":
     count_without_weights()
     extract_fingerprints([991], num_processes=1, clean=False)

@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from model_folders import plans_content
 from scipy.ndimage import gaussian_filter
+from support.model_folders import plans_content
 
 pytest.importorskip("nnunetv2")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from model_folders import ARCHITECTURE, LABELS, plans_content
-from synthetic import make_dataset
+from support.model_folders import ARCHITECTURE, LABELS, plans_content
+from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
@@ -26,7 +26,7 @@ import nnssl_adapt as na
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.trainer_class import trainer_for_nnunet, write_trainer_class
-from nnssl_adapt.weights.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 TESTS = Path(__file__).parents[1]
 CHECKPOINT = TESTS / "data" / "nnssl_checkpoints" / "small_resenc"
@@ -60,7 +60,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def peer(world):
     """What nnU-Net made of the dataset with its own planning, preprocessing and training; the model folder's path."""
-    run([sys.executable, str(TESTS / "peer_training.py"), "991"])
+    run([sys.executable, str(TESTS / "support" / "peer_training.py"), "991"])
     return world.root / "results" / world.dataset / "nnUNetTrainer__nnUNetPlans__3d_fullres"
 
 
@@ -170,7 +170,7 @@ def test_nnunet_predicts_with_a_primus_that_none_of_its_trainers_builds(world, t
     name = trainer_for_nnunet(architecture)
     model = primus_folder(tmp_path, architecture, name)
     write_trainer_class(model, architecture)
-    words = [TESTS / "nnunet_prediction.py", model, world.images, tmp_path / "theirs", 0]
+    words = [TESTS / "support" / "nnunet_prediction.py", model, world.images, tmp_path / "theirs", 0]
     run([sys.executable, *map(str, words)], nnUNet_extTrainer=str(model))
     check_same_labels(model, world, tmp_path)
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import zoom
 
+from nnssl_adapt.geometry.interpolation import linear_taps
 from nnssl_adapt.geometry.logits import logits_to_labels
-from nnssl_adapt.geometry.weights import linear_taps
 
 pytest.importorskip("nnunetv2")
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape

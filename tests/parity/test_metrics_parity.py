@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import write_image
+from support.synthetic import write_image
 
 pytest.importorskip("nnunetv2")
 

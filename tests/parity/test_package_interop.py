@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from model_folders import ARCHITECTURE, write_model_folder
-from synthetic import make_dataset
+from support.model_folders import ARCHITECTURE, write_model_folder
+from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
 import nnssl_adapt as na
 from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS
 from nnssl_adapt.sharing.package import make_package
-from nnssl_adapt.weights.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
-PREDICT = (Path(__file__).parents[1] / "nnunet_prediction.py").read_text(encoding="utf-8")
+PREDICT = (Path(__file__).parents[1] / "support" / "nnunet_prediction.py").read_text(encoding="utf-8")
 INSTALL = "from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point as main; main()"
 
 

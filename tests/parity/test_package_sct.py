@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from model_folders import write_model_folder
-from synthetic import make_dataset
+from support.model_folders import write_model_folder
+from support.synthetic import make_dataset
 
 import nnssl_adapt as na
 from nnssl_adapt.sharing.package import make_package
-from nnssl_adapt.weights.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 PYTHON = os.environ.get("SCT_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="SCT_PYTHON names no Python of the Spinal Cord Toolbox")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from peer_preprocessing import assert_same_locations, plans_of
-from peer_preprocessing import settings as preprocess_settings
+from support.peer_preprocessing import assert_same_locations, plans_of
+from support.peer_preprocessing import settings as preprocess_settings
 
 nnunetv2 = pytest.importorskip("nnunetv2")
 

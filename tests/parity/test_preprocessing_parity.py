@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peer_preprocessing import Z_SCORE, assert_same_locations, plans_of, settings
-from synthetic import make_dataset
+from support.peer_preprocessing import Z_SCORE, assert_same_locations, plans_of, settings
+from support.synthetic import make_dataset
 
 nnunetv2 = pytest.importorskip("nnunetv2")
 
 from nnssl_adapt.data.dataset import RawDataset  # noqa: E402
-from nnssl_adapt.data.fingerprint import DatasetFingerprint, fingerprint_dataset  # noqa: E402
 from nnssl_adapt.data.labels import LabelScheme  # noqa: E402
 from nnssl_adapt.data.preprocess import (  # noqa: E402
     PreprocessSettings,
@@ -26,6 +25,7 @@ from nnssl_adapt.data.preprocess import (  # noqa: E402
 from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
 from nnssl_adapt.data.splits import crossval_splits, split_for_fold  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint, fingerprint_dataset  # noqa: E402
 
 
 def run_nnunet(dataset: RawDataset, case_number: int, settings: PreprocessSettings) -> tuple[Any, Any, dict[str, Any]]:
@@ -128,7 +128,7 @@ def test_prediction_input_is_preprocessed_as_by_nnunet(tmp_path: Path) -> None:
 
 
 def test_an_image_of_zeros_is_not_cropped(tmp_path: Path) -> None:
-    from synthetic import write_image
+    from support.synthetic import write_image
 
     root = make_dataset(tmp_path, cases=1, shape=(8, 12, 10))
     write_image(root / "imagesTr" / "case_00_0000.nii.gz", np.zeros((8, 12, 10), np.int16), (2.0, 1.0, 1.3))
@@ -217,8 +217,8 @@ def test_pieces_are_cut_as_by_nnunet() -> None:
 def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor as peer
 
-    import nnssl_adapt.data.case_measures as measures_module
-    import nnssl_adapt.data.fingerprint as our_module
+    import nnssl_adapt.data.verifying.case_measures as measures_module
+    import nnssl_adapt.data.verifying.fingerprint as our_module
 
     make_dataset(tmp_path / "raw", cases=4, channels=2, shape=(14, 20, 17), dtype=dtype, seed=5)
     (tmp_path / "preprocessed").mkdir()

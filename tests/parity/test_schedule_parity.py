@@ -12,8 +12,8 @@ from nnunetv2.training.lr_scheduler.warmup import (
 )
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.schedule import learning_rate
+from nnssl_adapt.training.optimise.schedule import learning_rate
+from nnssl_adapt.training.recipe.recipe import Recipe
 
 
 def optimizer_at(rate):

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from crossval_folders import (
+from support.crossval_folders import (
     DATASET,
     LABELS,
     REGIONS,
@@ -22,8 +22,8 @@ from crossval_folders import (
     write_model,
     write_references,
 )
-from model_folders import plans_content
-from synthetic import write_image
+from support.model_folders import plans_content
+from support.synthetic import write_image
 
 pytest.importorskip("nnunetv2")
 

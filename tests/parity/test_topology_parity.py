@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from synthetic import make_dataset
+from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
 from nnssl_adapt.geometry.spacing import median_spacing, resampled_shape
 from nnssl_adapt.planning.topology import needs_low_resolution, plan_network
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 # Median spacing (mm) and shape (voxels) of a dataset, its cases, its labels, and the ResEnc preset it is planned with too.
 TABLE = [
@@ -60,7 +60,7 @@ from pathlib import Path
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as residual
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from quick_planning import count_without_weights
+from support.quick_planning import count_without_weights
 
 count_without_weights()
 for planner in (ExperimentPlanner, residual.ResEncUNetPlanner):  # 2D networks are no concern here, and take long

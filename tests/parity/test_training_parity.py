@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_plans import CNN
+from support.tiny_plans import CNN
 
 pytest.importorskip("nnunetv2")
 
@@ -21,16 +21,16 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.training.augment import SpatialRange
-from nnssl_adapt.training.checkpointing import TrainingState
+from nnssl_adapt.training.batches.augment import SpatialRange
+from nnssl_adapt.training.batches.patches import PatchSampler, annotated_key, is_forced_foreground
 from nnssl_adapt.training.loop import TrainingLoop
-from nnssl_adapt.training.losses import build_loss, count_overlap, pseudo_dice, steps_of_outputs, thinned
-from nnssl_adapt.training.network_options import to_device
-from nnssl_adapt.training.optimizer import build_optimizer
-from nnssl_adapt.training.patches import PatchSampler, annotated_key, is_forced_foreground
-from nnssl_adapt.training.progress import History
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.weights.architectures import Architecture, build_network
+from nnssl_adapt.training.optimise.losses import build_loss, count_overlap, pseudo_dice, steps_of_outputs, thinned
+from nnssl_adapt.training.optimise.network_options import to_device
+from nnssl_adapt.training.optimise.optimizer import build_optimizer
+from nnssl_adapt.training.progress.progress import History
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.checkpointing import TrainingState
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 PLAIN = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
 IGNORE = {"labels": {**PLAIN["labels"], "ignore": 4}}

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.inference import sliding_window
-from nnssl_adapt.training.augment import Augmentation, SpatialRange, Target
-from nnssl_adapt.training.augment_gpu import DeviceAugmentation, Work
-from nnssl_adapt.training.intensity import Noise
-from nnssl_adapt.training.losses import build_loss, count_overlap
+from nnssl_adapt.training.batches.augment import Augmentation, SpatialRange, Target
+from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, Work
+from nnssl_adapt.training.batches.intensity import Noise
+from nnssl_adapt.training.optimise.losses import build_loss, count_overlap
 
 GPU = torch.device("cuda:0")
 PATCH = (12, 20, 16)

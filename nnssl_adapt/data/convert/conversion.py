@@ -21,9 +21,9 @@ from nnssl_adapt.data.convert.cases import SourceCase, Target
 from nnssl_adapt.data.convert.dataset_json import write_dataset_json
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError
 from nnssl_adapt.files import TEMPORARY_PREFIX, write_json, write_text
+from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import make_dataset, write_image
+from support.synthetic import make_dataset, write_image
 
 from nnssl_adapt.cli.main import main
 

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from crossval_folders import DATASET, LABELS, write_model, write_references
-from model_folders import write_model_folder
-from synthetic import write_image
+from support.crossval_folders import DATASET, LABELS, write_model, write_references
+from support.model_folders import write_model_folder
+from support.synthetic import write_image
 
 from nnssl_adapt.cli.main import build_parser, main
 from nnssl_adapt.inference.postprocess import Postprocessing

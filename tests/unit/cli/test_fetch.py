@@ -7,15 +7,15 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
-from hub_server import HubServer, Page, WebServer
-from nnssl_files import plan, state_dict, write_checkpoint
+from support.hub_server import HubServer, Page, WebServer
+from support.nnssl_files import plan, state_dict, write_checkpoint
 
 from nnssl_adapt.cli.common import open_source
 from nnssl_adapt.cli.main import build_parser, main
 from nnssl_adapt.errors import SourceUnavailable
 from nnssl_adapt.training.starting_weights import find_checkpoint
-from nnssl_adapt.weights.hub import Hub
-from nnssl_adapt.weights.source import resolve_source
+from nnssl_adapt.weights.sources.hub import Hub
+from nnssl_adapt.weights.sources.resolve import resolve_source
 
 REPOSITORY = "made-up/ResEncL-OpenMind-MAE"
 
@@ -102,7 +102,8 @@ def test_a_plan_finds_again_what_its_address_named(tmp_path, hub, published, cap
     recorded = resolve_source(address, cache_dir=tmp_path / "hf").origin.to_dict()
     plan_ = SimpleNamespace(provenance={"source": recorded}, pretrain_info={}, plans_name="ptPlans__two")
     monkeypatch.setattr(
-        "nnssl_adapt.weights.source.Hub", lambda repo, rev, _cache, local: Hub(repo, rev, tmp_path / "hf", local)
+        "nnssl_adapt.weights.sources.resolve.Hub",
+        lambda repo, rev, _cache, local: Hub(repo, rev, tmp_path / "hf", local),
     )
     assert find_checkpoint(plan_).origin.filename == "b.pth"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -223,7 +224,9 @@ def test_a_trained_model_is_carried_with_its_plans_and_only_its_folds(tmp_path, 
     for name in ("plans.json", "dataset.json"):
         (model / name).write_text("{}")
     (model / "fold_1" / "progress.png").write_bytes(b"picture")
-    monkeypatch.setattr("nnssl_adapt.weights.checkpoint.read_checkpoint", lambda resolved, stem, axes: "read")
+    monkeypatch.setattr(
+        "nnssl_adapt.weights.checkpoint.checkpoint.read_checkpoint", lambda resolved, stem, axes: "read"
+    )
     code, output, words = fetch(capsys, model, "--fold-of-source", "1", "--to", tmp_path / "stick")
     assert code == 0, output.err
     shelf = tmp_path / "stick" / model.name
@@ -316,7 +319,7 @@ def test_every_command_knows_how_to_choose(command):
 def test_the_choices_reach_the_checkpoint(monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(
-        "nnssl_adapt.weights.checkpoint.open_checkpoint", lambda source, **kw: seen.update(kw, source=source)
+        "nnssl_adapt.weights.checkpoint.checkpoint.open_checkpoint", lambda source, **kw: seen.update(kw, source=source)
     )
     flags = ["--file", "a.pth", "--fold-of-source", "mean", "--stem", "7", "--axes", "xyz", "--revision", "v1"]
     open_source(build_parser().parse_args(["fetch", "x", *flags, "--cache-dir", "c", "--local-files-only"]))

@@ -5,7 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
-from crossval_folders import DATASET, LABELS, write_model, write_references
+from support.crossval_folders import DATASET, LABELS, write_model, write_references
 
 from nnssl_adapt.cli.main import main
 from nnssl_adapt.data.images import read_labels

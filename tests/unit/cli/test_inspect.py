@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from nnssl_families import FAMILIES
-from synthetic import make_dataset
+from support.nnssl_families import FAMILIES
+from support.synthetic import make_dataset
 
 from nnssl_adapt.cli.main import main
 

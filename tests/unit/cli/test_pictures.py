@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from model_folders import write_model_folder
+from support.model_folders import write_model_folder
 
 from nnssl_adapt.cli.main import main
 

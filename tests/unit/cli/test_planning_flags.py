@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk
-from model_folders import write_model_folder
+from support.model_folders import write_model_folder
 
 import nnssl_adapt as na
 from nnssl_adapt.cli import finetune, main, plan_dynamic, preprocess, train, transfer_flags
@@ -17,8 +17,8 @@ from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import SPACING_MODES
 from nnssl_adapt.planning.topology import NNUNET_PRESETS
-from nnssl_adapt.weights import settings
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.weights.transfer.settings import TransferSettings
+from nnssl_adapt.weights.transfer.transfer import settings
 
 
 def transfer(*words, channels=("T1", "T2", "FLAIR")):

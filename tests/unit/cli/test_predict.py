@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from model_folders import write_model_folder
-from synthetic import make_case, write_image
+from support.model_folders import write_model_folder
+from support.synthetic import make_case, write_image
 
 from nnssl_adapt.cli.main import main
 from nnssl_adapt.inference.postprocess import Postprocessing, keep_largest_component

@@ -75,11 +75,11 @@ def test_wrong_words(command, words, problem, monkeypatch):
 def test_as_many_processes_as_the_job_may_use(monkeypatch):
     """On a machine of many cores that lends the job three."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr("nnssl_adapt.training.resources.cgroup_cores", lambda: None)
+    monkeypatch.setattr("nnssl_adapt.machine.resources.cgroup_cores", lambda: None)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     assert checked_workers(None) == 8
-    monkeypatch.setattr("nnssl_adapt.training.resources.cgroup_cores", lambda: 3.5)
+    monkeypatch.setattr("nnssl_adapt.machine.resources.cgroup_cores", lambda: 3.5)
     assert checked_workers(None) == 3 and checked_workers(20) == 20
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     assert checked_workers(None) == 2

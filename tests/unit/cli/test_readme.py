@@ -15,7 +15,7 @@ import pytest
 import nnssl_adapt as na
 from nnssl_adapt.cli import preprocess, train
 from nnssl_adapt.cli.main import _COMMANDS, build_parser
-from nnssl_adapt.training.recipe import recipe_names
+from nnssl_adapt.training.recipe.recipe import recipe_names
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ import json
 import logging
 
 import pytest
-from hub_server import HubServer
-from model_folders import write_model_folder
+from support.hub_server import HubServer
+from support.model_folders import write_model_folder
 
 from nnssl_adapt.cli.main import main
 

@@ -11,8 +11,8 @@ from nnssl_adapt.cli import finetune, main, train
 from nnssl_adapt.cli.common import checked_workers, run_command, source_options
 from nnssl_adapt.cli.training_flags import recipe_from
 from nnssl_adapt.errors import ConfigurationError, TrainingStopped
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.stopping import read_time_limit, time_left
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.stopping import read_time_limit, time_left
 
 
 def parse(*words):

@@ -8,7 +8,7 @@ import pytest
 from nnssl_adapt.cli import finetune, train
 from nnssl_adapt.cli.training_flags import FIELD_FLAGS, add_training_flags, recipe_from
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.training.recipe import Recipe, configs_folder, recipe_names
+from nnssl_adapt.training.recipe.recipe import Recipe, configs_folder, recipe_names
 
 
 def asked(*words, is_transformer=False, source=None):

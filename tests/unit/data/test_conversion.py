@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from killing import killed_while
-from synthetic import write_image
+from support.killing import killed_while
+from support.synthetic import write_image
 
 from nnssl_adapt.data.convert.cases import Target, training_case
 from nnssl_adapt.data.convert.conversion import memory_to_convert

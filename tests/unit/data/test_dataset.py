@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import make_dataset, write_image
+from support.synthetic import make_dataset, write_image
 
 from nnssl_adapt.data.dataset import DatasetJson, RawDataset, find_images
 from nnssl_adapt.data.labels import LabelScheme

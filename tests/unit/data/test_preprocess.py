@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import make_dataset, write_image
+from support.synthetic import make_dataset, write_image
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import ImageGeometry

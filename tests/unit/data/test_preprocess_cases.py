@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from killing import forked, killed_while
-from synthetic import make_dataset, write_image
+from support.killing import forked, killed_while
+from support.synthetic import make_dataset, write_image
 
-import nnssl_adapt.data.parallel as parallel_module
 import nnssl_adapt.data.preprocess_cases as cases_module
+import nnssl_adapt.machine.workers as parallel_module
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.parallel import over_cases
 from nnssl_adapt.data.preprocess import PreprocessedCase, PreprocessSettings
 from nnssl_adapt.data.preprocess_cases import Shard, memory_needed, preprocess_cases
 from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.data.workplace import workplace
 from nnssl_adapt.errors import ConfigurationError, OutputError, PreprocessingError
+from nnssl_adapt.machine.scratch import workplace
+from nnssl_adapt.machine.workers import over_cases
 
 SHAPE = (8, 12, 10)
 SPACING = (2.0, 1.0, 1.3)

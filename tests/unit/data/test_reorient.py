@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import make_dataset
+from support.synthetic import make_dataset
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry, read_image

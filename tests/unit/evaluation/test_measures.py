@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import write_image
+from support.synthetic import write_image
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, ConfigurationError

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import write_image
+from support.synthetic import write_image
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from model_folders import LABELS, plans_content, write_model_folder
-from synthetic import write_image
+from support.model_folders import LABELS, plans_content, write_model_folder
+from support.synthetic import write_image
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
@@ -20,8 +20,8 @@ from nnssl_adapt.evaluation.metrics import evaluate_folder
 from nnssl_adapt.evaluation.report import make_report, write_report
 from nnssl_adapt.evaluation.report_content import CaseResult, worst_median_best
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.transfer import scratch_report
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.transfer import scratch_report
 
 SHAPE, SPACING = (8, 14, 11), (2.0, 1.0, 1.5)
 

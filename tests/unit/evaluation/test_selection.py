@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from crossval_folders import DATASET, LABELS, SPACING, write_model, write_references
-from synthetic import write_image
+from support.crossval_folders import DATASET, LABELS, SPACING, write_model, write_references
+from support.synthetic import write_image
 
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetNotFound, ModelFolderError
 from nnssl_adapt.evaluation.crossval import TrainedModel, accumulate, reference_folder

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import write_image
+from support.synthetic import write_image
 
 import nnssl_adapt as na
 from nnssl_adapt.errors import CaseError

@@ -1,5 +1,5 @@
 import pytest
-from model_folders import write_model_folder
+from support.model_folders import write_model_folder
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from model_folders import plans_content
+from support.model_folders import plans_content
 
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.labels import LabelScheme

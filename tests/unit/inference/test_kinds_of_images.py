@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from synthetic import make_case, write_image
+from support.synthetic import make_case, write_image
 
 from nnssl_adapt.errors import CaseError, ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.predictor import Predictor

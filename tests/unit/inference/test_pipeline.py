@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-import worker_traps
-from model_folders import plans_content
-from synthetic import make_case, write_image
+from support import worker_traps
+from support.model_folders import plans_content
+from support.synthetic import make_case, write_image
 
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.labels import LabelScheme
@@ -153,7 +153,7 @@ def test_shared_memory_is_seen_by_others_and_outlives_its_closing():
 
 def test_no_more_images_are_under_way_than_fit_into_memory(predictor, images, monkeypatch):
     """Two need more than there is: the next is read only when the one before it is written."""
-    from nnssl_adapt.data import parallel
+    from nnssl_adapt.machine import workers as parallel
 
     monkeypatch.setattr(parallel, "available_memory", lambda: 1000)
     tasks = [ImageTask(n, (images / f"{n}_0000.nii.gz",), None) for n in "abc"]

@@ -8,7 +8,7 @@ import pickletools
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from synthetic import write_image
+from support.synthetic import write_image
 
 from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, UnsafeCheckpoint
 from nnssl_adapt.inference.postprocess import Postprocessing, keep_largest_component, postprocess_folder

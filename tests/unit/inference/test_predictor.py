@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from synthetic import make_case, write_image
+from support.synthetic import make_case, write_image
 
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.errors import (

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from model_folders import ARCHITECTURE
+from support.model_folders import ARCHITECTURE
 
 from nnssl_adapt.inference.trainer_class import (
     PRIMUS_FROM_PLANS,
@@ -11,7 +11,7 @@ from nnssl_adapt.inference.trainer_class import (
     trainer_for_nnunet,
     write_trainer_class,
 )
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @pytest.mark.parametrize(

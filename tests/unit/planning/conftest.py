@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import nnssl_adapt as na
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_plans import CNN, TRANSFORMER, plan_content
+from support.tiny_plans import CNN, TRANSFORMER, plan_content
 
 import nnssl_adapt as na
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, PlanError
@@ -14,7 +14,7 @@ from nnssl_adapt.planning import fit_gpu
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget, plan_memory, usual_step
 from nnssl_adapt.planning.memory import CONTEXT, GIB, estimate_memory
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.weights.architectures import build_network
+from nnssl_adapt.weights.network.architectures import build_network
 
 
 @pytest.mark.parametrize(

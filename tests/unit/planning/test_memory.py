@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_plans import CNN, DATASET, PATCH, TRANSFORMER, plan_content
+from support.tiny_plans import CNN, DATASET, PATCH, TRANSFORMER, plan_content
 from torch.profiler import ProfilerActivity, profile
 
 from nnssl_adapt.errors import ArchitectureError, ConfigurationError
@@ -25,8 +25,8 @@ from nnssl_adapt.planning.memory import (
 )
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.topology import plan_network
-from nnssl_adapt.training.network_options import recompute_activations
-from nnssl_adapt.weights.architectures import Architecture, build_network, check_patch
+from nnssl_adapt.training.optimise.network_options import recompute_activations
+from nnssl_adapt.weights.network.architectures import Architecture, build_network, check_patch
 
 WIDE = Architecture("ResidualEncoderUNet", {**CNN.kwargs, "features_per_stage": [16, 16, 32]})
 PLAIN = Architecture(

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 import nnssl_adapt as na
-from nnssl_adapt.data.fingerprint import DatasetFingerprint
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.normalization import choose_normalization
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 ROOMY = DatasetFingerprint(((1.0,) * 3,), ((9, 8, 7),), {}, 0.9)
 CROPPED = replace(ROOMY, median_relative_size_after_cropping=0.7)

@@ -55,7 +55,7 @@ def test_describe_fit_speaks_only_of_changes():
 def test_the_contrast_agnostic_patch(contrast_agnostic_strides, last, wanted, median, expected):
     import torch
 
-    from nnssl_adapt.weights.architectures import build_network, check_patch
+    from nnssl_adapt.weights.network.architectures import build_network, check_patch
 
     network = contrast_agnostic_strides(last)
     patch = fit_patch(wanted, network.total_stride, median)

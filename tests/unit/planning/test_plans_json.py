@@ -10,8 +10,8 @@ from nnssl_adapt.errors import ConfigurationError, PlanError
 from nnssl_adapt.planning.naming import check_plans_name
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.plans_json import read_plans
-from nnssl_adapt.planning.prepare import preprocess_dataset
-from nnssl_adapt.training.run_folder import RunFolder
+from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
+from nnssl_adapt.training.run.folder import RunFolder
 
 GUIDE = {
     "n_stages": 6,
@@ -144,7 +144,7 @@ def test_somebody_elses_plan_is_never_replaced(plan, small_resenc):
 
 
 def test_the_same_name_for_another_fit_is_refused(tiny_dataset, small_resenc):
-    from nnssl_adapt.weights.settings import TransferSettings
+    from nnssl_adapt.weights.transfer.settings import TransferSettings
 
     tiny_dataset(channels=2)
     checkpoint = na.open_checkpoint(small_resenc)

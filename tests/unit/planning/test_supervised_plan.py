@@ -11,8 +11,8 @@ import torch
 import nnssl_adapt as na
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DatasetError, PlanError, TransferError
-from nnssl_adapt.planning.checks import check_transfer, find_other_orientations
-from nnssl_adapt.weights.settings import TransferSettings
+from nnssl_adapt.planning.preflight import check_transfer, find_other_orientations
+from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 
 def turn(folder, cases, direction):

@@ -18,7 +18,7 @@ from nnssl_adapt.planning.topology import (
     plan_network,
     stages_for,
 )
-from nnssl_adapt.weights.architectures import build_network, check_patch
+from nnssl_adapt.weights.network.architectures import build_network, check_patch
 
 spacings = st.tuples(*[st.floats(0.3, 6)] * 3)
 shapes = st.tuples(*[st.integers(24, 400)] * 3)

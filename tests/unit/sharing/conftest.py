@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from hub_server import HubServer
-from model_folders import CASES, HOME, write_model_folder
+from support.hub_server import HubServer
+from support.model_folders import CASES, HOME, write_model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from model_folders import write_model_folder
+from support.model_folders import write_model_folder
 
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.sharing.anonymous import Cleaner

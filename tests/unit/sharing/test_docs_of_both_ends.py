@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import write_image
+from support.synthetic import write_image
 
 from nnssl_adapt.cli import main as program
 from nnssl_adapt.cli import preprocess

@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 import torch
-from hub_server import Page, WebServer
-from model_folders import write_model_folder
+from support.hub_server import Page, WebServer
+from support.model_folders import write_model_folder
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, ModelFolderError, NnsslAdaptError, SourceError
 from nnssl_adapt.inference.find_model import find_model_folder

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_folders import CASES, HOME, write_model_folder
-from synthetic import make_dataset
+from support.model_folders import CASES, HOME, write_model_folder
+from support.synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.model_folder import ModelFolder

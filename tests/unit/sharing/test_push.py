@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from model_folders import CASES
-from synthetic import make_dataset
+from support.model_folders import CASES
+from support.synthetic import make_dataset
 
 import nnssl_adapt as na
 from nnssl_adapt.errors import (
@@ -19,8 +19,8 @@ from nnssl_adapt.errors import (
 from nnssl_adapt.sharing.install import install_model
 from nnssl_adapt.sharing.package import make_package
 from nnssl_adapt.sharing.push import push_model
-from nnssl_adapt.weights.checkpoint import open_checkpoint
-from nnssl_adapt.weights.weight_file import read_weight_file
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
 
 REPOSITORY = "made-up/model_seg_sc-lesion_t2_unet3d"
 TRAINER = "nnUNetTrainer__nnUNetPlans__3d_fullres"

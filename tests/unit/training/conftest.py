@@ -4,12 +4,12 @@ import logging
 import shutil
 
 import pytest
-from synthetic import make_dataset
-from tiny_plans import CNN, DATASET, plan_content
+from support.synthetic import make_dataset
+from support.tiny_plans import CNN, DATASET, plan_content
 
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.planning.prepare import preprocess_dataset
-from nnssl_adapt.training.recipe import Recipe
+from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
+from nnssl_adapt.training.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

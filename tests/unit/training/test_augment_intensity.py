@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_adapt.training import intensity
-from nnssl_adapt.training.intensity import (
+from nnssl_adapt.training.batches import intensity
+from nnssl_adapt.training.batches.intensity import (
     Blur,
     Brightness,
     Contrast,

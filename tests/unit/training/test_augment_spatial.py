@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_adapt.training import spatial
-from nnssl_adapt.training.spatial import (
+from nnssl_adapt.training.batches import spatial
+from nnssl_adapt.training.batches.spatial import (
     Box,
     affine_matrix,
     code_type,

@@ -5,22 +5,22 @@ import math
 
 import pytest
 import torch
-from tiny_plans import TRANSFORMER
-from training_runs import assert_same_training, interrupt, trainer_of
+from support.tiny_plans import TRANSFORMER
+from support.training_runs import assert_same_training, interrupt, trainer_of
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, TrainingError
 from nnssl_adapt.training import trainer as trainer_module
-from nnssl_adapt.training.checkpointing import TrainingState, load_checkpoint
-from nnssl_adapt.training.ema import WeightAverage
 from nnssl_adapt.training.loop import TrainingLoop
-from nnssl_adapt.training.losses import build_loss
-from nnssl_adapt.training.optimizer import autocast_dtype, build_optimizer
-from nnssl_adapt.training.recipe import Recipe
-from nnssl_adapt.training.schedule import prepare_epoch
+from nnssl_adapt.training.optimise.ema import WeightAverage
+from nnssl_adapt.training.optimise.losses import build_loss
+from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer
+from nnssl_adapt.training.optimise.schedule import prepare_epoch
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.checkpointing import TrainingState, load_checkpoint
 from nnssl_adapt.training.starting_weights import StartingWeights
 from nnssl_adapt.training.trainer import PretrainedTrainer
-from nnssl_adapt.weights.transfer import scratch_report
+from nnssl_adapt.weights.transfer.transfer import scratch_report
 
 
 def test_a_few_bad_steps_are_skipped(plan, recipe, monkeypatch, package_log):

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import assert_same_training
+from support.training_runs import assert_same_training
 
 import nnssl_adapt
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.checkpointing import load_checkpoint
+from nnssl_adapt.training.run.checkpointing import load_checkpoint
 
 PATIENCE = 240  # seconds that a test waits at most for what takes ten
 FLAGS = (  # noqa: SIM905 - as one types them

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_plans import CNN, TRANSFORMER
-from training_runs import assert_same_training, fold_of, interrupt, trainer_of
+from support.tiny_plans import CNN, TRANSFORMER
+from support.training_runs import assert_same_training, fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import TrainingStopped
-from nnssl_adapt.training.checkpointing import load_checkpoint
-from nnssl_adapt.training.schedule import learning_rate
+from nnssl_adapt.training.optimise.schedule import learning_rate
+from nnssl_adapt.training.run.checkpointing import load_checkpoint
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import training_runs
-from tiny_plans import CNN, PATCH, TRANSFORMER, changed, plan_content
-from training_runs import Killed, assert_same_training, at, fold_of, interrupt, trainer_of
+from support import training_runs
+from support.tiny_plans import CNN, PATCH, TRANSFORMER, changed, plan_content
+from support.training_runs import Killed, assert_same_training, at, fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import ConfigurationError, NothingToResume, TrainingStopped, UnreadableCheckpoint
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import validation
 from nnssl_adapt.training.trainer import PretrainedTrainer
-from nnssl_adapt.weights.architectures import Architecture
+from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @pytest.mark.parametrize(

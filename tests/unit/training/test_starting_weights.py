@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_folders import write_model_folder
-from synthetic import make_dataset
+from support.model_folders import write_model_folder
+from support.synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFound
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.planning.prepare import preprocess_dataset
+from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
 from nnssl_adapt.training import starting_weights
-from nnssl_adapt.training.checkpointing import load_checkpoint
+from nnssl_adapt.training.run.checkpointing import load_checkpoint
 from nnssl_adapt.training.starting_weights import (
     build_initial_network,
     describe_citations,
@@ -23,7 +23,7 @@ from nnssl_adapt.training.starting_weights import (
     find_checkpoint,
 )
 from nnssl_adapt.training.trainer import PretrainedTrainer
-from nnssl_adapt.weights.checkpoint import open_checkpoint
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 
 
 @pytest.fixture

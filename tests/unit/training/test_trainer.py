@@ -8,8 +8,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny_plans import TRANSFORMER
-from training_runs import fold_of, interrupt, trainer_of
+from support.tiny_plans import TRANSFORMER
+from support.training_runs import fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import (
     ConfigurationError,
@@ -19,7 +19,7 @@ from nnssl_adapt.errors import (
     TrainingError,
 )
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.training.recipe import Recipe
+from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.trainer import PretrainedTrainer
 
 # -- what a run leaves ---------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import yaml
 from nnssl_adapt.cli import train
 from nnssl_adapt.cli.training_flags import FIELD_FLAGS
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.training.recipe import Recipe, recipe_names
-from nnssl_adapt.training.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
+from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
+from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
 
 TEXT = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
 

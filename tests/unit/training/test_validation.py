@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny_plans import PATCH
+from support.tiny_plans import PATCH
 
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import TrainingStopped
-from nnssl_adapt.training.distributed import Ranks
+from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.run.stopping import StopRequest
 from nnssl_adapt.training.starting_weights import build_initial_network
-from nnssl_adapt.training.stopping import StopRequest
 from nnssl_adapt.training.validation import FoldValidation
 
 CASES = tuple(f"case_{number:02d}" for number in range(4))

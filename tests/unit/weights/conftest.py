@@ -3,10 +3,10 @@
 from functools import cache
 
 import pytest
-from hub_server import HubServer, WebServer
-from nnssl_families import FAMILIES, STEMS
+from support.hub_server import HubServer, WebServer
+from support.nnssl_families import FAMILIES, STEMS
 
-from nnssl_adapt.weights.checkpoint import open_checkpoint
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_checks import CNNS, TRANSFORMERS, assert_same, computed, moved, picture, report_of
-from nnssl_families import FAMILIES, STEMS, stem_of
-from nnssl_networks import RES, raw_cnn
+from support.family_checks import CNNS, TRANSFORMERS, assert_same, computed, moved, picture, report_of
+from support.nnssl_families import FAMILIES, STEMS, stem_of
+from support.nnssl_networks import RES, raw_cnn
 from torch.nn.functional import interpolate
 
 from nnssl_adapt.errors import NnsslAdaptError
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.checkpoint import open_checkpoint
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 HEADS = ("background", "right", "left")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_checks import CNNS, TRANSFORMERS, assert_same, computed, picture, report_of
-from nnssl_networks import BLOCKS, CNN, PRIMUS, raw_cnn, raw_primus
+from support.family_checks import CNNS, TRANSFORMERS, assert_same, computed, picture, report_of
+from support.nnssl_networks import BLOCKS, CNN, PRIMUS, raw_cnn, raw_primus
 from torch.nn.functional import interpolate
 
 # -- topology: convolutions ------------------------------------------------------------------------------------------

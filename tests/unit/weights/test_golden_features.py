@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.checkpoint import open_checkpoint
-from nnssl_adapt.weights.pretrained import pretrained_network, pretrained_token_features
-from nnssl_adapt.weights.prove import prove_transfer
-from nnssl_adapt.weights.token_order import file_order
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.proof.prove import prove_transfer
+from nnssl_adapt.weights.proof.reference_encoder import pretrained_network, pretrained_token_features
+from nnssl_adapt.weights.transfer.token_order import file_order
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 DATA = Path(__file__).parents[2] / "data" / "nnssl_checkpoints"
 NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from nnssl_files import plan, state_dict, write_checkpoint
+from support.nnssl_files import plan, state_dict, write_checkpoint
 
 from nnssl_adapt.errors import (
     DigestMismatch,
@@ -19,8 +19,8 @@ from nnssl_adapt.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from nnssl_adapt.weights.checkpoint import open_checkpoint
-from nnssl_adapt.weights.source import resolve_source
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.sources.resolve import resolve_source
 
 REPOSITORY = "made-up/ResEncL-OpenMind-MAE"
 
@@ -170,7 +170,7 @@ def test_a_repository_without_sidecar_opens_by_the_plan_in_the_file(hub, files, 
 def test_the_endpoint_of_the_environment_is_used_by_a_fresh_process(hub, files, cache):
     hub.add(REPOSITORY, files)
     script = (
-        "import sys, json; from nnssl_adapt.weights.checkpoint import open_checkpoint;"
+        "import sys, json; from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint;"
         "print(json.dumps(open_checkpoint(sys.argv[1], cache_dir=sys.argv[2]).origin.to_dict()))"
     )
     root = str(Path(__file__).parents[3])
@@ -286,7 +286,7 @@ def test_a_full_disk_is_said_to_be_full(hub, files, cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     hub.add(REPOSITORY, files)
-    monkeypatch.setattr("nnssl_adapt.weights.hub.hf_hub_download", no_space)
+    monkeypatch.setattr("nnssl_adapt.weights.sources.hub.hf_hub_download", no_space)
     with pytest.raises(OutputError, match="no space left") as caught:
         resolve_source(REPOSITORY, cache_dir=cache)
     one_line(caught)

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from nnssl_files import plan, state_dict
 from safetensors.torch import save_file
+from support.nnssl_files import plan, state_dict
 
 from nnssl_adapt.errors import CheckpointError, NnsslAdaptError
-from nnssl_adapt.weights.architectures import build_network
-from nnssl_adapt.weights.checkpoint import open_checkpoint
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 
 def one_line(error):

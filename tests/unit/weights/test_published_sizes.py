@@ -11,13 +11,20 @@ import math
 import pytest
 import torch
 
-from nnssl_adapt.weights.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.architectures import Architecture, outline
-from nnssl_adapt.weights.layout import NetworkParts, below, find_prefix, find_source, fits, positions_grid
-from nnssl_adapt.weights.reconcile import reconcile
-from nnssl_adapt.weights.state_dict import unwrap
-from nnssl_adapt.weights.stems import choose_stem
-from nnssl_adapt.weights.topology import read_topology
+from nnssl_adapt.weights.checkpoint.plan_check import reconcile
+from nnssl_adapt.weights.checkpoint.state_dict import unwrap
+from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.network.architectures import Architecture, outline
+from nnssl_adapt.weights.network.network_parts import (
+    NetworkParts,
+    below,
+    find_prefix,
+    find_source,
+    fits,
+    positions_grid,
+)
+from nnssl_adapt.weights.network.stems import choose_stem
+from nnssl_adapt.weights.network.topology import read_topology
 
 # Its trainer's name says the sizes: BaseEvaMAETrainer_BS96_192ps_2500ep_40_16_8_16_1056_lr2e3, that is blocks and heads of
 # the encoder, blocks and heads of the second transformer, and the width. So does that of the small one, …_16_12_4_12_864_….

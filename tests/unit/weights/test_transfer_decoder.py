@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.transfer_pairs import GRID_PATCH, PATCH, PLAIN, RES, image, pretrained, target
 from torch.nn.functional import interpolate
-from transfer_pairs import GRID_PATCH, PATCH, PLAIN, RES, image, pretrained, target
 
 from nnssl_adapt.errors import TransferError
-from nnssl_adapt.weights.architectures import Architecture, build_network
-from nnssl_adapt.weights.heads import HeadsDiffer, match_heads
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
+from nnssl_adapt.weights.transfer.heads import HeadsDiffer, match_heads
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 TRAINED = ("background", "cord", "Lesion")
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnssl_files import PLAINCONV, RESENC
+from support.nnssl_files import PLAINCONV, RESENC
+from support.transfer_pairs import BASE, BLOCKS, GRID_PATCH, PATCH, PLAIN, RES, image, pretrained, target
 from torch.nn.functional import interpolate
-from transfer_pairs import BASE, BLOCKS, GRID_PATCH, PATCH, PLAIN, RES, image, pretrained, target
 
 from nnssl_adapt.errors import TransferError
-from nnssl_adapt.weights.architectures import Architecture, build_network
-from nnssl_adapt.weights.transfer import transfer_weights
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
+from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 
 def skips(network, image):

@@ -1,0 +1,1 @@
+"""Is this dataset fit for training? Findings and measurements of every case."""

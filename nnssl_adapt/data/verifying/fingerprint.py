@@ -1,0 +1,180 @@
+"""The dataset fingerprint: nnU-Net's summary of a raw dataset, which plans are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl_adapt.data.dataset import MAX_LISTED, RawDataset
+from nnssl_adapt.data.store import RECORDS_FOLDER, describe_source
+from nnssl_adapt.data.verifying.case_measures import MeasuredCase, measure_case, memory_to_measure, merged
+from nnssl_adapt.errors import DatasetError
+from nnssl_adapt.files import sha256_of, write_json
+from nnssl_adapt.machine.workers import over_cases
+
+_TOTAL_SAMPLES = 10e7
+"""Foreground voxels drawn from the whole dataset, in equal parts from each case (nnU-Net's number)."""
+
+
+@dataclass(frozen=True)
+class DatasetFingerprint:
+    """What nnU-Net's ``dataset_fingerprint.json`` holds.
+
+    Attributes:
+        spacings: of each case, millimetres (Z, Y, X).
+        shapes_after_crop: of each case, cropped to its nonzero region, voxels (Z, Y, X).
+        intensity: channel index (as text) → mean, median, std, min, max, percentile_00_5 and percentile_99_5 of
+            foreground intensities.
+        median_relative_size_after_cropping: voxels kept by cropping, as a fraction.
+    """
+
+    spacings: tuple[tuple[float, ...], ...]
+    shapes_after_crop: tuple[tuple[int, ...], ...]
+    intensity: dict[str, dict[str, float]]
+    median_relative_size_after_cropping: float
+
+    @classmethod
+    def load(cls, path: str | Path) -> DatasetFingerprint:
+        """Read a file, ours or nnU-Net's. Raises DatasetError naming the file and what is wrong."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                spacings=tuple(tuple(float(s) for s in spacing) for spacing in content["spacings"]),
+                shapes_after_crop=tuple(tuple(int(n) for n in shape) for shape in content["shapes_after_crop"]),
+                intensity={str(k): dict(v) for k, v in content["foreground_intensity_properties_per_channel"].items()},
+                median_relative_size_after_cropping=float(content["median_relative_size_after_cropping"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise DatasetError(
+                f"{path} is not a usable dataset fingerprint ({what}): delete it, it is made anew"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the file as nnU-Net does. Raises OutputError if it can't be written."""
+        write_json(path, self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content."""
+        return {
+            "spacings": [list(spacing) for spacing in self.spacings],
+            "shapes_after_crop": [list(shape) for shape in self.shapes_after_crop],
+            "foreground_intensity_properties_per_channel": self.intensity,
+            "median_relative_size_after_cropping": self.median_relative_size_after_cropping,
+        }
+
+
+def fingerprint_dataset(
+    dataset: RawDataset, workers: int = 1, progress: bool | None = None, parts: Path | None = None
+) -> DatasetFingerprint:
+    """Measure a dataset as ``nnUNetv2_extract_fingerprint`` does.
+
+    The same voxels are drawn, so that percentiles, minimum and maximum are equal to nnU-Net's; mean and standard deviation
+    are summed in double precision and agree to 1e-6.
+
+    Args:
+        dataset: what to measure.
+        workers: processes, one case each; no more at a time than memory allows.
+        progress: whether to draw a progress bar.
+        parts: folder where each case's share is kept, so that an interrupted run goes on where it stopped. The caller
+            removes it when the fingerprint is safe.
+
+    Raises:
+        DatasetError: cases can't be read (lists them), or no label file has any foreground.
+    """
+    draws = int(_TOTAL_SAMPLES // len(dataset.cases))
+    tasks = [(case.identifier, (case, draws, parts)) for case in dataset.cases]
+    needs = {case.identifier: memory_to_measure(case, draws) for case in dataset.cases}
+    outcomes = {o.identifier: o for o in over_cases(measure_case, tasks, workers, "Fingerprint", progress, needs)}
+    bad = [f"{o.identifier}: {o.complaint}" for o in outcomes.values() if o.error is not None]
+    if bad:
+        more = f"\n  ... and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+        raise DatasetError(
+            f"{dataset.name}: {len(bad)} cases can't be read:\n  " + "\n  ".join(bad[:MAX_LISTED]) + more
+        )
+    measured: list[MeasuredCase] = [outcomes[case.identifier].value for case in dataset.cases]
+    if not any(len(values) for case in measured for values, _ in case.intensities):
+        raise DatasetError(f"{dataset.name}: no label file has a foreground voxel (value above 0) inside its image")
+    return DatasetFingerprint(
+        spacings=tuple(case.spacing for case in measured),
+        shapes_after_crop=tuple(case.shape for case in measured),
+        intensity={
+            str(channel): _statistics([case.intensities[channel] for case in measured])
+            for channel in range(dataset.num_channels)
+        },
+        median_relative_size_after_cropping=float(np.median([case.relative_size for case in measured])),
+    )
+
+
+# -- whether it still holds ---------------------------------------------------------------------------------------------
+
+
+def remember_sources(path: Path, dataset: RawDataset) -> None:
+    """Note which files the fingerprint at ``path`` was measured on; see :func:`changed_cases`."""
+    write_json(_sources_file(path), {"sha256": sha256_of(path), "sources": _sources(dataset)})
+
+
+def changed_cases(path: Path, dataset: RawDataset) -> list[str]:
+    """Cases that were added, removed or changed (size or time of a file) since the fingerprint at ``path`` was made.
+
+    Empty also where that is not known, as of a fingerprint that nnU-Net made.
+    """
+    try:
+        noted = json.loads(_sources_file(path).read_text(encoding="utf-8"))
+        before = noted["sources"] if noted["sha256"] == sha256_of(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if not isinstance(before, dict):
+        return []
+    now = _sources(dataset)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _sources(dataset: RawDataset) -> dict[str, list[dict[str, Any]]]:
+    return {case.identifier: [describe_source(file) for file in case.files] for case in dataset.cases}
+
+
+def _sources_file(path: Path) -> Path:
+    return path.parent / RECORDS_FOLDER / "fingerprint_sources.json"
+
+
+# -- statistics ---------------------------------------------------------------------------------------------------------
+
+
+def _statistics(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    values, counts = merged(np.concatenate([v for v, _ in parts]), np.concatenate([c for _, c in parts]))
+    total = int(counts.sum())
+    exact = values.astype(np.float64)
+    mean = float((exact * counts).sum() / total)
+    low, median, high = (_percentile(values, counts, total, q) for q in (0.5, 50.0, 99.5))
+    return {
+        "max": float(values[-1]),
+        "mean": mean,
+        "median": median,
+        "min": float(values[0]),
+        "percentile_00_5": low,
+        "percentile_99_5": high,
+        "std": float(np.sqrt((np.square(exact - mean) * counts).sum() / total)),
+    }
+
+
+def _percentile(values: np.ndarray, counts: np.ndarray, total: int, percent: float) -> float:
+    """NumPy's (linear) percentile of values that occur ``counts`` times each."""
+    position = percent / 100 * (total - 1)
+    ends = np.cumsum(counts)
+    below, above = (values[np.searchsorted(ends, rank, side="right")] for rank in _ranks(position, total))
+    fraction = position - np.floor(position)
+    difference = float(above - below)
+    # NumPy starts from the nearer end, and so must we for the last bit.
+    return float(above) - difference * (1 - fraction) if fraction >= 0.5 else float(below) + difference * fraction
+
+
+def _ranks(position: float, total: int) -> tuple[int, int]:
+    lower = int(np.floor(position))
+    return lower, min(lower + 1, total - 1)

@@ -1,0 +1,1 @@
+"""From the case store to augmented batches."""

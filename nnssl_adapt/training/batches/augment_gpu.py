@@ -1,0 +1,108 @@
+"""The augmentation on the training device: workers only read, everything else happens where the network is.
+
+What is drawn for a sample is the same as on the CPU, from the same seed; only the noise itself comes from the device's own
+generator. Workers draw it, read the voxels that it takes, and send both. Two thirds of the patches are neither turned nor
+scaled, and half of them are left alone altogether, so each sample gets what was drawn for it, one after the other: work that
+a batch-wide mask would do for all of them to keep a third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.training.batches.augment import (
+    Augmentation,
+    Drawn,
+    SpatialRange,
+    Target,
+    finish,
+    masked_channels,
+    turned_box,
+)
+from nnssl_adapt.training.batches.patches import Place, read_box
+from nnssl_adapt.training.batches.spatial import Size, sample_into
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do for a sample: what was drawn, and how voxels of the patch lie in what was read.
+
+    ``matrix`` is 3×4 from voxels (Z, Y, X) of the patch to voxels read; None: what was read is the patch.
+    """
+
+    drawn: Drawn
+    matrix: np.ndarray | None
+    patch_size: Size
+
+
+@dataclass(frozen=True)
+class DeviceReads:
+    """Makes batches of what :class:`DeviceAugmentation` needs.
+
+    Called with the places of a batch's samples, returns lists with an entry for each: ``image`` float32 (C, Z, Y, X) and
+    ``target`` label codes (Z, Y, X), both of the box that was read; ``work``, a :class:`Work`.
+    """
+
+    labels: LabelScheme
+    augmentation: Augmentation
+
+    def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
+        samples = [self._read(place) for place in places]
+        images, codes, work = (list(parts) for parts in zip(*samples, strict=True))
+        return {"image": images, "target": codes, "work": work}
+
+    def _read(self, place: Place) -> tuple[Tensor, Tensor, Work]:
+        drawn = self.augmentation.draw(place.seed, place.channels)
+        box, matrix = (place.patch_box, None) if drawn.matrix is None else turned_box(place, drawn)
+        image = torch.empty((place.channels, *box.size))
+        codes = torch.empty(box.size, dtype=Target(self.labels).code_type)
+        read_box(place, box, image, codes, () if matrix is not None else drawn.mirrored)
+        return image, codes, Work(drawn, matrix, place.patch_size)
+
+
+class DeviceAugmentation:
+    """Makes finished batches of what :class:`DeviceReads` read. ``image, target = augmentation(batch, device)``.
+
+    The result is that of the CPU chain: ``image`` float32 (B, C, Z, Y, X), ``target`` (B, 1, Z, Y, X) int16 labels or
+    (B, R, Z, Y, X) bool regions, on ``device``. It follows from the batch alone.
+
+    Args:
+        labels: what they mean.
+        use_mask_for_norm: a flag for each channel: those channels are zero again outside the nonzero region.
+    """
+
+    def __init__(self, labels: LabelScheme, use_mask_for_norm: Sequence[bool]) -> None:
+        self.target = Target(labels)
+        self.masked = masked_channels(use_mask_for_norm)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        device = torch.device(device)
+        work: list[Work] = batch["work"]
+        # All are on their way before the first is worked on.
+        images = [image.to(device, non_blocking=True) for image in batch["image"]]
+        codes = [each.to(device, non_blocking=True) for each in batch["target"]]
+        shape = (len(work), len(images[0]), *work[0].patch_size)
+        out = torch.empty(shape, device=device)
+        target = torch.empty((len(work), self.target.channels, *shape[2:]), dtype=self.target.dtype, device=device)
+        for index, todo in enumerate(work):
+            if todo.matrix is None:
+                out[index].copy_(images[index])
+                patch = codes[index].clone()  # what follows changes it, and the batch is the caller's
+            else:
+                patch = codes[index].new_empty(todo.patch_size)
+                sample_into(out[index], patch, images[index], codes[index], todo.matrix)
+            finish(out[index], target[index], patch, todo.drawn, self.masked, self.target)
+        return out, target
+
+
+def device_transforms(spatial: SpatialRange, mirror_axes: Sequence[int], labels: LabelScheme) -> DeviceReads:
+    """The workers' part of the training chain that goes on in :class:`DeviceAugmentation`."""
+    return DeviceReads(labels, Augmentation(spatial, tuple(mirror_axes)))

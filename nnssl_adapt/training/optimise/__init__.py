@@ -1,0 +1,1 @@
+"""Loss, optimiser, schedule, precision: how a network learns."""

@@ -1,0 +1,1 @@
+"""Everything that a fine-tuning run can vary."""

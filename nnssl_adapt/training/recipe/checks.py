@@ -1,0 +1,167 @@
+"""What a recipe's values must be, alone, together, and for the network that they are meant for."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from nnssl_adapt.training.recipe.values import raise_if_any
+from nnssl_adapt.weights.transfer.report import FRESH, REST, percent
+
+if TYPE_CHECKING:
+    from nnssl_adapt.training.recipe.recipe import Recipe
+    from nnssl_adapt.weights.network.architectures import Architecture
+    from nnssl_adapt.weights.transfer.report import TransferReport
+
+
+def range_mistakes(recipe: Recipe) -> Iterable[str]:
+    """Values that no recipe can have; they are of the right types already."""
+    yield from _number_mistakes(recipe)
+    if not 0 <= recipe.momentum < 1:
+        yield f"momentum: expected 0 or more and less than 1, got {recipe.momentum}"
+    elif recipe.optimizer == "sgd" and recipe.momentum == 0:
+        yield "momentum: Nesterov's SGD needs one above 0, got 0"
+    if not all(0 <= beta < 1 for beta in recipe.betas):
+        yield f"betas: expected two numbers of 0 or more and less than 1, got {recipe.betas}"
+    if not 0 < recipe.layer_decay <= 1:
+        yield f"layer_decay: expected a number above 0 and up to 1 (1 for none), got {recipe.layer_decay}"
+    if not 0 < recipe.warmup_fraction <= 1:
+        yield f"warmup_fraction: expected a number above 0 and up to 1, got {recipe.warmup_fraction}"
+    if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
+        yield f"ema_decay: expected a number between 0 and 1 (0.999, say), or none, got {recipe.ema_decay}"
+    if recipe.batch_size is not None and recipe.batch_size < 1:
+        yield f"batch_size: expected at least 1, got {recipe.batch_size}"
+    if recipe.patch_size is not None and min(recipe.patch_size) < 1:
+        yield f"patch_size: expected three numbers of at least 1, got {recipe.patch_size}"
+    if not 0 <= recipe.foreground_fraction <= 1:
+        yield f"foreground_fraction: expected 0 to 1, got {recipe.foreground_fraction}"
+    if len(set(recipe.mirror_axes)) != len(recipe.mirror_axes) or not set(recipe.mirror_axes) <= {0, 1, 2}:
+        yield f"mirror_axes: expected some of 0, 1, 2, each once, got {recipe.mirror_axes}"
+    if not 0 <= recipe.seed < 2**32:
+        yield f"seed: expected 0 to 4294967295, got {recipe.seed}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", recipe.trainer_name) or "__" in recipe.trainer_name:
+        yield (
+            f"trainer_name: {recipe.trainer_name!r} names a folder; use letters, digits, '-', '.' and single '_' "
+            "('__' separates it from the plan's name)"
+        )
+
+
+def _number_mistakes(recipe: Recipe) -> Iterable[str]:
+    at_least_one = (
+        "epochs",
+        "iterations_per_epoch",
+        "validation_iterations",
+        "accumulate",
+        "checkpoint_every",
+        "non_finite_limit",
+    )
+    for name in at_least_one:
+        if getattr(recipe, name) < 1:
+            yield f"{name}: expected at least 1, got {getattr(recipe, name)}"
+    for name in ("warmup_epochs", "decoder_warmup_epochs", "lora_rank"):
+        if getattr(recipe, name) < 0:
+            yield f"{name}: expected 0 or more, got {getattr(recipe, name)}"
+    above_zero = (
+        "learning_rate",
+        "encoder_learning_rate",
+        "decoder_warmup_learning_rate",
+        "gradient_clip",
+        "checkpoint_minutes",
+        "lora_alpha",
+    )
+    for name in above_zero:
+        value = getattr(recipe, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name}: expected a number above 0, got {value}"
+    for name in ("weight_decay", "poly_exponent"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            yield f"{name}: expected 0 or more, got {getattr(recipe, name)}"
+
+
+def contradictions(recipe: Recipe) -> Iterable[str]:
+    """Values that are fine alone and not together."""
+    warmup = max(0, recipe.warmup_epochs) + max(0, recipe.decoder_warmup_epochs)
+    if recipe.epochs >= 1 and warmup >= recipe.epochs:
+        name, also = "warmup_epochs", ""
+        if recipe.decoder_warmup_epochs:
+            name, also = "warmup_epochs + decoder_warmup_epochs", " or --decoder-warmup"
+        yield f"{name}: expected fewer than epochs ({recipe.epochs}), got {warmup} (change it with --warmup{also})"
+    if recipe.decoder_warmup_learning_rate is not None and recipe.decoder_warmup_epochs == 0:
+        yield "decoder_warmup_learning_rate: means nothing without decoder_warmup_epochs (--decoder-warmup)"
+    if recipe.lora_alpha is not None and recipe.lora_rank == 0:
+        yield "lora_alpha: means nothing without adapters; give lora_rank (--lora) as well"
+    if recipe.freeze != "none":
+        what = "the encoder" if recipe.freeze == "encoder" else "everything but the head"
+        if recipe.lora_rank > 0:
+            yield f"freeze {recipe.freeze} and lora_rank {recipe.lora_rank}: adapters lie in the encoder, which would not learn"
+        if recipe.encoder_learning_rate is not None:
+            yield f"freeze {recipe.freeze} and encoder_learning_rate: {what} would not learn at all; drop one of them"
+        if recipe.layer_decay != 1:
+            yield f"freeze {recipe.freeze} and layer_decay: {what} would not learn at all; drop one of them"
+        if recipe.decoder_warmup_epochs > 0:
+            yield (
+                f"freeze {recipe.freeze} and decoder_warmup_epochs: the encoder never thaws; use warmup_epochs (--warmup)"
+            )
+    if recipe.from_scratch and recipe.freeze != "none":
+        yield f"freeze {recipe.freeze} and from_scratch: random weights would stay random; drop one of them"
+    if recipe.from_scratch and recipe.lora_rank > 0:
+        yield "lora_rank and from_scratch: random weights would stay random; drop one of them"
+
+
+def check_recipe_against(architecture: Architecture, recipe: Recipe, device_type: str | None = None) -> None:
+    """Raise ConfigurationError for all that the recipe asks for and this network, or this kind of device, can't do.
+
+    Args:
+        architecture: of the plan, or of the checkpoint as long as there is no plan.
+        recipe: what was asked for.
+        device_type: ``cuda``, ``cpu`` or ``mps``; None when it is not known yet.
+    """
+    mistakes = list(machine_mistakes(architecture.is_transformer, recipe, device_type))
+    raise_if_any(mistakes, f"recipe {recipe.name!r} for {architecture}")
+
+
+def machine_mistakes(is_transformer: bool, recipe: Any, device_type: str | None = None) -> Iterable[str]:
+    """What the network, the device or the installation can't do of ``recipe``, which may be anything with its fields."""
+    if recipe.lora_rank > 0 and not is_transformer:
+        yield (
+            "lora_rank: adapters go into a transformer's attention, and this network is a CNN; "
+            "try layer_decay (--llrd 0.75) or freeze (--freeze encoder)"
+        )
+    elif recipe.lora_rank > 0 and importlib.util.find_spec("peft") is None:
+        yield "lora_rank: needs peft, which is not installed: pip install 'nnssl-adapt[lora]'"
+    if recipe.deep_supervision and is_transformer:
+        yield (
+            "deep_supervision: a transformer has a single output; leave --deep-supervision out, or take a recipe without it "
+            "(primus; -tr nnUNet_Primus_M_Trainer)"
+        )
+    if recipe.precision == "fp16" and device_type not in (None, "cuda"):
+        yield f"precision: fp16 needs a CUDA device, not {device_type}; use auto or fp32"
+    if recipe.compile == "on" and device_type == "mps":
+        yield "compile: not on mps; use auto or off"
+
+
+def freezing_warnings(recipe: Recipe, report: TransferReport) -> list[str]:
+    """What stays as random as it was made, since it is frozen and the checkpoint had nothing for it. For the log.
+
+    Args:
+        recipe: of the run.
+        report: of the transfer that the run starts from.
+    """
+    frozen_encoder = recipe.freeze != "none" or recipe.lora_rank > 0
+    warnings = []
+    if frozen_encoder and report.coverage < 1:
+        fresh = [row.name for row in report.rows if row.part != REST and row.fate == FRESH and row.alias_of is None]
+        example = f" ({fresh[0]}, …)" if fresh else ""
+        warnings.append(
+            f"the encoder is frozen, and {percent(1 - report.coverage)} of it is not pre-trained{example}: that part stays as "
+            "random as it is. Fine-tune everything, or use layer_decay (--llrd 0.75)"
+        )
+    if recipe.freeze == "all_but_head" and report.decoder_coverage < 1:
+        warnings.append(
+            f"only the head learns, and {percent(1 - report.decoder_coverage)} of the decoder under it is not pre-trained: it "
+            "stays random, so the result says little about the weights. Use --freeze encoder, which lets the decoder learn"
+        )
+    return warnings

@@ -1,0 +1,268 @@
+"""Everything that a fine-tuning run can vary, in one record.
+
+A YAML file in ``configs/`` is a Recipe, a command-line flag overrides one field, and a trainer name that nnU-Net's users
+know is an alias of a Recipe (:mod:`nnssl_adapt.training.recipe.trainer_names`). There are no trainer subclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.recipe.checks import contradictions, range_mistakes
+from nnssl_adapt.training.recipe.text import described
+from nnssl_adapt.training.recipe.trainer_names import resolve
+from nnssl_adapt.training.recipe.values import convert, did_you_mean, mistake, raise_if_any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tuning run's options. All mistakes are found when it is made, and reported in one ConfigurationError.
+
+    The defaults are the published fine-tuning of pre-trained CNNs (``configs/default.yaml``).
+
+    Attributes:
+        name: what the recipe is called in logs.
+        trainer_name: first part of the model folder's name (``<trainer_name>__<plans>__3d_fullres``).
+        from_scratch: start from random weights.
+        epochs: epochs in all, warm-ups included.
+        iterations_per_epoch: optimiser steps an epoch.
+        validation_iterations: random validation batches after each epoch, from which the pseudo-Dice comes.
+        optimizer: ``sgd`` (Nesterov momentum), ``adamw`` (weight decay apart from the gradient) or ``adam`` (weight decay
+            as part of the gradient).
+        learning_rate: the highest one, reached at the end of the warm-up.
+        encoder_learning_rate: the encoder's highest one; None for ``learning_rate``.
+        layer_decay: above 0 to 1; each encoder layer's learning rate is this times that of the layer above it.
+        momentum: of SGD.
+        betas: of Adam and AdamW.
+        weight_decay: per step and unit of learning rate, as torch's optimisers define it.
+        gradient_clip: largest L2 norm of all gradients together.
+        accumulate: micro-batches of ``batch_size`` samples whose gradients make one step.
+        ema_decay: of the running average of the weights that predicts in their place; None for no average.
+        schedule: what follows the warm-up: ``poly``, ``cosine`` (to 0 at the end) or ``constant``.
+        decoder_warmup_epochs: epochs in which the decoder and head learn alone, before the warm-up of everything: half of
+            them linear increase, half polynomial decrease; 0 for none.
+        decoder_warmup_learning_rate: the highest one in those; None for ``learning_rate``.
+        warmup_epochs: epochs of linear increase of everything; 0 for none.
+        warmup_fraction: above 0 to 1, of ``learning_rate``, that the warm-up of everything ends at.
+        poly_exponent: ``poly`` is ``(1 - fraction done) ** poly_exponent`` of the highest learning rate.
+        freeze: ``none``, ``encoder`` (only decoder and head learn) or ``all_but_head`` (only the segmentation head does).
+        lora_rank: of low-rank adapters in the attention of a transformer, which then learn in the encoder's place; 0 for
+            none.
+        lora_alpha: the adapters count ``lora_alpha / lora_rank``; None for twice the rank.
+        foreground_fraction: 0 to 1, of a batch's samples that are centred on foreground (nnU-Net's rounding: of a batch of
+            2, a third is one sample).
+        batch_size: samples a batch, of all GPUs together; None for the plan's.
+        patch_size: voxels (Z, Y, X) after the plan's transpose; None for the plan's.
+        augmentation: ``default`` (nnU-Net's 3D chain, on the CPU), ``gpu`` (the same distributions, in batches on the
+            device) or ``none``.
+        mirror_axes: spatial axes (0, 1, 2) that may be flipped, in training and in prediction; empty for none.
+        deep_supervision: a loss at every resolution of the decoder (CNNs only).
+        precision: of the network's arithmetic: ``auto`` is bf16 on CUDA devices that have it, fp16 with loss scaling on
+            other CUDA devices, fp32 elsewhere.
+        compile: torch.compile of the network: ``auto`` is on for CUDA devices, as in nnU-Net.
+        channels_last: whether the network's memory has channels last.
+        activation_checkpointing: whether activations are computed again in the backward pass instead of being kept.
+        checkpoint_every: epochs between two writings of ``checkpoint_latest.pth``.
+        checkpoint_minutes: minutes after which it is written in any case.
+        non_finite_limit: steps in a row with a loss that is NaN or infinite after which the run stops.
+        seed: of everything random.
+    """
+
+    name: str = "default"
+    trainer_name: str = "PretrainedTrainer"
+    from_scratch: bool = False
+    # length
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    validation_iterations: int = 50
+    # optimiser
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float | None = None
+    layer_decay: float = 1.0
+    momentum: float = 0.99
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 3e-5
+    gradient_clip: float = 12.0
+    accumulate: int = 1
+    ema_decay: float | None = None
+    # schedule
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    decoder_warmup_epochs: int = 0
+    decoder_warmup_learning_rate: float | None = None
+    warmup_epochs: int = 50
+    warmup_fraction: float = 1.0
+    poly_exponent: float = 0.9
+    # what learns
+    freeze: Literal["none", "encoder", "all_but_head"] = "none"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    # data
+    foreground_fraction: float = 0.33
+    batch_size: int | None = None
+    patch_size: tuple[int, int, int] | None = None
+    augmentation: Literal["default", "gpu", "none"] = "default"
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    # network and machine
+    deep_supervision: bool = False
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    channels_last: bool = False
+    activation_checkpointing: bool = False
+    # keeping
+    checkpoint_every: int = 50
+    checkpoint_minutes: float = 30.0
+    non_finite_limit: int = 10
+    seed: int = 12345
+
+    def __post_init__(self) -> None:
+        mistakes = list(_settle_types(self))
+        if not mistakes:  # ranges are only worth checking on values of the right type
+            mistakes = [*range_mistakes(self), *contradictions(self)]
+        raise_if_any(mistakes, f"recipe {self.name!r}")
+
+    # -- where recipes come from -------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """Read a recipe: the name of one in ``configs/`` (``default``, ``primus``, ``short``, …) or a YAML file.
+
+        Raises ConfigurationError: no such recipe (the names are listed), or every mistake in it at once.
+        """
+        path = _find(source)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(content, Mapping):
+            raise ConfigurationError(f"{path}: expected lines 'field: value', got {type(content).__name__}")
+        return cls.from_dict({"name": path.stem, **content}, where=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Make a recipe from field names and values; ``where`` names their origin in the error message."""
+        return _make({}, content, where)
+
+    @classmethod
+    def for_trainer_name(cls, trainer_name: str, pretrained: bool = False) -> Recipe:
+        """Return the recipe that a trainer name known from nnU-Net stands for. Unknown: ConfigurationError listing them.
+
+        nnU-Net's own trainers (``nnUNetTrainer_250epochs``) start from random weights, unless ``pretrained`` says that some were
+        given along with the name.
+        """
+        config, changes = resolve(trainer_name, pretrained)
+        return cls.load(config).override(**changes)
+
+    # -- variations ----------------------------------------------------------------------------------------------------
+
+    def override(self, **fields: Any) -> Recipe:
+        """Return a copy with other values. Strings are read as the field's own type (``"1e-4"``, ``"96,96,64"``, ``"none"``)."""
+        return _make(self.to_dict(), fields, f"changes to recipe {self.name!r}")
+
+    def with_settings(self, assignments: Iterable[str], **values: Any) -> Recipe:
+        """Return a copy changed by ``field=value`` strings, as ``--set`` takes them, and by ``values``, which win.
+
+        Both at once, since fields are checked against each other.
+        """
+        fields: dict[str, Any] = {}
+        mistakes = []
+        for assignment in assignments:
+            field, equals, value = assignment.partition("=")
+            if equals:
+                fields[field.strip().replace("-", "_")] = value.strip()
+            else:
+                mistakes.append(f"--set {assignment}: expected field=value")
+        return _make(self.to_dict(), {**fields, **values}, f"changes to recipe {self.name!r}", mistakes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values (lists instead of tuples), fit for YAML, JSON and checkpoints."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def __str__(self) -> str:
+        return described(self)
+
+
+def configs_folder() -> Path:
+    """The folder of recipes: ``nnssl_adapt/configs`` of an installed package, ``configs`` of a source checkout."""
+    package = Path(str(resources.files("nnssl_adapt")))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = configs_folder() / f"{str(source).removesuffix('.yaml')}.yaml"
+    if named.is_file():
+        return named
+    names = recipe_names()
+    raise ConfigurationError(
+        f"no recipe {str(source)!r}{did_you_mean(str(source), names)}: give a YAML file or one of {', '.join(names)}"
+    )
+
+
+def _make(base: Mapping[str, Any], changes: Mapping[str, Any], where: str, mistakes: Iterable[str] = ()) -> Recipe:
+    """Make a recipe of ``base`` with ``changes``, collecting unknown names, wrong types and wrong ranges together.
+
+    ``mistakes`` are those found before, to be reported along with them.
+    """
+    types_of_fields = get_type_hints(Recipe)
+    fields: dict[str, Any] = {}
+    found = list(mistakes)
+    for name, value in {**base, **changes}.items():
+        if name not in types_of_fields:
+            found.append(f"unknown field {name!r}{did_you_mean(str(name), types_of_fields)}")
+            continue
+        try:
+            fields[name] = convert(value, types_of_fields[name])
+        except (ValueError, OverflowError):
+            found.append(mistake(name, value, types_of_fields[name]))
+    try:
+        recipe = Recipe(**fields)
+    except ConfigurationError as error:
+        found.extend(getattr(error, "mistakes", [str(error)]))
+    raise_if_any(found, where)
+    return recipe
+
+
+def as_far_as_readable(content: Mapping[str, Any]) -> SimpleNamespace:
+    """The fields among ``content`` that have a value of their type, unchecked otherwise, and every other at its default.
+
+    To look for more mistakes beside those that keep a recipe from being made.
+    """
+    fields = Recipe().to_dict()
+    for name, wanted in get_type_hints(Recipe).items():
+        with suppress(ValueError, OverflowError):
+            if name in content:
+                fields[name] = convert(content[name], wanted)
+    return SimpleNamespace(**fields)
+
+
+def _settle_types(recipe: Recipe) -> Iterable[str]:
+    """Bring values given in Python, ``Recipe(learning_rate="1e-3")``, to their fields' types; yield what can't be."""
+    for name, wanted in get_type_hints(Recipe).items():
+        value = getattr(recipe, name)
+        try:
+            converted = convert(value, wanted)
+        except (ValueError, OverflowError):
+            yield mistake(name, value, wanted)
+            continue
+        if type(converted) is not type(value):
+            object.__setattr__(recipe, name, converted)

@@ -1,0 +1,1 @@
+"""What is in the file? Its tensors and its plan, brought together."""

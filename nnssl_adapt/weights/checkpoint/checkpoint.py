@@ -1,0 +1,213 @@
+"""A checkpoint: its tensors, its plan, and where both are from.
+
+Files from strangers are data here: pickles are read without running code (``weights_only``), and what needs code is
+refused. What the plan says is checked against the tensors, which are right where the two disagree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nnssl_adapt.weights.checkpoint.find_plan import find_plan
+from nnssl_adapt.weights.checkpoint.folds import average_folds
+from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
+from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.network.axes import check_axes, exchange_axes
+from nnssl_adapt.weights.network.stems import choose_stem
+from nnssl_adapt.weights.sources.resolve import Origin, ResolvedSource, resolve_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Pre-trained weights with everything that is known about them.
+
+    Attributes:
+        tensors: name → tensor on the CPU, wrappers' prefixes stripped; treat them as read-only (they may be the file).
+        plan: how they were pre-trained, with the keys, patch and channels that the tensors really have.
+        origin: where they are from, and their digest.
+        trainer_name: nnssl's or nnU-Net's trainer, where the file or its plan says so.
+        citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
+        notes: what was wrong in the file or its plan, and what was done about it.
+        choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``) that were not left at
+            their defaults; opening with them gives these weights again.
+    """
+
+    tensors: dict[str, Tensor]
+    plan: AdaptationPlan
+    origin: Origin
+    trainer_name: str | None = None
+    citations: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.plan.architecture
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored, tensors with several names counted once."""
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in self.tensors.values()}.values())
+
+    def __str__(self) -> str:
+        plan = self.plan
+        unknown = "not known" if plan.supervised else "each image's own"
+        spacing = f"{_times(plan.spacing)} mm" if plan.spacing else unknown
+        recommended = plan.recommended_patch_size
+        patch = f"{_times(plan.patch_size)} voxels"
+        if recommended and recommended != plan.patch_size:
+            patch += f" (recommended {_times(recommended)})"
+        fold = f", fold {self.origin.fold}" if self.origin.fold else ""
+        lines = [
+            f"{self.origin}: {self.origin.filename}{fold}, sha256 {self.origin.sha256[:12]}",
+            f"  network   {self.architecture}, {_millions(self.num_parameters)} numbers stored",
+            f"  trained   by {self.trainer_name or 'an unnamed trainer'}{_purpose(plan)}",
+            f"  images    {plan.num_input_channels} channel(s), {', '.join(plan.normalization_schemes)}"
+            + (f", orientation {plan.orientation}" if plan.orientation else ""),
+            f"  spacing   {spacing}",
+            f"  patch     {patch}",
+        ]
+        lines.append(f"  licence   {self.licence or 'not stated in the file: see where it was published'}")
+        lines += [f"  cite      {name}" for name in self.citation_names]
+        lines += [f"  note      {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    @property
+    def licence(self) -> str | None:
+        """Under which terms the weights may be used, where their plan says so (``license`` or ``licence``)."""
+        stated = self.plan.raw.get("license") or self.plan.raw.get("licence")
+        return str(stated) if stated else None
+
+    @property
+    def citation_names(self) -> tuple[str, ...]:
+        """Each citation in one line: its type and name."""
+        return tuple(
+            ": ".join(str(entry[key]) for key in ("type", "name") if entry.get(key)) or "unnamed"
+            for entry in self.citations
+        )
+
+
+def _purpose(plan: AdaptationPlan) -> str:
+    if not plan.supervised:
+        return ""
+    shown = ", ".join(plan.head_names[:8]) + (", …" if len(plan.head_names) > 8 else "")
+    return f" for segmentation (labels: {shown or 'not named in the file'})"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 50_000 else f"{count:,}"
+
+
+def _times(numbers: tuple[float, ...]) -> str:
+    return " × ".join(f"{number:g}" for number in numbers)
+
+
+def open_checkpoint(
+    source: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    filename: str | None = None,
+    fold: str | None = None,
+    stem: str | None = None,
+    axes: str = "auto",
+) -> Checkpoint:
+    """Open pre-trained weights, self-supervised (nnssl) or of a segmentation network (nnU-Net, MONAI).
+
+    Args:
+        source: a ``.pth``, ``.ckpt`` or ``.safetensors`` file, a folder or zip with one, a trained nnU-Net model folder, or
+            a repository or address; see :func:`nnssl_adapt.weights.sources.resolve.resolve_source`.
+        revision: branch, tag or commit on the hub.
+        cache_dir: the hub's cache, if not the usual one.
+        local_files_only: never use the network.
+        filename: the weight file in a folder, archive or repository, if not one of nnssl's names.
+        fold: of a trained nnU-Net model folder: which fold, or ``mean`` for the average of all.
+        stem: of a network with one stem a dataset (MultiTalent): which one, or ``mean`` (the default).
+        axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
+            nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
+            Lightning's or hold the contrast-agnostic network, else ``zyx``.
+
+    Returns a :class:`Checkpoint`; ``print`` it to see what it is. Nothing in the file is run.
+
+    Raises:
+        SourceError: it can't be found or fetched.
+        UnreadableCheckpoint: the file is truncated or no checkpoint.
+        UnsafeCheckpoint: loading it would run code.
+        AdaptationPlanError: no plan in the file or beside it that fits its tensors, and none can be read off them.
+        ModelFolderError: the model folder's plans.json or dataset.json can't be read.
+        ConfigurationError: ``stem`` or ``axes`` make no sense for these weights.
+    """
+    resolved = resolve_source(source, revision, cache_dir, local_files_only, filename=filename, fold=fold)
+    choices = {"filename": filename, "fold": fold, "stem": stem, "axes": None if axes == "auto" else axes}
+    checkpoint = read_checkpoint(resolved, stem=stem, axes=axes)
+    return replace(checkpoint, choices={key: value for key, value in choices.items() if value is not None})
+
+
+def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str = "auto") -> Checkpoint:
+    """Open weights that are on this machine already; arguments and errors as of :func:`open_checkpoint`."""
+    check_axes(axes)
+    path = resolved.weights
+    content = read_weight_file(path)
+    state = state_dict_of(content, path)
+    tensors, stem_notes = choose_stem(_all_folds(resolved, state), stem, str(path))
+    found = find_plan(content, resolved, tensors)
+    plan, notes = found.plan, [*state.notes, *stem_notes, *found.notes]
+    if axes == "xyz" or (axes == "auto" and found.from_tensors and _is_from_monai(state, plan)):
+        tensors, plan = exchange_axes(tensors, plan, str(path))
+        notes.append(_exchanged(axes, state.key))
+    citations, citation_notes = _citations(content.get("citations"), plan)
+    trainer_name = content.get("trainer_name")
+    checkpoint = Checkpoint(
+        tensors=tensors,
+        plan=plan,
+        origin=resolved.origin,
+        trainer_name=trainer_name if isinstance(trainer_name, str) else plan.trainer_name,
+        citations=citations,
+        notes=tuple(notes + citation_notes),
+    )
+    for note in checkpoint.notes:
+        logger.warning("%s: %s", resolved.origin, note)
+    return checkpoint
+
+
+def _all_folds(resolved: ResolvedSource, first: StateDict) -> dict[str, Tensor]:
+    """The weights, averaged where several folds are asked for."""
+    if not resolved.other_folds:
+        return first.tensors
+    others = [(path, state_dict_of(read_weight_file(path), path).tensors) for path in resolved.other_folds]
+    return average_folds([(resolved.weights, first.tensors), *others])
+
+
+def _is_from_monai(state: StateDict, plan: AdaptationPlan) -> bool:
+    """Whether a file without a plan was trained on (x, y, z) arrays: Lightning's are, and the contrast-agnostic network."""
+    return not plan.architecture.is_transformer and (state.key == LIGHTNING_KEY or plan.orientation is not None)
+
+
+def _exchanged(axes: str, key: str | None) -> str:
+    if axes == "xyz":
+        return "its axes were exchanged, (x, y, z) → (z, y, x), as asked for; exact for a convolutional network"
+    why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "the contrast-agnostic network was"
+    return (
+        f"taken as trained on (x, y, z) arrays, as {why}: kernels, strides and patch were turned to (z, y, x), exactly; "
+        "--axes zyx leaves them as they are"
+    )
+
+
+def _citations(found: Any, plan: AdaptationPlan) -> tuple[tuple[dict[str, Any], ...], list[str]]:
+    """The file's own citations, else the plan's; what is not ``{type, name, …}`` is left out and noted."""
+    entries = found if isinstance(found, (list, tuple)) else [found] if found is not None else []
+    if not entries or found == {}:
+        return plan.citations, []
+    good = tuple(dict(entry) for entry in entries if isinstance(entry, Mapping))
+    bad = len(entries) - len(good)
+    return good, [f"{bad} of its citations can't be read"] if bad else []

@@ -1,0 +1,265 @@
+"""Weights of segmentation networks: their plan in nnU-Net's own files, or read off the tensors.
+
+The contrast-agnostic network of the Spinal Cord Toolbox is known by its size; its sources are listed in its project
+(sct-pipeline/contrast-agnostic-softseg-spinalcord).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError, DatasetJsonError
+from nnssl_adapt.weights.checkpoint.plan_check import own_keys
+from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan, first_problem, in_one_line
+from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.network.network_parts import Tensors
+from nnssl_adapt.weights.network.topology import Topology, read_topology
+
+CONFIGURATION = "3d_fullres"
+
+NNUNET_CITATION: dict[str, Any] = {
+    "type": "Framework",
+    "name": "nnU-Net",
+    "apa_citations": [
+        "Isensee, F., Jaeger, P. F., Kohl, S. A. A., Petersen, J., & Maier-Hein, K. H. (2021). nnU-Net: a self-configuring "
+        "method for deep learning-based biomedical image segmentation. Nature Methods, 18(2), 203–211."
+    ],
+}
+CONTRAST_AGNOSTIC_CITATION: dict[str, Any] = {
+    "type": "Pretraining",
+    "name": "contrast-agnostic spinal cord segmentation",
+    "apa_citations": [
+        "Bédard, S., Karthik, E. N., Tsagkas, C., et al. (2025). Towards contrast-agnostic soft segmentation of the spinal "
+        "cord. Medical Image Analysis."
+    ],
+}
+
+_AXES_OF_LETTERS = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
+
+
+# -- from nnU-Net's files --------------------------------------------------------------------------------------------
+
+
+def plan_from_nnunet(
+    plans: Mapping[str, Any], dataset_json: Mapping[str, Any] | None, configuration: str | None, where: str
+) -> AdaptationPlan:
+    """The plan of a network that nnU-Net trained, from the content of its plans.json and dataset.json.
+
+    Args:
+        plans: of nnU-Net 2, also of the format before 2.3, which describes the network by ``UNet_class_name``.
+        dataset_json: names channels and labels, and the orientation (``image_orientation``); None when it is lost.
+        configuration: that the network was trained in; None is ``3d_fullres``, or the only one there is.
+        where: the file or folder, for messages.
+
+    Raises AdaptationPlanError when something is missing or the network is 2D or the second of a cascade, DatasetJsonError
+    when the labels make no sense.
+    """
+    name, settings = _configuration(plans, configuration, where)
+    _refuse_other_networks(name, settings, where)
+    try:
+        architecture = _architecture(settings)
+    except (ArchitectureError, TypeError, ValueError, KeyError) as error:
+        raise AdaptationPlanError(f"{where}, configuration {name}: {in_one_line(error)}") from error
+    fields: dict[str, Any] = {
+        "architecture": architecture,
+        "spacing": settings.get("spacing"),
+        "patch_size": settings.get("patch_size"),
+        "normalization_schemes": settings.get("normalization_schemes"),
+        "use_mask_for_norm": settings.get("use_mask_for_norm"),
+        "transpose_forward": plans.get("transpose_forward"),
+        "num_input_channels": _channels(dataset_json, settings),
+        "citations": (NNUNET_CITATION,),
+        "supervised": True,
+    }
+    raw: dict[str, Any] = {"nnunet_plans": dict(plans)}
+    if dataset_json is not None:
+        fields["head_names"] = _head_names(dataset_json, where)
+        fields["orientation"] = _orientation(dataset_json.get("image_orientation"), where)
+        raw["dataset_json"] = dict(dataset_json)
+        raw["licence"] = dataset_json.get("licence") or dataset_json.get("license")
+    ours = plans.get("nnssl_adapt")
+    if isinstance(ours, Mapping) and isinstance(ours.get("licence"), str):
+        raw["licence"] = ours["licence"]  # the model's own, from its package; the other is the data's
+    given = {key: value for key, value in fields.items() if value is not None or key in ("spacing", "patch_size")}
+    try:
+        plan = AdaptationPlan.model_validate({**given, "raw": raw})
+    except ValidationError as error:
+        raise AdaptationPlanError(f"{where}, configuration {name}: wrong at {first_problem(error)}") from error
+    return own_keys(plan, where)
+
+
+def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tuple[str, dict[str, Any]]:
+    """The configuration of this name, with what it inherits."""
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, Mapping) or not configurations:
+        raise AdaptationPlanError(f"{where}: the plans have no 'configurations'")
+    if name is None:
+        volumetric = [key for key in configurations if key != "2d"]
+        name = CONFIGURATION if CONFIGURATION in configurations or len(volumetric) != 1 else volumetric[0]
+    settings: dict[str, Any] = {}
+    seen: list[str] = []
+    parent: Any = name
+    while parent is not None:
+        entry = configurations.get(parent) if isinstance(parent, str) else None
+        if not isinstance(entry, Mapping):
+            raise AdaptationPlanError(
+                f"{where}: the plans have no configuration {parent!r}; they have {', '.join(map(str, configurations))}"
+            )
+        if parent in seen:
+            raise AdaptationPlanError(f"{where}: configurations inherit from each other: {' → '.join([*seen, parent])}")
+        seen.append(parent)
+        settings = {**entry, **settings}
+        parent = entry.get("inherits_from")
+    return str(name), settings
+
+
+def _refuse_other_networks(name: str, settings: Mapping[str, Any], where: str) -> None:
+    patch = settings.get("patch_size")
+    if isinstance(patch, (list, tuple)) and len(patch) == 2:
+        raise AdaptationPlanError(
+            f"{where}: configuration {name} is a 2D network, and only 3D ones can be used: take the model's 3d_fullres"
+        )
+    if settings.get("previous_stage") is not None:
+        raise AdaptationPlanError(
+            f"{where}: configuration {name} is the second stage of a cascade, which takes another network's labels as input: "
+            "take the model's 3d_fullres or 3d_lowres"
+        )
+
+
+def _architecture(settings: Mapping[str, Any]) -> Architecture:
+    if isinstance(settings.get("architecture"), Mapping):
+        return Architecture.from_plans_dict(settings["architecture"])
+    class_name = settings.get("UNet_class_name")
+    if class_name is None:
+        raise ArchitectureError("it has neither 'architecture' nor (before nnU-Net 2.3) 'UNet_class_name'")
+    blocks = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}.get(class_name)
+    if blocks is None:
+        raise ArchitectureError(f"unknown network {class_name!r}; known are PlainConvUNet and ResidualEncoderUNet")
+    counts = list(settings["n_conv_per_stage_encoder"])
+    base, most = int(settings["UNet_base_num_features"]), int(settings["unet_max_num_features"])
+    kwargs: dict[str, Any] = {
+        "n_stages": len(counts),
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(len(counts))],
+        "conv_op": "Conv3d",
+        "kernel_sizes": settings["conv_kernel_sizes"],
+        "strides": settings["pool_op_kernel_sizes"],
+        blocks: counts,
+        "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
+        "conv_bias": True,
+        "norm_op": "InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return Architecture(class_name, kwargs)
+
+
+def _channels(dataset_json: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> int | None:
+    for names in ((dataset_json or {}).get("channel_names"), settings.get("normalization_schemes")):
+        if isinstance(names, (Mapping, list, tuple)) and names:
+            return len(names)
+    return None
+
+
+def _head_names(dataset_json: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    try:
+        return LabelScheme.from_dataset_json(dataset_json, f"{where}, dataset.json").head_names
+    except DatasetJsonError as error:
+        raise DatasetJsonError(in_one_line(error)) from error
+
+
+def _orientation(value: Any, where: str) -> str | None:
+    """Three letters, one for each pair of directions; raises AdaptationPlanError for anything else but None."""
+    if value is None:
+        return None
+    letters = value.upper() if isinstance(value, str) else ""
+    if len(letters) != 3 or {_AXES_OF_LETTERS.get(letter) for letter in letters} != {0, 1, 2}:
+        shown = in_one_line(repr(value))
+        raise AdaptationPlanError(
+            f"{where}: 'image_orientation' in dataset.json is {shown}, expected three letters such as RPI or LAS"
+        )
+    return str(letters)
+
+
+def configuration_of_folder(name: str) -> str | None:
+    """The configuration in a model folder's name, ``<Trainer>__<Plans>__<configuration>``."""
+    parts = name.split("__")
+    return parts[-1] if len(parts) >= 3 and re.fullmatch(r"\w+", parts[-1]) else None
+
+
+# -- from the tensors ------------------------------------------------------------------------------------------------
+
+
+def plan_from_tensors(
+    tensors: Tensors, where: str, trainer_name: str | None = None
+) -> tuple[AdaptationPlan, list[str]]:
+    """The plan of a U-Net without any plan, as far as its tensors tell; and notes on what they don't.
+
+    Spacing and patch are not in a bare file: they are known for the contrast-agnostic network, else None and four times the
+    network's total stride (nnU-Net stops pooling at four voxels). Raises AdaptationPlanError when it is no U-Net.
+    """
+    try:
+        topology = read_topology(tensors)
+    except ArchitectureError as error:
+        raise AdaptationPlanError(f"{where} has no plan, and none can be read off its tensors: {error}") from error
+    architecture = topology.architecture
+    if architecture.is_transformer:
+        raise AdaptationPlanError(
+            f"{where} has no plan, and a Primus's tensors don't tell its patch: copy its adaptation_plan.json beside it"
+        )
+    known = is_contrast_agnostic(topology)
+    z, y, x = (4 * step for step in architecture.total_stride)
+    supervised = known or trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1
+    plan = AdaptationPlan(
+        architecture=architecture,
+        spacing=(1.0, 1.0, 1.0) if known else None,
+        patch_size=(64, 192, 320) if known else (z, y, x),
+        recommended_patch_size=(64, 192, 320) if known else None,
+        num_input_channels=topology.channels,
+        normalization_schemes=("ZScoreNormalization",) * topology.channels,
+        use_mask_for_norm=(False,) * topology.channels,
+        supervised=supervised,
+        orientation="RPI" if known else None,
+        citations=(NNUNET_CITATION, CONTRAST_AGNOSTIC_CITATION) if known else (),
+    )
+    notes = [f"no plan in the file or beside it: the architecture was read off the tensors ({architecture})"]
+    if known:
+        notes.append(
+            "it has the contrast-agnostic network's size: took its spacing (1 mm), patch and orientation (RPI)"
+        )
+    else:
+        notes.append(
+            f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is four times "
+            "the network's stride"
+        )
+    if topology.guessed:
+        notes.append(f"assumed, since the tensors don't tell: {', '.join(topology.guessed)}")
+    if not supervised:
+        notes.append(
+            "whether it was trained to segment can't be told: only its encoder is used, or say --scope encoder+decoder"
+        )
+    return own_keys(plan, where, topology.encoder.rpartition(".")[0]), notes
+
+
+def trained_by_nnunet(trainer_name: str | None) -> bool:
+    return trainer_name is not None and trainer_name.startswith("nnUNetTrainer")
+
+
+def is_contrast_agnostic(topology: Topology) -> bool:
+    """Whether it is the contrast-agnostic network by its size; an older release has 384 features at the bottom."""
+    kwargs = topology.architecture.kwargs
+    features = kwargs["features_per_stage"]
+    return (
+        topology.architecture.class_name == "PlainConvUNet"
+        and features[:4] == [32, 64, 128, 256]
+        and len(features) == 6
+        and set(features[4:]) <= {320, 384}
+        and topology.channels == 1
+        and kwargs["n_conv_per_stage"] == [2] * 6
+        and kwargs["strides"] == [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 2, 2]]
+    )

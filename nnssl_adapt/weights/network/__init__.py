@@ -1,0 +1,1 @@
+"""What network is it? Described by plain data, built, and read off tensors."""

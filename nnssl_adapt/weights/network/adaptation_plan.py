@@ -1,0 +1,188 @@
+"""The adaptation plan: what an nnssl checkpoint says about how it was pre-trained.
+
+It lies in the checkpoint (``nnssl_adaptation_plan``), beside it (``adaptation_plan.json``), or both. Its layout is
+written down in nnssl's ``AdaptationPlan``; tuples and lists, ints and floats are mixed freely.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError
+from nnssl_adapt.weights.network.architectures import Architecture, Shape
+
+EMBEDDED_KEY = "nnssl_adaptation_plan"
+
+_CONFIGURATIONS = ("onemmiso", "median", "noresample", "3d_fullres")
+"""nnssl writes exactly one of the first three; plans made by hand have nnU-Net's name, and sometimes others beside it."""
+
+
+def _whole(value: Any) -> Any:
+    """An int given as 32.0 or 32; anything else is left for the validation to name."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _words(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+Voxels = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Patch = tuple[Voxels, Voxels, Voxels]
+Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class AdaptationPlan(BaseModel):
+    """How a checkpoint was pre-trained, and where its encoder lies.
+
+    Axes are array order (Z, Y, X) after the pre-training's ``transpose_forward``.
+
+    Attributes:
+        architecture: the network (the encoder of which was trained).
+        spacing: voxel size in mm, or None where images kept their own.
+        patch_size: the patch in voxels that the network saw, not the recommended one.
+        recommended_patch_size: what the authors recommend for fine-tuning, in voxels.
+        num_input_channels: image channels in pre-training.
+        normalization_schemes: nnU-Net's names of the normalisation, one a channel.
+        use_mask_for_norm: whether only nonzero voxels counted for it, one a channel.
+        key_to_encoder: dotted prefix of the encoder's tensors.
+        key_to_stem: dotted prefix of the stem's.
+        keys_to_in_proj: modules that see the image's channels; several names of one module are usual.
+        key_to_lpe: the learned positional embedding of a transformer.
+        citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
+        trainer_name: nnssl's trainer, where it is known.
+        supervised: whether the weights are a segmentation network's, so that its decoder is worth keeping.
+        transpose_forward: order in which the training's images had their array axes put (nnU-Net's key); identity for nnssl.
+        head_names: what the outputs of a supervised network stand for, in order; empty where unknown.
+        orientation: three letters such as ``RPI`` where the weights want one orientation, as the Spinal Cord Toolbox
+            writes them (the directions that the axes come from); None where any will do.
+        raw: the plan exactly as found.
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
+
+    architecture: Architecture
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | None
+    patch_size: Patch
+    recommended_patch_size: Patch | None = None
+    num_input_channels: Voxels = 1
+    normalization_schemes: Words = ("ZScoreNormalization",)
+    use_mask_for_norm: tuple[bool, ...] = (False,)
+    key_to_encoder: str | None = None
+    key_to_stem: str | None = None
+    keys_to_in_proj: Words = ()
+    key_to_lpe: str | None = None
+    citations: tuple[dict[str, Any], ...] = ()
+    trainer_name: str | None = None
+    supervised: bool = False
+    transpose_forward: tuple[int, int, int] = (0, 1, 2)
+    head_names: tuple[str, ...] = ()
+    orientation: str | None = None
+    raw: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @classmethod
+    def parse(cls, content: Any, where: str) -> AdaptationPlan:
+        """Read a plan in nnssl's layout. ``where`` names the file in the AdaptationPlanError that a bad one raises."""
+        if not isinstance(content, Mapping):
+            raise AdaptationPlanError(f"{where}: the adaptation plan is a {type(content).__name__}, expected a mapping")
+        architecture_plans = content.get("architecture_plans")
+        if not isinstance(architecture_plans, Mapping):
+            raise AdaptationPlanError(f"{where}: the adaptation plan has no 'architecture_plans' mapping")
+        try:
+            architecture = Architecture.from_adaptation(architecture_plans)
+        except ArchitectureError as error:
+            raise AdaptationPlanError(f"{where}: {in_one_line(error)}") from error
+        configuration = _configuration(content, where)
+        fields = {
+            "architecture": architecture,
+            "spacing": configuration.get("spacing"),
+            "patch_size": content.get("pretrain_patch_size") or configuration.get("patch_size"),
+            "recommended_patch_size": content.get("recommended_downstream_patchsize"),
+            "num_input_channels": content.get("pretrain_num_input_channels"),
+            "normalization_schemes": configuration.get("normalization_schemes"),
+            "use_mask_for_norm": configuration.get("use_mask_for_norm"),
+            "citations": content.get("citations"),
+        }
+        optional = ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe", "trainer_name")
+        fields.update({key: content.get(key) for key in optional})
+        if fields["patch_size"] is None:
+            fields["patch_size"] = fields["recommended_patch_size"]
+        always = {"architecture", "spacing", "patch_size"}
+        given = {key: value for key, value in fields.items() if value is not None or key in always}
+        try:
+            return cls.model_validate({**given, "raw": dict(content)})
+        except ValidationError as error:
+            raise AdaptationPlanError(f"{where}: the adaptation plan is wrong at {first_problem(error)}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> AdaptationPlan:
+        """Read an ``adaptation_plan.json``. Raises AdaptationPlanError naming the file and what is wrong."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise AdaptationPlanError(f"{path} is not readable as JSON: {error}") from error
+        return cls.parse(content, str(path))
+
+    @property
+    def token_grid(self) -> Shape | None:
+        """Tokens per axis (Z, Y, X) of a transformer on the pre-training patch, where it divides; else None."""
+        return token_grid(self.architecture, self.patch_size)
+
+    def differences(self, other: AdaptationPlan) -> list[str]:
+        """Names of the fields in which two plans for the same weights disagree."""
+        ignored = {"raw", "citations", "trainer_name"}
+        return [name for name in type(self).model_fields if name not in ignored and not _same(self, other, name)]
+
+
+def token_grid(architecture: Architecture, patch_size: Shape | tuple[int, ...]) -> Shape | None:
+    """Tokens per axis that a transformer cuts a patch (Z, Y, X) into; None for a CNN or a patch that doesn't divide."""
+    steps = architecture.total_stride
+    if not architecture.is_transformer or any(n % s for n, s in zip(patch_size, steps, strict=True)):
+        return None
+    z, y, x = (n // s for n, s in zip(patch_size, steps, strict=True))
+    return z, y, x
+
+
+def _same(one: AdaptationPlan, other: AdaptationPlan, name: str) -> bool:
+    left, right = getattr(one, name), getattr(other, name)
+    if name == "spacing" and left and right:
+        return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def _configuration(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The one pre-training configuration that the plan holds."""
+    pretrain_plan = content.get("pretrain_plan")
+    configurations = pretrain_plan.get("configurations") if isinstance(pretrain_plan, Mapping) else None
+    if not isinstance(configurations, Mapping) or not configurations:
+        raise AdaptationPlanError(f"{where}: the adaptation plan has no 'pretrain_plan.configurations'")
+    names = list(configurations)
+    name = names[0] if len(names) == 1 else next((n for n in _CONFIGURATIONS if n in configurations), None)
+    if name is None:
+        raise AdaptationPlanError(
+            f"{where}: pretrain_plan.configurations has {', '.join(map(str, names))}; expected one, or one called "
+            + " or ".join(_CONFIGURATIONS)
+        )
+    configuration = configurations[name]
+    if not isinstance(configuration, Mapping):
+        raise AdaptationPlanError(f"{where}: pretrain_plan.configurations.{name} is not a mapping")
+    return configuration
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where pydantic found the first thing wrong, what, and what stands there, in one line."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"]) or "the top"
+    return in_one_line(f"{path}: {problem['msg']}, got {problem['input']!r}")
+
+
+def in_one_line(message: object) -> str:
+    """A message that quotes a stranger's file, which may hold anything at any length."""
+    return textwrap.shorten(str(message), 400, placeholder=" …")

@@ -1,0 +1,267 @@
+"""What network a checkpoint is for: described by plain data, built from an allow-list of parts.
+
+An :class:`Architecture` is what plans files and adaptation plans say about a network, without what depends on the
+dataset (channels, classes, patch). Names of modules in files are looked up in a table and never imported, since a
+name in a stranger's file could be anything.
+
+Sizes of the presets: ResEnc-L as in "Revisiting MAE pre-training for 3D medical image segmentation"
+(arXiv 2410.23132), Primus-S/B/M/L as in the Primus paper (arXiv 2503.01835).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnssl_adapt.errors import ArchitectureError
+from nnssl_adapt.weights.network.arguments import (
+    BLOCKS_PER_STAGE,
+    CLASS_KEYS,
+    spell_out_cnn,
+    spell_out_primus,
+    with_classes,
+)
+
+Shape = tuple[int, int, int]
+
+_NETWORKS = {
+    "ResidualEncoderUNet": "dynamic_network_architectures.architectures.unet",
+    "PlainConvUNet": "dynamic_network_architectures.architectures.unet",
+    "Primus": "dynamic_network_architectures.architectures.primus",
+}
+"""Modules of the networks. Primus brings timm and torchvision with it, seconds that nobody waits for who does not use it."""
+
+_RES_ENC_L = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "Conv3d",
+    "kernel_sizes": 3,
+    "strides": [1, 2, 2, 2, 2, 2],
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1],
+    "conv_bias": True,
+    "norm_op": "InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": "LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def _primus(embed_dim: int, depth: int, heads: int) -> dict[str, Any]:
+    return {
+        "embed_dim": embed_dim,
+        "patch_embed_size": [8, 8, 8],
+        "eva_depth": depth,
+        "eva_numheads": heads,
+        "drop_path_rate": 0.2,
+        "init_values": 0.1,
+        "scale_attn_inner": True,
+    }
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
+    # Pre-trained without skip connections; its encoder is ResEnc-L's, and fine-tuning adds the skips.
+    "NoSkipResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
+    "PrimusS": ("Primus", _primus(396, 12, 6)),
+    "PrimusB": ("Primus", _primus(792, 12, 12)),
+    "PrimusM": ("Primus", _primus(864, 16, 12)),
+    "PrimusL": ("Primus", _primus(1056, 24, 16)),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network up to its number of channels, classes and its patch.
+
+    Attributes:
+        class_name: ``ResidualEncoderUNet``, ``PlainConvUNet`` or ``Primus``.
+        kwargs: its arguments, spelled out stage by stage and plain enough for JSON; classes are dotted names.
+            Triples are in array order (Z, Y, X).
+        preset: the name it is known by (``ResEncL``, ``PrimusM``, …), if any.
+
+    Raises ArchitectureError when the class is unknown or an argument is missing, unknown or malformed.
+    """
+
+    class_name: str
+    kwargs: Mapping[str, Any]
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_name not in _NETWORKS:
+            raise ArchitectureError(
+                f"unknown network {self.class_name!r}; known are {', '.join(_NETWORKS)} and the presets {', '.join(PRESETS)}"
+            )
+        spell_out = spell_out_primus if self.is_transformer else spell_out_cnn
+        object.__setattr__(self, "kwargs", spell_out(self.class_name, dict(self.kwargs)))
+
+    @classmethod
+    def named(cls, preset: str, **overrides: Any) -> Architecture:
+        """The preset of this name (one of :data:`PRESETS`), with some arguments replaced."""
+        if preset not in PRESETS:
+            raise ArchitectureError(f"unknown architecture {preset!r}; the presets are {', '.join(PRESETS)}")
+        class_name, kwargs = PRESETS[preset]
+        return cls(class_name, {**kwargs, **overrides}, preset)
+
+    @classmethod
+    def from_adaptation(cls, architecture_plans: Mapping[str, Any]) -> Architecture:
+        """Read ``architecture_plans`` of an nnssl adaptation plan: ``{arch_class_name, arch_kwargs, …}``."""
+        name = architecture_plans.get("arch_class_name")
+        kwargs = architecture_plans.get("arch_kwargs")
+        if not isinstance(name, str) or not isinstance(kwargs, (Mapping, type(None))):
+            raise ArchitectureError("architecture_plans needs arch_class_name (text) and arch_kwargs (mapping or null)")
+        short_name = name.rpartition(".")[2]
+        if short_name in PRESETS:
+            return cls.named(short_name, **{key: value for key, value in (kwargs or {}).items() if value is not None})
+        # "PrimusX" is nnssl's name for a Primus of free size.
+        return cls("Primus" if short_name == "PrimusX" else short_name, kwargs or {})
+
+    @classmethod
+    def from_plans_dict(cls, plans: Mapping[str, Any], preset: str | None = None) -> Architecture:
+        """Read the ``architecture`` entry of an nnU-Net configuration: ``{network_class_name, arch_kwargs, …}``."""
+        name = plans.get("network_class_name")
+        kwargs = plans.get("arch_kwargs")
+        if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+            raise ArchitectureError("the plan's architecture needs network_class_name (text) and arch_kwargs (mapping)")
+        return cls(name.rpartition(".")[2], kwargs, preset)
+
+    def to_plans_dict(self, patch_size: Sequence[int]) -> dict[str, Any]:
+        """The ``architecture`` entry of an nnU-Net plans file, from which nnU-Net builds the same network.
+
+        ``patch_size`` (Z, Y, X) in voxels matters to transformers, whose positions are fixed by it; nnU-Net must be
+        asked for those without its ``deep_supervision`` argument, which Primus does not have.
+        """
+        kwargs = copy.deepcopy(dict(self.kwargs))
+        if self.is_transformer:
+            kwargs["input_shape"] = [int(n) for n in patch_size]
+            return {"network_class_name": self.network_class_name, "arch_kwargs": kwargs, "_kw_requires_import": []}
+        classes = [key for key in CLASS_KEYS if key in kwargs]
+        return {"network_class_name": self.network_class_name, "arch_kwargs": kwargs, "_kw_requires_import": classes}
+
+    @property
+    def network_class(self) -> type[nn.Module]:
+        """The class of dynamic_network_architectures that is built."""
+        network: type[nn.Module] = getattr(importlib.import_module(_NETWORKS[self.class_name]), self.class_name)
+        return network
+
+    @property
+    def network_class_name(self) -> str:
+        """Its full dotted name, as plans files have it."""
+        return f"{_NETWORKS[self.class_name]}.{self.class_name}"
+
+    @property
+    def is_transformer(self) -> bool:
+        return self.class_name == "Primus"
+
+    @property
+    def strides(self) -> tuple[Shape, ...]:
+        """Downsampling step of each stage (Z, Y, X); a transformer has one, its patch embedding."""
+        steps = [self.kwargs["patch_embed_size"]] if self.is_transformer else self.kwargs["strides"]
+        return tuple((int(z), int(y), int(x)) for z, y, x in steps)
+
+    @property
+    def total_stride(self) -> Shape:
+        """What each axis (Z, Y, X) of a patch must be divisible by."""
+        z, y, x = (math.prod(step[axis] for step in self.strides) for axis in range(3))
+        return z, y, x
+
+    def __str__(self) -> str:
+        kwargs = self.kwargs
+        if self.is_transformer:
+            size = f"{kwargs['eva_depth']} blocks, {kwargs['embed_dim']} wide, {kwargs['eva_numheads']} heads"
+        else:
+            blocks = kwargs[BLOCKS_PER_STAGE[self.class_name]]
+            size = f"features {_dashed(kwargs['features_per_stage'])}, blocks {_dashed(blocks)}"
+        return f"{self.preset} ({self.class_name}, {size})" if self.preset else f"{self.class_name} ({size})"
+
+
+def _dashed(numbers: Sequence[Any]) -> str:
+    return "-".join(str(number) for number in numbers)
+
+
+def check_patch(architecture: Architecture, patch_size: Sequence[int]) -> Shape:
+    """Return the patch (Z, Y, X) in voxels; raise ArchitectureError with the nearest good one when it doesn't fit."""
+    patch = tuple(int(n) for n in patch_size)
+    stride = architecture.total_stride
+    if len(patch) != 3:
+        raise ArchitectureError(f"patch size {list(patch_size)} has {len(patch)} axes, expected 3 (Z, Y, X)")
+    divisible = all(n > 0 and n % s == 0 for n, s in zip(patch, stride, strict=True))
+    # Instance normalisation of a single voxel is undefined, and torch refuses it in training.
+    enough = architecture.is_transformer or math.prod(patch) > math.prod(stride)
+    if divisible and enough:
+        return patch
+    nearest = nearest_patch(architecture, patch)
+    problem = (
+        f"is not divisible by the network's total stride {_times(stride)}"
+        if not divisible
+        else "leaves a single voxel at the bottom of the network"
+    )
+    raise ArchitectureError(f"patch size {_times(patch)} {problem}: use {_times(nearest)}")
+
+
+def nearest_patch(architecture: Architecture, patch_size: Sequence[int]) -> Shape:
+    """The patch (Z, Y, X) closest to ``patch_size`` that the network can take."""
+    stride = architecture.total_stride
+    steps = [max(1, math.floor(n / s + 0.5)) for n, s in zip(patch_size, stride, strict=True)]
+    if not architecture.is_transformer and math.prod(steps) == 1:
+        steps[stride.index(min(stride))] = 2
+    z, y, x = (n * s for n, s in zip(steps, stride, strict=True))
+    return z, y, x
+
+
+def _times(numbers: Sequence[int]) -> str:
+    return "×".join(str(number) for number in numbers)
+
+
+def build_network(
+    architecture: Architecture,
+    in_channels: int,
+    num_classes: int,
+    patch_size: Sequence[int],
+    deep_supervision: bool = False,
+) -> nn.Module:
+    """Build a freshly initialised network: (B, in_channels, Z, Y, X) → logits (B, num_classes, Z, Y, X).
+
+    Args:
+        architecture: what to build, for instance ``checkpoint.architecture`` or ``Architecture.named("ResEncL")``.
+        in_channels: image channels.
+        num_classes: segmentation heads (labels with background, or regions).
+        patch_size: (Z, Y, X) in voxels; each axis divisible by ``architecture.total_stride``. A transformer works on
+            this patch only, a CNN on any that divides.
+        deep_supervision: return a list of logits, finest first (CNNs only).
+
+    The result is a network of dynamic_network_architectures, float32, on the CPU, initialised as nnU-Net does.
+    Raises ArchitectureError when the patch doesn't fit (with the nearest that does) or the description can't be built.
+    """
+    patch = check_patch(architecture, patch_size)
+    if in_channels < 1 or num_classes < 1:
+        raise ArchitectureError(f"a network needs channels and classes, got {in_channels} and {num_classes}")
+    kwargs = with_classes(architecture.kwargs)
+    if architecture.is_transformer:
+        if deep_supervision:
+            raise ArchitectureError("Primus has a single output: train it without deep supervision")
+        kwargs["input_shape"] = patch
+    else:
+        kwargs["deep_supervision"] = deep_supervision
+    try:
+        network = architecture.network_class(input_channels=in_channels, num_classes=num_classes, **kwargs)
+        if not architecture.is_transformer:  # Primus initialises itself
+            initialise: Any = network.initialize
+            network.apply(initialise)
+    except (TypeError, ValueError, AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise ArchitectureError(f"{architecture} can't be built: {reason}") from error
+    return network
+
+
+def outline(architecture: Architecture, in_channels: int, patch_size: Sequence[int]) -> nn.Module:
+    """The same network without memory behind it (torch's meta device), to compare names and shapes with a file."""
+    with torch.device("meta"):
+        return build_network(architecture, in_channels, 1, patch_size)

@@ -1,0 +1,1 @@
+"""Does the fitted encoder compute what the pre-trained one computes?"""

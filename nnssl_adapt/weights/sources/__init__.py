@@ -1,0 +1,1 @@
+"""Where are the files? ``resolve_source`` finds or fetches them; the only code on the network."""

@@ -1,0 +1,146 @@
+"""In which order a transformer flattens its grid: what the network does, and what the file was trained with.
+
+nnssl's masked-autoencoder networks (``EvaMAE``, under every Primus method but SimMIM) flatten (h w d). The Primus of
+dynamic_network_architectures did so up to 0.4.2 and flattens (w h d) since 0.4.3. Positions in such a file then arrive
+with their first two axes exchanged: nothing fails, but the encoder no longer computes what it was trained to (nnUNet
+issue 2962). The network's order is probed, since versions can't be trusted; the file's is known by its family, and measured
+where it can be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_adapt.errors import TransferError
+from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.transfer.token_order_measured import measure_order
+
+_PROBE_GRID = (2, 3, 4)
+
+_SIMMIM = re.compile(r"simmim", re.IGNORECASE)
+_EVA_MAE = re.compile(
+    r"MAE|Eva|VoCo|SimCLR|SwinUNETR|VolumeFusion|Model(s)?Genesis|nnFoundationViT|-(MG|VF)$", re.IGNORECASE
+)
+"""Trainers and published repositories whose Primus is an EvaMAE. nnssl's trainers of it have Eva in their names."""
+
+_PUBLISHED_FOLDER = re.compile(r"Primus[SBMLX]-OpenMind-[A-Za-z]+|nnFoundationViT")
+"""What a copy of a published repository is called by most who make one."""
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """Token order of the file and of the network (``hwd`` or ``whd``), and how the file's was decided."""
+
+    file: str
+    network: str
+    reason: str
+
+    @property
+    def differs(self) -> bool:
+        return self.file != self.network
+
+    def __str__(self) -> str:
+        action = "exchanged exactly" if self.differs else "nothing to exchange"
+        return f"token order: file {self.file} ({self.reason}), network {self.network}: {action}"
+
+
+class _Probed(Exception):
+    """Ends the probe's forward pass before it reaches the transformer."""
+
+
+def network_order(network: nn.Module) -> str:
+    """Token order of a Primus network, found by passing a tiny random image through its patch embedding."""
+    try:
+        weight = network.get_parameter("down_projection.proj.weight")
+    except AttributeError as error:
+        raise TransferError(
+            f"{type(network).__name__} has no patch embedding of one convolution: only Primus can take these weights"
+        ) from error
+    size = [steps * width for steps, width in zip(_PROBE_GRID, weight.shape[2:], strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight)
+    seen: dict[str, Tensor] = {}
+
+    def keep_embedding(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        seen["volume"] = output.detach()
+
+    def keep_tokens(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["tokens"] = inputs[0].detach()
+        raise _Probed
+
+    hooks = [
+        network.get_submodule("down_projection").register_forward_hook(keep_embedding),
+        network.get_submodule("eva").register_forward_pre_hook(keep_tokens),
+    ]
+    try:
+        with torch.no_grad():
+            network(image)
+    except _Probed:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _recognise(seen["volume"], seen["tokens"])
+
+
+def _recognise(volume: Tensor, tokens: Tensor) -> str:
+    """Which flattening of (1, C, X, Y, Z) gave the tokens (1, [prefix +] N, C)."""
+    places = volume[0].permute(1, 2, 3, 0)
+    candidates = {"whd": places, "hwd": places.transpose(0, 1)}
+    for order, candidate in candidates.items():
+        flat = candidate.reshape(-1, candidate.shape[-1])
+        if torch.equal(tokens[0, -flat.shape[0] :], flat):
+            return order
+    raise TransferError("the network flattens its tokens in an order that is neither (w h d) nor (h w d)")
+
+
+def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
+    """Token order that a checkpoint was trained with, and the reason.
+
+    In this order: what is asked for; what is known of the repository or the trainer; what the tensors' names say; what the
+    folder is called. Where the file holds the whole masked autoencoder, its order is measured too, and a clear measurement has
+    the last word: tables tell how networks of a kind were trained, it tells how this one was.
+    """
+    if asked in ("hwd", "whd"):
+        return asked, "as asked for"
+    if asked != "auto":
+        raise TransferError(f"unknown token order {asked!r}: auto, hwd or whd")
+    known, reason = _known_order(checkpoint)
+    measured = measure_order(checkpoint)
+    if measured is None:
+        return known, reason
+    if measured.order is None or measured.order == known:
+        return known, f"{reason}; {measured}"
+    return measured.order, f"{measured}, which outweighs that {reason} and would be {known}"
+
+
+ASSUMED = "assumed"
+"""What the reason begins with where nothing in the file or its name tells."""
+
+
+def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
+    for name in filter(None, [checkpoint.origin.repo_id, checkpoint.trainer_name]):
+        known = _order_of_name(name)
+        if known is not None:
+            return known
+    if any(name.startswith("decoder.blocks.") for name in checkpoint.tensors):
+        return "hwd", "it has a masked autoencoder's second transformer"
+    encoder = checkpoint.plan.key_to_encoder or ""
+    if encoder.endswith(".eva"):
+        return "hwd", f"its encoder lies under {encoder}, as in nnssl's VoCo, SimCLR and SwinUNETR"
+    folder = _PUBLISHED_FOLDER.search(checkpoint.origin.source)
+    known = _order_of_name(folder[0]) if folder is not None else None
+    if known is not None:
+        return known[0], f"by the name of its folder: {known[1]}"
+    return "whd", f"{ASSUMED}: no trainer is named and its tensors look like SimMIM's; MG and VF would be hwd"
+
+
+def _order_of_name(name: str) -> tuple[str, str] | None:
+    """Of a trainer or a repository."""
+    if _SIMMIM.search(name):
+        return "whd", f"{name} is SimMIM"
+    return ("hwd", f"{name} trains nnssl's EvaMAE") if _EVA_MAE.search(name) else None
