@@ -23,10 +23,11 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 def build_optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """Return the recipe's optimiser over all weights of ``network``, which lie on ``device``.
 
-    Every parameter is in exactly one group, one a layer (:func:`~nnssl_adapt.training.optimise.layers.layers_of`). A group has,
-    besides torch's own keys, ``name``, ``part`` (``encoder``, ``decoder`` or ``head``), ``adapters``, ``unused`` and ``lr_scale``: its
-    learning rate is that times the schedule's (:func:`~nnssl_adapt.training.optimise.schedule.prepare_epoch`). Weights that
-    stay frozen are in groups as well, so that the groups of a run are always the same; without gradients they don't change.
+    Every parameter is in exactly one group, one a layer (:func:`~nnssl_adapt.training.optimise.layers.layers_of`). A group
+    has, besides torch's own keys, ``name``, ``part`` (``encoder``, ``decoder`` or ``head``), ``adapters``, ``unused`` and
+    ``lr_scale``: its learning rate is that times the schedule's
+    (:func:`~nnssl_adapt.training.optimise.schedule.prepare_epoch`). Weights that stay frozen are in groups as well, so that
+    the groups of a run are always the same; without gradients they don't change.
 
     Raises ConfigurationError when the recipe treats parts differently and the network doesn't say where its encoder is.
     """
