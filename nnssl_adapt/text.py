@@ -57,11 +57,8 @@ def read_json(path: str | Path, error: type[NnsslAdaptError], what: str = "JSON 
     except (OSError, ValueError) as problem:
         raise error(f"{path} is not a {what}: {problem}", path=path) from problem
     if not isinstance(content, expected):
-        names = {dict: "an object with keys", list: "a list"}
-        raise error(
-            f"{path} is not a {what}: expected {names.get(expected, expected.__name__)}, got {json.dumps(content)[:60]}",
-            path=path,
-        )
+        wanted = "an object with keys" if expected is dict else "a list" if expected is list else expected.__name__
+        raise error(f"{path} is not a {what}: expected {wanted}, got {json.dumps(content)[:60]}", path=path)
     return content
 
 

@@ -157,7 +157,7 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     try:
         recipe = recipe.with_settings(arguments.settings, **changes)
     except ConfigurationError as error:
-        mistakes += getattr(error, "mistakes", [str(error)])
+        mistakes += error.mistakes or [str(error)]
     raise_if_any([*mistakes, *unable], where)
     return recipe
 

@@ -18,7 +18,7 @@ from support.training_runs import assert_same_training
 import nnssl_adapt as na
 from nnssl_adapt.cli import main, preprocess, train
 from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.training.launch.launch import launch
+from nnssl_adapt.training.launch import launch
 
 TINY = [
     "--epochs",

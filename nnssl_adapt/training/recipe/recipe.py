@@ -237,7 +237,7 @@ def _make(base: Mapping[str, Any], changes: Mapping[str, Any], where: str, mista
     try:
         recipe = Recipe(**fields)
     except ConfigurationError as error:
-        found.extend(getattr(error, "mistakes", [str(error)]))
+        found.extend(error.mistakes or [str(error)])
     raise_if_any(found, where)
     return recipe
 

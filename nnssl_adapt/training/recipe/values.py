@@ -89,12 +89,9 @@ def raise_if_any(mistakes: list[str], where: str) -> None:
     if not mistakes:
         return
     if len(mistakes) == 1:
-        error = ConfigurationError(f"{where}: {mistakes[0]}")
-    else:
-        lines = "".join(f"\n  {mistake}" for mistake in mistakes)
-        error = ConfigurationError(f"{where}: {len(mistakes)} mistakes{lines}")
-    error.mistakes = mistakes  # type: ignore[attr-defined]
-    raise error
+        raise ConfigurationError(f"{where}: {mistakes[0]}", mistakes=mistakes)
+    lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+    raise ConfigurationError(f"{where}: {len(mistakes)} mistakes{lines}", mistakes=mistakes)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -17,8 +17,8 @@ from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import SPACING_MODES
 from nnssl_adapt.planning.topology import NNUNET_PRESETS
+from nnssl_adapt.weights.transfer import settings
 from nnssl_adapt.weights.transfer.settings import TransferSettings
-from nnssl_adapt.weights.transfer.transfer import settings
 
 
 def transfer(*words, channels=("T1", "T2", "FLAIR")):

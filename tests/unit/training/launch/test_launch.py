@@ -20,7 +20,8 @@ from torch.distributed.run import get_args_parser
 from nnssl_adapt.cli import train
 from nnssl_adapt.cli.main import build_parser
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, TrainingError
-from nnssl_adapt.training.launch.launch import launch, launch_wanted, run_ranks
+from nnssl_adapt.training.launch import launch
+from nnssl_adapt.training.launch.launch import launch_wanted, run_ranks
 
 PROGRAM = (sys.executable, str(Path(rank_program.__file__)))
 PATIENCE = 120  # seconds that a test waits at most for what takes two or three

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from nnssl_adapt.training.progress import picture as progress_picture
 from nnssl_adapt.training.progress.picture import ProgressPicture, draw_progress
 from nnssl_adapt.training.progress.progress import (
     DeviceFigures,
@@ -21,7 +22,6 @@ from nnssl_adapt.training.progress.progress import (
     log_file,
     progress,
 )
-from nnssl_adapt.training.progress.progress import picture as progress_picture
 
 pytestmark = pytest.mark.pictures
 

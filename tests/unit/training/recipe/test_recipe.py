@@ -8,9 +8,9 @@ import yaml
 from support.tiny_plans import CNN, TRANSFORMER
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.recipe import recipe as recipes
 from nnssl_adapt.training.recipe.checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
-from nnssl_adapt.training.recipe.recipe import recipe as recipes
 from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
 from nnssl_adapt.weights.transfer.report import TargetRow, TransferReport
 
