@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nnssl_adapt.training.progress import picture as progress_picture
+from nnssl_adapt.training.progress import progress
 from nnssl_adapt.training.progress.picture import ProgressPicture, draw_progress
 from nnssl_adapt.training.progress.progress import (
     DeviceFigures,
@@ -20,7 +21,6 @@ from nnssl_adapt.training.progress.progress import (
     History,
     log_epoch,
     log_file,
-    progress,
 )
 
 pytestmark = pytest.mark.pictures
