@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 ALL = "all classes"
 LOWER_IS_BETTER = ("HD95", "ASSD", "VolumeError", "RelativeVolumeError")
-COMPARABLE = ("Dice", "IoU", "Precision", "Recall", "NSD", *LOWER_IS_BETTER)
+LESIONS = ("LesionF1", "LesionSensitivity", "LesionPPV", "LesionDice", "LesionwiseDice")
+COMPARABLE = ("Dice", "IoU", "Precision", "Recall", "NSD", *LESIONS, *LOWER_IS_BETTER)
 
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _RESAMPLES = 10_000
@@ -144,7 +145,9 @@ def load_results(path: str | Path, metric: str = "Dice", name: str | None = None
                 raise CaseError(f"{path}: {identifier} is in two summaries: choose one of the folds")
             classes = {names.get(entry, entry): metrics for entry, metrics in case["metrics"].items()}
             if any(metric not in metrics for metrics in classes.values()):
-                raise CaseError(f"{file} has no {metric}: judge with nnssl-adapt evaluate -p {file.parent} -g LABELS")
+                flag = " --lesions" if metric in LESIONS else ""
+                command = f"nnssl-adapt evaluate -p {file.parent} -g LABELS{flag}"
+                raise CaseError(f"{file} has no {metric}: judge with {command}", path=file, next_command=command)
             sign = abs if metric in ("VolumeError", "RelativeVolumeError") else float
             values[identifier] = {entry: float(sign(metrics[metric])) for entry, metrics in classes.items()}
             voxels[identifier] = {entry: metrics.get("n_ref", math.nan) for entry, metrics in classes.items()}
@@ -155,8 +158,13 @@ def _rule(content: Mapping[str, Any], metric: str) -> str:
     """How the metric was measured, in words. nnU-Net's own summaries know one rule."""
     own = content.get("nnssl_adapt")
     own = own if isinstance(own, dict) else {}
-    tolerance = f", tolerance {own['tolerance_mm']:g} mm" if metric == "NSD" and "tolerance_mm" in own else ""
-    return f"empty classes: {own.get('empty', 'nan')}{tolerance}"
+    rule = f"empty classes: {own.get('empty', 'nan')}"
+    if metric == "NSD" and "tolerance_mm" in own:
+        rule += f", tolerance {own['tolerance_mm']:g} mm, by {own.get('surface', 'voxels')}"
+    lesions = own.get("lesions")
+    if metric in LESIONS and isinstance(lesions, dict):
+        rule += f", {lesions.get('means')}"
+    return rule
 
 
 def _summaries(path: Path) -> list[Path]:
@@ -208,7 +216,7 @@ def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0
     if first.rule != second.rule:
         raise CaseError(
             f"{first.name} and {second.name} were judged by different rules ({first.rule}; {second.rule}): judge both again "
-            "with the same --tolerance and --empty"
+            "with the same options"
         )
     common = sorted(first.values.keys() & second.values.keys())
     if not common:

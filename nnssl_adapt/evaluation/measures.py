@@ -1,20 +1,22 @@
-"""What nnU-Net does not measure: precision, recall, distances of surfaces, error of the volume."""
+"""What nnU-Net does not measure: precision, recall, distances of surfaces, error of the volume, and single lesions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from nnssl_adapt.data.labels import LabelOrRegion
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.evaluation.surface import surface_distances
+from nnssl_adapt.evaluation.lesions import LESION_MEASURES, LesionRule, lesion_measures
+from nnssl_adapt.evaluation.surface import area_dice, areas_of_surface_elements, surface_distances
 from nnssl_adapt.geometry.cropping import nonzero_box
 
 Empty = Literal["nan", "0", "1"]
+Surface = Literal["voxels", "area"]
 
 MEASURES = ("Precision", "Recall", "HD95", "ASSD", "NSD", "VolumeError", "RelativeVolumeError")
 """HD95 and ASSD in mm, VolumeError in ml (prediction minus reference), RelativeVolumeError as a share of the reference."""
@@ -35,6 +37,9 @@ class Judging:
 
     Attributes:
         tolerance: of the normalised surface Dice, mm.
+        surface: what the normalised surface Dice weighs: ``voxels``: every surface voxel alike, or ``area``: the area of surface
+            elements, as DeepMind's ``surface-distance`` does (needs the extra ``monai``, whose table of areas it uses).
+        lesions: count lesions by this rule as well; None: don't.
         empty: what a class in neither reference nor prediction counts: ``nan`` (nothing, as in nnU-Net), ``1``
             (perfect) or ``0`` (worst). With the last two a case counts always: a missed class has its image's diagonal
             for a distance.
@@ -45,12 +50,23 @@ class Judging:
 
     tolerance: float = 1.0
     empty: Empty = "nan"
+    surface: Surface = "voxels"
+    lesions: LesionRule | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < math.inf:
             raise ConfigurationError(f"tolerance {self.tolerance} mm: expected 0 or more")
         if self.empty not in _EMPTY:
             raise ConfigurationError(f"empty {self.empty!r}: expected {', '.join(_EMPTY)}")
+        if self.surface not in get_args(Surface):
+            raise ConfigurationError(f"surface {self.surface!r}: expected {' or '.join(get_args(Surface))}")
+        if self.surface == "area":
+            areas_of_surface_elements((1.0, 1.0, 1.0))  # fails here, before hours of work, where MONAI is missing
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is measured beside nnU-Net's metrics."""
+        return MEASURES if self.lesions is None else (*MEASURES, *LESION_MEASURES)
 
     @property
     def explanation(self) -> str:
@@ -59,7 +75,11 @@ class Judging:
 
     def describe(self) -> dict[str, Any]:
         """What goes into summary.json: everything that is needed to understand the numbers."""
+        weights = {"voxels": "surface voxels count alike", "area": "surface elements count by their area (DeepMind's)"}
         return {
+            **({} if self.lesions is None else {"lesions": {**self.lesions.describe(), "means": str(self.lesions)}}),
+            "surface": self.surface,
+            "surface_means": weights[self.surface],
             "empty": self.empty,
             "empty_means": self.explanation,
             "tolerance_mm": self.tolerance,
@@ -99,9 +119,32 @@ def add_measures(
                 ours &= annotated
             distances = surface_distances(ours, theirs, spacing)
             counted["HD95"], counted["ASSD"] = distances.hausdorff95, distances.average
-            counted["NSD"] = distances.dice_at(judging.tolerance)
+            if judging.surface == "area":
+                counted["NSD"] = area_dice(ours, theirs, spacing, judging.tolerance)
+            else:
+                counted["NSD"] = distances.dice_at(judging.tolerance)
         else:
             _apply_rule(counted, judging.empty, diagonal)
+        if judging.lesions is not None:
+            _add_lesions(counted, _mask(prediction, entry), _mask(reference, entry), annotated, spacing, judging)
+
+
+def _add_lesions(
+    counted: dict[str, float],
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    annotated: np.ndarray | None,
+    spacing: Sequence[float],
+    judging: Judging,
+) -> None:
+    assert judging.lesions is not None
+    if annotated is not None:
+        prediction &= annotated
+    measured = lesion_measures(prediction, reference, spacing, judging.lesions)
+    if judging.empty != "nan" and not measured["LesionsReference"] and not measured["LesionsPredicted"]:
+        shares = (name for name in LESION_MEASURES if not name.startswith("Lesions"))
+        measured |= dict.fromkeys(shares, float(judging.empty))
+    counted |= measured
 
 
 def _mask(labels: np.ndarray, entry: LabelOrRegion) -> np.ndarray:

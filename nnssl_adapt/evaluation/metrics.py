@@ -17,7 +17,7 @@ from nnssl_adapt.data.dataset import MAX_LISTED
 from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.errors import CaseError
-from nnssl_adapt.evaluation.measures import MEASURES, Judging, add_measures
+from nnssl_adapt.evaluation.measures import Judging, add_measures
 from nnssl_adapt.files import write_json
 from nnssl_adapt.machine.workers import over_cases
 
@@ -61,7 +61,7 @@ class Summary:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return METRICS if self.judging is None else (*METRICS, *MEASURES)
+        return METRICS if self.judging is None else (*METRICS, *self.judging.measures)
 
     @property
     def foreground_mean(self) -> Metrics:
@@ -294,7 +294,7 @@ def _metrics(tp: int, fp: int, fn: int, tn: int) -> Metrics:
 
 def summarize(cases: tuple[CaseMetrics, ...], labels: LabelScheme, judging: Judging | None = None) -> Summary:
     """Means over cases, each over those for which the number is defined."""
-    wanted = METRICS if judging is None else (*METRICS, *MEASURES)
+    wanted = METRICS if judging is None else (*METRICS, *judging.measures)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is what we want for a class that is in no case
         mean = {

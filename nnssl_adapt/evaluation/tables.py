@@ -24,9 +24,17 @@ _SHOWN = {
     "NSD": "NSD",
     "VolumeError": "volume ml",
     "RelativeVolumeError": "volume %",
+    "LesionF1": "lesion F1",
+    "LesionSensitivity": "sens.",
+    "LesionPPV": "PPV",
+    "LesionDice": "Dice of found",
+    "LesionwiseDice": "lesion-wise Dice",
+    "LesionsReference": "lesions",
+    "LesionsPredicted": "predicted",
 }
 _SIGNED = ("VolumeError", "RelativeVolumeError")
 _DISTANCES = ("HD95", "ASSD")
+_COUNTS = ("LesionsReference", "LesionsPredicted")
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,7 +62,10 @@ def summary_table(summary: Summary) -> str:
     lines = [text_table(["class", "cases", *(_SHOWN[name] for name in names)], rows)]
     lines.append(f"{len(summary.cases)} case(s); 'cases': those whose reference has the class")
     if summary.judging is not None:
-        lines.append(f"NSD: surface Dice at {summary.judging.tolerance:g} mm; {summary.judging.explanation}")
+        weighed = "by area" if summary.judging.surface == "area" else "by surface voxels"
+        lines.append(f"NSD: surface Dice {weighed} at {summary.judging.tolerance:g} mm; {summary.judging.explanation}")
+        if summary.judging.lesions is not None:
+            lines.append(str(summary.judging.lesions))
         lines += _undefined_distances(summary)
     return "\n".join(lines)
 
@@ -80,6 +91,8 @@ def _shown(value: float, metric: str) -> str:
         return f"{100 * value:+.1f}"
     if metric in _SIGNED:
         return f"{value:+.2f}"
+    if metric in _COUNTS:
+        return f"{value:.1f}"
     return f"{value:.2f}" if metric in _DISTANCES else f"{value:.4f}"
 
 

@@ -45,12 +45,34 @@ def evaluate(*words):
 def test_from_folders_to_a_table_and_files(folders, capsys):
     assert evaluate("-p", folders / "one", "-g", folders / "raw" / "labelsTr", "--tolerance", 3) == 0
     said = capsys.readouterr().out
-    assert "cord" in said and "mean of classes" in said and "NSD: surface Dice at 3 mm" in said
+    assert "cord" in said and "mean of classes" in said and "surface Dice by surface voxels at 3 mm" in said
     assert f"summary: {folders / 'one' / 'summary.json'}" in said
     content = json.loads((folders / "one" / "summary.json").read_text())
     assert content["nnssl_adapt"]["tolerance_mm"] == 3 and content["mean"]["2"]["Dice"] == 1
     with open(folders / "one" / "summary.csv", newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 12
+
+
+def test_lesions_are_counted_and_the_rule_is_written_down(folders, capsys):
+    references = folders / "raw" / "labelsTr"
+    for part in ("one", "two"):
+        words = ("--lesions", "--lesion-overlap", 0.5, "--lesion-min-volume", 20)
+        output = folders / "results" / part / "summary.json"
+        assert evaluate("-p", folders / part, "-g", references, "-o", output, *words) == 0
+    said = capsys.readouterr().out
+    assert "lesion F1" in said and "26-connected parts of at least 20 mm³" in said
+    content = json.loads((folders / "results" / "one" / "summary.json").read_text())
+    assert content["mean"]["2"]["LesionF1"] == 1 and content["nnssl_adapt"]["lesions"]["overlap"] == 0.5
+    results = [str(folders / "results" / part) for part in ("two", "one")]
+    assert main(["compare", *results, "--metric", "lesionf1", "-o", str(folders / "out")]) == 0
+    assert evaluate("-p", folders / "one", "-g", references, "-o", folders / "results" / "one" / "summary.json") == 0
+    assert main(["compare", *results, "--metric", "LesionF1", "-o", str(folders / "out")]) == 1
+    assert "--lesions" in capsys.readouterr().err
+
+
+def test_an_option_about_lesions_needs_lesions(folders, capsys):
+    assert evaluate("-p", folders / "one", "-g", folders / "raw" / "labelsTr", "--lesion-overlap", 0.5) == 1
+    assert "--lesion-overlap: only with --lesions" in capsys.readouterr().err
 
 
 def test_comparing_two(folders, capsys):
