@@ -188,7 +188,7 @@ def test_only_what_was_measured_alike_is_compared(tmp_path):
         return path
 
     one, two = (judged(f"at_{mm}", "NSD", empty="nan", tolerance_mm=mm) for mm in (1.0, 2.0))
-    with pytest.raises(CaseError, match=r"different rules \(.*tolerance 1 mm; .*tolerance 2 mm\)"):
+    with pytest.raises(CaseError, match=r"different rules"):
         compare(load_results(one, "NSD"), load_results(two, "NSD"), "NSD")
     theirs, strict = judged("nnunet", "Dice"), judged("strict", "Dice", empty="0", tolerance_mm=1.0)
     loose = judged("loose", "Dice", empty="nan", tolerance_mm=2.0)
