@@ -55,6 +55,7 @@ def test_every_command_runs(workplace, capsys):
         "mae=MODEL_FOLDER": f"mae={results / OTHER}",
         "41": "991",
         "PLANS": "otherPlans",
+        "OTHER_SEGMENTATIONS": "SEGMENTATIONS",
         "SEGMENTATIONS_A": str(results / MODEL / "fold_0" / "validation"),
         "SEGMENTATIONS_B": str(results / OTHER / "fold_0" / "validation"),
     }
