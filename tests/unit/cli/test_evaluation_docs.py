@@ -74,7 +74,9 @@ def test_every_flag_in_the_text_exists():
     """Those of our commands; --npz is training's."""
     parser = build_parser()
     subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    known = {flag for command in (*SMALL, "train", "compare") for flag in subparsers.choices[command]._option_string_actions}
+    known = {
+        flag for command in (*SMALL, "train", "compare") for flag in subparsers.choices[command]._option_string_actions
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
     assert len(named) > 8 and named - known == {"--steps"}
     assert "--steps" in subparsers.choices["postprocess"]._option_string_actions
