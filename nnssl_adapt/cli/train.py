@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--val", action="store_true", help="only validate checkpoint_final")
     parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best instead of checkpoint_final")
+    parser.add_argument(
+        "--splits", metavar="FILE", help="use the folds of this file instead of the dataset's splits_final.json"
+    )
+    parser.add_argument("--results", metavar="FOLDER", help="write the model there instead of into nnUNet_results")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints (for trying things)")
     add_training_flags(parser)
     add_run_flags(parser)
@@ -111,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             trackers=arguments.track,
             disable_checkpointing=arguments.disable_checkpointing,
+            results_folder=arguments.results,
+            splits_file=arguments.splits,
             ranks=ranks,
         )
         model = trainer.run(

@@ -93,6 +93,11 @@ def load_or_make_splits(folder: Path, identifiers: Sequence[str], raw_folder: Pa
     return splits
 
 
+def load_splits(path: Path, identifiers: Sequence[str]) -> list[Split]:
+    """Read a splits file. Raises DatasetError: it is none, or names cases that are not among ``identifiers``."""
+    return _load(path, sorted(identifiers))
+
+
 def split_for_fold(splits: Sequence[Split], fold: int | str, identifiers: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the training and the validation cases of a fold.
 

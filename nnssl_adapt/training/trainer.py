@@ -89,6 +89,7 @@ class PretrainedTrainer:
         workers: processes that make batches, 0 for none; None: what the machine allows.
         disable_checkpointing: write no checkpoints, for trying things out.
         results_folder: instead of ``nnUNet_results``.
+        splits_file: instead of the dataset's ``splits_final.json``, for instance with fewer training cases.
         progress: whether to show a live line on a terminal.
         trackers: where else to send the figures: ``tensorboard``, ``wandb``.
         ranks: the processes that train together, if there are several; see :mod:`nnssl_adapt.training.launch.distributed`.
@@ -111,6 +112,7 @@ class PretrainedTrainer:
         workers: int | None = None,
         disable_checkpointing: bool = False,
         results_folder: str | Path | None = None,
+        splits_file: str | Path | None = None,
         progress: bool = True,
         trackers: Sequence[str] = (),
         ranks: Ranks | None = None,
@@ -127,7 +129,7 @@ class PretrainedTrainer:
         self.file_ending = self.plan.dataset_json.file_ending
         self.store = CaseStore(self.plan.store_folder)
         self.fold, self.training_cases, self.validation_cases = cases_of_fold(
-            self.plan, self.store, fold, self.file_ending
+            self.plan, self.store, fold, self.file_ending, splits_file
         )
         self.checkpoint = checkpoint
         self.source_options = dict(source_options or {})
