@@ -25,10 +25,11 @@ def cases_of_fold(
         )
     references = plan.dataset_folder / "gt_segmentations"
     known = sorted(p.name.removesuffix(file_ending) for p in references.glob(f"*{file_ending}")) or stored
-    if splits_file is None:
-        splits = load_or_make_splits(plan.dataset_folder, known)
-    else:
-        splits = load_splits(Path(splits_file), known)
+    splits = (
+        load_or_make_splits(plan.dataset_folder, known)
+        if splits_file is None
+        else load_splits(Path(splits_file), known)
+    )
     fold = _checked_fold(fold, len(splits))
     training, validation = split_for_fold(splits, fold, stored)
     if not training or not validation:
