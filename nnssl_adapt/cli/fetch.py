@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, source_options
 
 if TYPE_CHECKING:
     from nnssl_adapt.weights.sources.hub_files import HubAddress
-    from nnssl_adapt.weights.sources.resolve import ResolvedSource
+    from nnssl_adapt.weights.sources.resolved import ResolvedSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
     from nnssl_adapt.weights.sources.resolve import resolve_source
+    from nnssl_adapt.weights.sources.resolved import SourceOptions
 
-    resolved = resolve_source(
-        arguments.source,
-        arguments.revision,
-        arguments.cache_dir,
-        arguments.local_files_only,
-        filename=arguments.source_file,
-        fold=arguments.source_fold,
-    )
-    print(read_checkpoint(resolved, stem=arguments.source_stem, axes=arguments.source_axes))
+    options = SourceOptions(**source_options(arguments))
+    resolved = resolve_source(arguments.source, options)
+    print(read_checkpoint(resolved, options))
     if arguments.to is None:
         _show_use_of_cache(resolved, arguments)
     else:
@@ -64,14 +59,15 @@ def _show_use_of_cache(resolved: ResolvedSource, arguments: argparse.Namespace) 
 
 def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Namespace) -> None:
     from nnssl_adapt.errors import DigestMismatch
-    from nnssl_adapt.weights.sources.offline_store import files_to_copy, name_on_shelf, put_on_shelf
+    from nnssl_adapt.weights.sources.offline_store import files_to_copy, name_in_store, put_into_store
     from nnssl_adapt.weights.sources.resolve import resolve_source
+    from nnssl_adapt.weights.sources.resolved import SourceOptions
 
     origin = resolved.origin
     address = _hub_wish(arguments) if origin.repo_id is not None else None
     typed = Path(arguments.source).expanduser()
     lies = resolved.archive or (typed if typed.exists() else resolved.model_folder or resolved.weights)
-    name = name_on_shelf(address, arguments.source, lies.absolute())
+    name = name_in_store(address, arguments.source, lies.absolute())
     weights = [resolved.weights, *resolved.other_folds]
     files = files_to_copy(weights, resolved.sidecar, resolved.model_folder, origin.fold is not None)
     about = {
@@ -81,9 +77,9 @@ def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Na
         "asked": address.revision if address else None,
         "file": address.filename if address else None,
     }
-    copied = put_on_shelf(shelf, name, files, about, arguments.overwrite)
+    copied = put_into_store(shelf, name, files, about, arguments.overwrite)
     fold = origin.fold if resolved.other_folds else None
-    if resolve_source(shelf / name, fold=fold).origin.sha256 != origin.sha256:
+    if resolve_source(shelf / name, SourceOptions(fold=fold)).origin.sha256 != origin.sha256:
         raise DigestMismatch(
             f"{shelf / name} is not what was copied there: run the same command again with --overwrite"
         )

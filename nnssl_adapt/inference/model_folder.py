@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from nnssl_adapt.data.dataset import DatasetJson
@@ -23,7 +22,7 @@ from nnssl_adapt.inference.trainer_class import architecture_of_stock_trainer
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
-from nnssl_adapt.weights.network.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
 
 Fold = int | Literal["all"]
 Which = Literal["final", "best"]
@@ -246,7 +245,7 @@ class ModelFolder:
         arguments = self.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
         if not empty:
             return build_network(*arguments)
-        with torch.device("meta"):
+        with without_memory():
             network = build_network(*arguments)
         # Transformers compute some of their tensors when they are built, and don't save them.
         if len(network.state_dict()) < len(list(network.parameters())) + len(list(network.buffers())):

@@ -19,10 +19,10 @@ from nnssl_adapt.planning.naming import describe_settings
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING, Normalization, choose_normalization
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.sources.resolve import Origin
+from nnssl_adapt.weights.sources.resolved import Origin
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.traced_step import trace_step
-from nnssl_adapt.weights.network.architectures import Architecture, build_network
+from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
 
 GIB = 2**30
 
@@ -136,7 +136,7 @@ def estimate_memory(
         batch_size: samples of one forward pass.
         step: precision, optimiser and the rest that matters.
     """
-    with torch.device("meta"):
+    with without_memory():
         supervised = step.deep_supervision and not architecture.is_transformer
         network = build_network(architecture, channels, heads, patch_size, deep_supervision=supervised).train()
     _freeze(network, step.freeze)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError, PlanError
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)

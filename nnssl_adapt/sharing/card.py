@@ -13,7 +13,7 @@ from typing import Any
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.catalogue import find_known
-from nnssl_adapt.weights.checkpoint.supervised import NNUNET_CITATION
+from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
 
 _HUB_LICENCES = re.compile(
     r"(apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0|gpl-3\.0|unlicense)"

@@ -17,8 +17,8 @@ from nnssl_adapt.files import explain_write_errors, make_folder, write_json, wri
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder, Which
 from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS, trainer_for_nnunet, write_trainer_class
 from nnssl_adapt.sharing.anonymous import Cleaner
-from nnssl_adapt.weights.checkpoint.supervised import NNUNET_CITATION
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
 
 CHECKPOINT = "checkpoint_final.pth"
 

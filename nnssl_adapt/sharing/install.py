@@ -23,10 +23,9 @@ from nnssl_adapt.sharing.package import zip_of
 from nnssl_adapt.weights.sources.archive import extract, is_archive, list_archive
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 from nnssl_adapt.weights.sources.download import Address, download
-from nnssl_adapt.weights.sources.file_names import is_clutter, join
 from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached
 from nnssl_adapt.weights.sources.hub_files import HubAddress, is_hub_url
-from nnssl_adapt.weights.sources.model_source import ModelListing, find_models
+from nnssl_adapt.weights.sources.listing import ModelListing, is_clutter, join_path, list_models
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ def _from_hub(hub: Hub, place: Path) -> Path:
         names = hub.list_files()
     except (Missing, NotCached):
         raise hub.unavailable("the list of files") from None
-    if not find_models(names):
+    if not list_models(names):
         zips = [name for name in names if name.lower().endswith(".zip")]
         if len(zips) == 1:
             return unpack_model(fetched(zips[0]), place)
@@ -223,7 +222,7 @@ def _belongs(name: str, model: ModelListing) -> bool:
 
 def _only_model(names: Sequence[str], where: str) -> ModelListing:
     visible = [name for name in names if not is_clutter(name)]
-    models = find_models(visible)
+    models = list_models(visible)
     if not models:
         described = sorted(
             {
@@ -240,7 +239,7 @@ def _only_model(names: Sequence[str], where: str) -> ModelListing:
             f"{where} holds {len(models)} trained models: {listed}. A package has one: unpack it and give one folder"
         )
     model = models[0]
-    missing = [name for name in ("plans.json", "dataset.json") if join(model.folder, name) not in visible]
+    missing = [name for name in ("plans.json", "dataset.json") if join_path(model.folder, name) not in visible]
     if missing:
         raise SourceError(
             f"{where}: {model.folder or 'its root'} has no {' and no '.join(missing)}: not a complete model"

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import torch
 from support.nnssl_files import PLAINCONV, PRIMUS, RESENC, plan
 
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.sources.resolve import Origin
+from nnssl_adapt.weights.sources.resolved import Origin
 
 PATCH = (8, 12, 16)
 GRID_PATCH = (4, 12, 16)

@@ -30,7 +30,7 @@ ROOMS = [
     "train",
 ]
 INNER_ROOMS = {
-    "weights": ["sources", "network", "checkpoint", "families", "transfer", "proof"],
+    "weights": ["sources", "network", "families", "checkpoint", "transfer", "proof"],
     "training": ["recipe", "progress", "optimise", "run", "launch", "batches"],
 }
 # Inner rooms that stand below the files of their room instead: they build on them, and none of these imports them.

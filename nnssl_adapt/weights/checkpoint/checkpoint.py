@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from nnssl_adapt.text import and_more, dimensions
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.axes import exchange_axes
 from nnssl_adapt.weights.checkpoint.find_plan import find_plan
 from nnssl_adapt.weights.checkpoint.folds import average_folds
 from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
+from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.families.family import Family
+from nnssl_adapt.weights.families.registry import family_of_names
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.network.axes import check_axes, exchange_axes
-from nnssl_adapt.weights.network.stems import choose_stem
-from nnssl_adapt.weights.sources.resolve import Origin, ResolvedSource, resolve_source
+from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource, SourceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +66,11 @@ class Checkpoint:
     def __str__(self) -> str:
         plan = self.plan
         unknown = "not known" if plan.supervised else "each image's own"
-        spacing = f"{_times(plan.spacing)} mm" if plan.spacing else unknown
+        spacing = f"{dimensions(plan.spacing)} mm" if plan.spacing else unknown
         recommended = plan.recommended_patch_size
-        patch = f"{_times(plan.patch_size)} voxels"
+        patch = f"{dimensions(plan.patch_size)} voxels"
         if recommended and recommended != plan.patch_size:
-            patch += f" (recommended {_times(recommended)})"
+            patch += f" (recommended {dimensions(recommended)})"
         fold = f", fold {self.origin.fold}" if self.origin.fold else ""
         lines = [
             f"{self.origin}: {self.origin.filename}{fold}, sha256 {self.origin.sha256[:12]}",
@@ -100,16 +104,12 @@ class Checkpoint:
 def _purpose(plan: AdaptationPlan) -> str:
     if not plan.supervised:
         return ""
-    shown = ", ".join(plan.head_names[:8]) + (", …" if len(plan.head_names) > 8 else "")
+    shown = and_more(plan.head_names, 8)
     return f" for segmentation (labels: {shown or 'not named in the file'})"
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 50_000 else f"{count:,}"
-
-
-def _times(numbers: tuple[float, ...]) -> str:
-    return " × ".join(f"{number:g}" for number in numbers)
 
 
 def open_checkpoint(
@@ -135,7 +135,7 @@ def open_checkpoint(
         stem: of a network with one stem a dataset (MultiTalent): which one, or ``mean`` (the default).
         axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
             nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
-            Lightning's or hold the contrast-agnostic network, else ``zyx``.
+            Lightning's or of a family that is known to be, else ``zyx``.
 
     Returns a :class:`Checkpoint`; ``print`` it to see what it is. Nothing in the file is run.
 
@@ -147,24 +147,26 @@ def open_checkpoint(
         ModelFolderError: the model folder's plans.json or dataset.json can't be read.
         ConfigurationError: ``stem`` or ``axes`` make no sense for these weights.
     """
-    resolved = resolve_source(source, revision, cache_dir, local_files_only, filename=filename, fold=fold)
-    choices = {"filename": filename, "fold": fold, "stem": stem, "axes": None if axes == "auto" else axes}
-    checkpoint = read_checkpoint(resolved, stem=stem, axes=axes)
-    return replace(checkpoint, choices={key: value for key, value in choices.items() if value is not None})
+    options = SourceOptions(revision, cache_dir, local_files_only, filename, fold, stem, axes)
+    return read_checkpoint(resolve_source(source, options), options)
 
 
-def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str = "auto") -> Checkpoint:
-    """Open weights that are on this machine already; arguments and errors as of :func:`open_checkpoint`."""
-    check_axes(axes)
+def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = None) -> Checkpoint:
+    """Read weights that are on this machine already.
+
+    Of the options ``stem`` and ``axes`` count. Raises what :func:`open_checkpoint` does.
+    """
+    options = options or SourceOptions()
     path = resolved.weights
     content = read_weight_file(path)
     state = state_dict_of(content, path)
-    tensors, stem_notes = choose_stem(_all_folds(resolved, state), stem, str(path))
-    found = find_plan(content, resolved, tensors)
-    plan, notes = found.plan, [*state.notes, *stem_notes, *found.notes]
-    if axes == "xyz" or (axes == "auto" and found.from_tensors and _is_from_monai(state, plan)):
+    tensors, family, family_notes = _in_our_names(_all_folds(resolved, state), str(path))
+    tensors, stem_notes = choose_stem(tensors, options.stem, str(path))
+    found = find_plan(content, resolved, tensors, family, is_lightning=state.key == LIGHTNING_KEY)
+    plan, notes = found.plan, [*state.notes, *family_notes, *stem_notes, *found.notes]
+    if options.axes == "xyz" or (options.axes == "auto" and found.axes == "xyz"):
         tensors, plan = exchange_axes(tensors, plan, str(path))
-        notes.append(_exchanged(axes, state.key))
+        notes.append(_exchanged(options.axes, state.key))
     citations, citation_notes = _citations(content.get("citations"), plan)
     trainer_name = content.get("trainer_name")
     checkpoint = Checkpoint(
@@ -174,6 +176,7 @@ def read_checkpoint(resolved: ResolvedSource, stem: str | None = None, axes: str
         trainer_name=trainer_name if isinstance(trainer_name, str) else plan.trainer_name,
         citations=citations,
         notes=tuple(notes + citation_notes),
+        choices=options.choices,
     )
     for note in checkpoint.notes:
         logger.warning("%s: %s", resolved.origin, note)
@@ -188,15 +191,20 @@ def _all_folds(resolved: ResolvedSource, first: StateDict) -> dict[str, Tensor]:
     return average_folds([(resolved.weights, first.tensors), *others])
 
 
-def _is_from_monai(state: StateDict, plan: AdaptationPlan) -> bool:
-    """Whether a file without a plan was trained on (x, y, z) arrays: Lightning's are, and the contrast-agnostic network."""
-    return not plan.architecture.is_transformer and (state.key == LIGHTNING_KEY or plan.orientation is not None)
+def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Family | None, list[str]]:
+    """The tensors under the names that our networks have, and the family whose files have others."""
+    family = family_of_names(tensors)
+    if family is None or family.key_map is None:
+        return tensors, None, []
+    names = family.key_map.translate(tensors, where)
+    note = f"a file of {family.name}: its tensors' names were translated"
+    return {names[name]: tensor for name, tensor in tensors.items()}, family, [note]
 
 
 def _exchanged(axes: str, key: str | None) -> str:
     if axes == "xyz":
         return "its axes were exchanged, (x, y, z) → (z, y, x), as asked for; exact for a convolutional network"
-    why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "the contrast-agnostic network was"
+    why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "networks of its family were"
     return (
         f"taken as trained on (x, y, z) arrays, as {why}: kernels, strides and patch were turned to (z, y, x), exactly; "
         "--axes zyx leaves them as they are"

@@ -1,8 +1,4 @@
-"""Weights of segmentation networks: their plan in nnU-Net's own files, or read off the tensors.
-
-The contrast-agnostic network of the Spinal Cord Toolbox is known by its size; its sources are listed in its project
-(sct-pipeline/contrast-agnostic-softseg-spinalcord).
-"""
+"""Plans of networks that nnssl did not train: in nnU-Net's own files, or read off the tensors."""
 
 from __future__ import annotations
 
@@ -14,30 +10,15 @@ from pydantic import ValidationError
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError, DatasetJsonError
-from nnssl_adapt.weights.checkpoint.plan_check import own_keys
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan, first_problem, in_one_line
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan, first_problem, in_one_line
+from nnssl_adapt.weights.families.family import Facts, Family
+from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION, trained_by_nnunet
+from nnssl_adapt.weights.families.registry import family_of_size
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.network_parts import Tensors
-from nnssl_adapt.weights.network.topology import Topology, read_topology
+from nnssl_adapt.weights.network.topology import read_topology
 
 CONFIGURATION = "3d_fullres"
-
-NNUNET_CITATION: dict[str, Any] = {
-    "type": "Framework",
-    "name": "nnU-Net",
-    "apa_citations": [
-        "Isensee, F., Jaeger, P. F., Kohl, S. A. A., Petersen, J., & Maier-Hein, K. H. (2021). nnU-Net: a self-configuring "
-        "method for deep learning-based biomedical image segmentation. Nature Methods, 18(2), 203–211."
-    ],
-}
-CONTRAST_AGNOSTIC_CITATION: dict[str, Any] = {
-    "type": "Pretraining",
-    "name": "contrast-agnostic spinal cord segmentation",
-    "apa_citations": [
-        "Bédard, S., Karthik, E. N., Tsagkas, C., et al. (2025). Towards contrast-agnostic soft segmentation of the spinal "
-        "cord. Medical Image Analysis."
-    ],
-}
 
 _AXES_OF_LETTERS = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
 
@@ -87,10 +68,9 @@ def plan_from_nnunet(
         raw["licence"] = ours["licence"]  # the model's own, from its package; the other is the data's
     given = {key: value for key, value in fields.items() if value is not None or key in ("spacing", "patch_size")}
     try:
-        plan = AdaptationPlan.model_validate({**given, "raw": raw})
+        return AdaptationPlan.model_validate({**given, "raw": raw})
     except ValidationError as error:
         raise AdaptationPlanError(f"{where}, configuration {name}: wrong at {first_problem(error)}") from error
-    return own_keys(plan, where)
 
 
 def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tuple[str, dict[str, Any]]:
@@ -196,12 +176,12 @@ def configuration_of_folder(name: str) -> str | None:
 
 
 def plan_from_tensors(
-    tensors: Tensors, where: str, trainer_name: str | None = None
-) -> tuple[AdaptationPlan, list[str]]:
-    """The plan of a U-Net without any plan, as far as its tensors tell; and notes on what they don't.
+    tensors: Tensors, where: str, trainer_name: str | None = None, family: Family | None = None
+) -> tuple[AdaptationPlan, str, list[str]]:
+    """The plan of a U-Net without any plan, as far as its tensors tell, what is known of its family, and notes on the rest.
 
-    Spacing and patch are not in a bare file: they are known for the contrast-agnostic network, else None and four times the
-    network's total stride (nnU-Net stops pooling at four voxels). Raises AdaptationPlanError when it is no U-Net.
+    ``family`` is the one that its names told; else it is looked for by the network's size. Returns the plan, the order of
+    its image axes (``zyx`` or ``xyz``) and notes. Raises AdaptationPlanError when it is no U-Net.
     """
     try:
         topology = read_topology(tensors)
@@ -212,54 +192,35 @@ def plan_from_tensors(
         raise AdaptationPlanError(
             f"{where} has no plan, and a Primus's tensors don't tell its patch: copy its adaptation_plan.json beside it"
         )
-    known = is_contrast_agnostic(topology)
-    z, y, x = (4 * step for step in architecture.total_stride)
-    supervised = known or trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1
+    family = family or family_of_size(topology)
+    facts = Facts() if family is None else family.facts
+    told = facts.supervised
+    supervised = trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1 if told is None else told
+    z, y, x = (4 * step for step in architecture.total_stride)  # nnU-Net stops pooling at four voxels
     plan = AdaptationPlan(
         architecture=architecture,
-        spacing=(1.0, 1.0, 1.0) if known else None,
-        patch_size=(64, 192, 320) if known else (z, y, x),
-        recommended_patch_size=(64, 192, 320) if known else None,
+        spacing=facts.spacing,
+        patch_size=facts.patch_size or (z, y, x),
+        recommended_patch_size=facts.patch_size,
         num_input_channels=topology.channels,
         normalization_schemes=("ZScoreNormalization",) * topology.channels,
         use_mask_for_norm=(False,) * topology.channels,
         supervised=supervised,
-        orientation="RPI" if known else None,
-        citations=(NNUNET_CITATION, CONTRAST_AGNOSTIC_CITATION) if known else (),
+        orientation=facts.orientation,
+        citations=tuple(dict(entry) for entry in facts.citations),
     )
     notes = [f"no plan in the file or beside it: the architecture was read off the tensors ({architecture})"]
-    if known:
-        notes.append(
-            "it has the contrast-agnostic network's size: took its spacing (1 mm), patch and orientation (RPI)"
-        )
-    else:
+    if facts.told:
+        notes.append(facts.told)
+    elif facts.spacing is None:
         notes.append(
             f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is four times "
             "the network's stride"
         )
     if topology.guessed:
         notes.append(f"assumed, since the tensors don't tell: {', '.join(topology.guessed)}")
-    if not supervised:
+    if not supervised and told is None:
         notes.append(
             "whether it was trained to segment can't be told: only its encoder is used, or say --scope encoder+decoder"
         )
-    return own_keys(plan, where, topology.encoder.rpartition(".")[0]), notes
-
-
-def trained_by_nnunet(trainer_name: str | None) -> bool:
-    return trainer_name is not None and trainer_name.startswith("nnUNetTrainer")
-
-
-def is_contrast_agnostic(topology: Topology) -> bool:
-    """Whether it is the contrast-agnostic network by its size; an older release has 384 features at the bottom."""
-    kwargs = topology.architecture.kwargs
-    features = kwargs["features_per_stage"]
-    return (
-        topology.architecture.class_name == "PlainConvUNet"
-        and features[:4] == [32, 64, 128, 256]
-        and len(features) == 6
-        and set(features[4:]) <= {320, 384}
-        and topology.channels == 1
-        and kwargs["n_conv_per_stage"] == [2] * 6
-        and kwargs["strides"] == [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 2, 2]]
-    )
+    return plan, facts.axes, notes

@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nnssl_adapt.errors import ArchitectureError
 from nnssl_adapt.weights.network.arguments import (
@@ -263,5 +265,25 @@ def build_network(
 
 def outline(architecture: Architecture, in_channels: int, patch_size: Sequence[int]) -> nn.Module:
     """The same network without memory behind it (torch's meta device), to compare names and shapes with a file."""
-    with torch.device("meta"):
+    with without_memory():
         return build_network(architecture, in_channels, 1, patch_size)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks that are built in this block have tensors without numbers (torch's meta device)."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skips the drawing of random numbers. On the meta device there is nothing to draw into, and torch would import its compiler
+    for it (``torch._dynamo``, seconds) to find out that there is nothing to do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWING:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_)

@@ -14,7 +14,7 @@ from typing import Any
 from nnssl_adapt.errors import ArchitectureError
 from nnssl_adapt.weights.network.architectures import PRESETS, Architecture
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
-from nnssl_adapt.weights.network.network_parts import COPIES, Tensors, below, join
+from nnssl_adapt.weights.network.network_parts import COPIES, Tensors, below, join_name
 
 _LAYER = r"(?:conv|all_modules\.0)\.weight"
 _N = r"(\d{1,4})"  # no network has more layers, and numbers in a stranger's file may have thousands of digits
@@ -98,7 +98,7 @@ def read_unet(tensors: Tensors, encoder: str, hints: Mapping[str, Any]) -> Topol
     kwargs |= _layer_options(inside, kwargs)
     first = _shape_of(inside, "stem.convs.0" if residual else "stages.0.0.convs.0")
     above = encoder.rpartition(".")[0]
-    decoder, heads, guessed = _decoder(tensors, join(above, "decoder"), class_name, kwargs, hints)
+    decoder, heads, guessed = _decoder(tensors, join_name(above, "decoder"), class_name, kwargs, hints)
     return Topology(Architecture(class_name, {**kwargs, **decoder}), encoder, first[1], heads, tuple(guessed))
 
 
@@ -212,12 +212,12 @@ def _decoder(
 
 def _read_primus(tensors: Tensors, root: str, hints: Mapping[str, Any]) -> Topology:
     """A Primus under ``root`` (a level deeper than the file in some families)."""
-    projection = tuple(tensors[join(root, "down_projection.proj.weight")].shape)
+    projection = tuple(tensors[join_name(root, "down_projection.proj.weight")].shape)
     if len(projection) != 5:
         raise ArchitectureError(
             f"down_projection.proj.weight has {len(projection)} axes, expected 5 (out, in, Z, Y, X)"
         )
-    encoder, width = join(root, "eva"), max(projection[0], 1)
+    encoder, width = join_name(root, "eva"), max(projection[0], 1)
     inside = {rest: tuple(t.shape) for name, t in tensors.items() if (rest := below(name, encoder)) is not None}
     blocks = {int(match[1]) for match in map(_BLOCK.fullmatch, inside) if match}
     _check_counted("the transformer's blocks", blocks)

@@ -16,9 +16,10 @@ from torch.nn.functional import interpolate
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.checkpoint.positions import positions_grid
+from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network.architectures import Shape, build_network
-from nnssl_adapt.weights.network.network_parts import NetworkParts, below, is_special_token, join, positions_grid
-from nnssl_adapt.weights.network.stems import is_other_stem
+from nnssl_adapt.weights.network.network_parts import NetworkParts, below, is_special_token, join_name
 
 Features = dict[str, Tensor]
 """Name of a stage → what it computes, (1, C, Z, Y, X)."""
@@ -46,7 +47,7 @@ def pretrained_network(
             rest = below(name, source)
             if rest is None:
                 continue
-            destination = by_name.get(join(target, rest))
+            destination = by_name.get(join_name(target, rest))
             value = checkpoint.tensors[name]
             if name == checkpoint.plan.key_to_lpe and positions is not None:
                 value = positions

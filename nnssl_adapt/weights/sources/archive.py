@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from nnssl_adapt.errors import SourceError
-from nnssl_adapt.weights.sources.digests import Record, digest_of, whole_folder
-from nnssl_adapt.weights.sources.file_names import ARCHIVE_SUFFIX, MODEL_FILES, SIDECAR_NAME, is_clutter, is_weight_name
+from nnssl_adapt.weights.sources.digests import Record, file_digest, whole_folder
+from nnssl_adapt.weights.sources.listing import ARCHIVE_SUFFIX, MODEL_FILES, SIDECAR_NAME, is_clutter, is_weight_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def unpack(path: Path, folder: Path) -> Record:
         SourceError: the zip is damaged, or dangerous: names outside its folder, links, a size out of proportion.
         OutputError: no space, or not allowed to write.
     """
-    digest = digest_of(path)
+    digest = file_digest(path)
     target = folder / "unpacked" / digest
     known = Record.load(target / RECORD_NAME)
     if known is not None:
@@ -106,7 +106,7 @@ def _extract(
                 stream.write(block)
         if written != entry.file_size:
             raise SourceError(f"{path}: {entry.filename} has {written} bytes, the zip says {entry.file_size}: damaged")
-    return {name: digest_of(folder / name) for name in names}
+    return {name: file_digest(folder / name) for name in names}
 
 
 def _is_needed(entry: zipfile.ZipInfo) -> bool:

@@ -55,7 +55,7 @@ class Record:
             DigestMismatch: it is not.
             SourceNotFound: it is gone or can't be read.
         """
-        found = digest_of(path)
+        found = file_digest(path)
         name = path.relative_to(self.path.parent).as_posix()
         recorded = self.files.get(name)
         if found != recorded:
@@ -91,7 +91,7 @@ def whole_folder(target: Path, record_name: str, replace: bool) -> Iterator[Path
             shutil.rmtree(work, ignore_errors=True)
 
 
-def digest_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """SHA-256 of a file. Raises SourceNotFound when it can't be read."""
     try:
         return sha256_of(path)

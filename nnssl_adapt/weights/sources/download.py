@@ -26,7 +26,7 @@ from nnssl_adapt.errors import (
     SourceUnavailable,
 )
 from nnssl_adapt.files import atomic_path
-from nnssl_adapt.weights.sources.digests import Record, digest_of
+from nnssl_adapt.weights.sources.digests import Record, file_digest
 from nnssl_adapt.weights.sources.hub import offline
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _fetch(address: Address, kept: Path) -> tuple[Path, str]:
                     "changed after the digest was published, or the digest is another file's"
                 )
     Record(kept / RECORD_NAME, {name: digest}, {"url": address.url, "bytes": path.stat().st_size}).save()
-    return path, digest_of(path)  # of what the disk has, not of what we meant to write
+    return path, file_digest(path)  # of what the disk has, not of what we meant to write
 
 
 class _Transfer:

@@ -8,17 +8,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from nnssl_adapt.errors import DigestMismatch, SourceNotFound
-from nnssl_adapt.weights.sources.choosing import choose_files
-from nnssl_adapt.weights.sources.digests import digest_of
-from nnssl_adapt.weights.sources.file_names import (
+from nnssl_adapt.weights.sources.digests import file_digest
+from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached, commit_of, endpoint
+from nnssl_adapt.weights.sources.listing import (
     ARCHIVE_SUFFIX,
     SIDECAR_NAME,
     WEIGHT_NAMES,
     WEIGHT_SUFFIXES,
     Chosen,
+    choose_files,
     is_weight_name,
 )
-from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached, commit_of, endpoint
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -129,7 +129,7 @@ def _choose(hub: Hub, filename: str | None, fold: str | None) -> Chosen:
 
 def verified_digest(path: Path, hub: Hub) -> str:
     """SHA-256 of a fetched file, checked against the name that the hub's cache gives to large files."""
-    digest = digest_of(path)
+    digest = file_digest(path)
     recorded = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", recorded) and recorded != digest:
         raise DigestMismatch(

@@ -9,23 +9,23 @@ from pathlib import Path
 
 from nnssl_adapt.errors import SourceError, SourceNotFound
 from nnssl_adapt.weights.sources.archive import is_archive, list_archive, unpack
-from nnssl_adapt.weights.sources.choosing import choose_files, choose_single
-from nnssl_adapt.weights.sources.digests import Record, digest_of
-from nnssl_adapt.weights.sources.file_names import MODEL_FILES, SIDECAR_NAME
-from nnssl_adapt.weights.sources.offline_store import RECORD_NAME as SHELF_RECORD
-from nnssl_adapt.weights.sources.resolved import ResolvedSource, assemble
+from nnssl_adapt.weights.sources.digests import Record, file_digest
+from nnssl_adapt.weights.sources.listing import MODEL_FILES, SIDECAR_NAME, choose_files, choose_single
+from nnssl_adapt.weights.sources.offline_store import RECORD_NAME as FETCHED_RECORD
+from nnssl_adapt.weights.sources.resolved import ResolvedSource, SourceOptions, assemble
 
 _FOLD_FOLDER = re.compile(r"fold_(\d+|all)")
 _DEPTH = 5  # folders below a source: wrapping/Dataset/Trainer/fold/file
 _MAX_FILES = 20_000
 
 
-def resolve_path(text: str, path: Path, filename: str | None, fold: str | None, cache: Path) -> ResolvedSource:
+def resolve_path(text: str, path: Path, options: SourceOptions) -> ResolvedSource:
+    """The weights in an existing file, folder or zip. ``text`` is the source as the user typed it."""
     if path.is_dir():
-        return _resolve_folder(text, path, filename, fold, cache)
+        return _resolve_folder(text, path, options)
     if is_archive(path):
-        return resolve_archive(text, "zip", path, filename, fold, cache)
-    return _resolve_file(text, path, filename, fold)
+        return resolve_archive(text, "zip", path, options)
+    return _resolve_file(text, path, options.filename, options.fold)
 
 
 def _resolve_file(text: str, path: Path, filename: str | None, fold: str | None) -> ResolvedSource:
@@ -38,20 +38,20 @@ def _resolve_file(text: str, path: Path, filename: str | None, fold: str | None)
         root = whole.parent.parent
         names = _names_below(root, depth=2)
     chosen = choose_single(path.absolute().relative_to(root.absolute()).as_posix(), names, str(root), fold)
-    return assemble(text, "file", root, chosen, digest_of)
+    return assemble(text, "file", root, chosen, file_digest)
 
 
-def _resolve_folder(text: str, folder: Path, filename: str | None, fold: str | None, cache: Path) -> ResolvedSource:
+def _resolve_folder(text: str, folder: Path, options: SourceOptions) -> ResolvedSource:
     its_fold = _FOLD_FOLDER.fullmatch(folder.absolute().name)
     model = folder.absolute().parent
     if its_fold and all((model / name).is_file() for name in MODEL_FILES):
-        folder, fold = model, fold or its_fold[1]
-    chosen = choose_files(_names_below(folder), str(folder), filename, fold)
+        folder, options = model, replace(options, fold=options.fold or its_fold[1])
+    chosen = choose_files(_names_below(folder), str(folder), options.filename, options.fold)
     if chosen.is_archive:
-        return resolve_archive(text, "zip", folder / chosen.weights[0], filename, fold, cache)
-    record = Record.load(folder / SHELF_RECORD)
+        return resolve_archive(text, "zip", folder / chosen.weights[0], options)
+    record = Record.load(folder / FETCHED_RECORD)
     if record is None:
-        return assemble(text, "folder", folder, chosen, digest_of)
+        return assemble(text, "folder", folder, chosen, file_digest)
     mend = "fetch it again with 'nnssl-adapt fetch … --overwrite'"
     resolved = assemble(text, "folder", folder, chosen, lambda path: record.check(path, mend))
     about = record.about
@@ -77,15 +77,14 @@ def _names_below(folder: Path, depth: int = _DEPTH) -> list[str]:
     return names
 
 
-def resolve_archive(
-    text: str, kind: str, path: Path, filename: str | None, fold: str | None, cache: Path
-) -> ResolvedSource:
+def resolve_archive(text: str, kind: str, path: Path, options: SourceOptions) -> ResolvedSource:
     """Choose before unpacking, so that a message lists all that is in the zip."""
+    filename = options.filename
     inside = None if filename is not None and filename.rpartition("/")[2] == path.name else filename
-    chosen = choose_files(list_archive(path), str(path), inside, fold)
+    chosen = choose_files(list_archive(path), str(path), inside, options.fold)
     if chosen.is_archive:
         raise SourceError(f"{path} holds another zip, {chosen.weights[0]}: unpack it yourself and give that one")
-    record = unpack(path, cache)
+    record = unpack(path, options.cache)
     if strange := [name for name in chosen.names if name not in record.files]:
         raise SourceError(f"{path}: {strange[0]} is no weight file (.pth, .safetensors, .pt, .ckpt or .bin)")
     folder = record.path.parent

@@ -16,14 +16,14 @@ from nnssl_adapt.files import sha256_of
 from nnssl_adapt.paths import pretrained_models_folder
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 from nnssl_adapt.weights.sources.download import Address, safe_name
-from nnssl_adapt.weights.sources.file_names import ARCHIVE_SUFFIX, MODEL_FILES, PREFERRED_NAMES, WEIGHT_SUFFIXES
 from nnssl_adapt.weights.sources.hub_files import HubAddress
+from nnssl_adapt.weights.sources.listing import ARCHIVE_SUFFIX, MODEL_FILES, PREFERRED_NAMES, WEIGHT_SUFFIXES
 
 RECORD_NAME = "fetched.json"
 _MAIN = "main"  # the hub's branch where none is named
 
 
-def find_on_shelf(text: str, revision: str | None, filename: str | None) -> tuple[Path, str | None] | None:
+def find_in_store(text: str, revision: str | None, filename: str | None) -> tuple[Path, str | None] | None:
     """The folder or file on the shelf that a source means, and which file is still to be chosen in it; or None.
 
     ``owner/name`` is looked for under that name, then under ``name``; with a revision first as ``owner/name@revision``,
@@ -95,7 +95,9 @@ def _stem(name: str) -> str:
     return name.removesuffix(suffix) if suffix.lower() in (*WEIGHT_SUFFIXES, ARCHIVE_SUFFIX) else name
 
 
-def put_on_shelf(shelf: Path, name: str, files: dict[str, Path], about: Mapping[str, object], overwrite: bool) -> bool:
+def put_into_store(
+    shelf: Path, name: str, files: dict[str, Path], about: Mapping[str, object], overwrite: bool
+) -> bool:
     """Copy files into ``shelf/name``, which appears whole or not at all.
 
     Args:
@@ -157,7 +159,7 @@ def files_to_copy(
     return {(outer / path.relative_to(root).as_posix()).as_posix(): path for path in [*small, *weights]}
 
 
-def name_on_shelf(address: HubAddress | None, source: str, path: Path) -> str:
+def name_in_store(address: HubAddress | None, source: str, path: Path) -> str:
     """Under which name weights are put on the shelf.
 
     A repository's own (``owner/name[@revision][+file]``), else that of the file at the web address ``source``, else that of

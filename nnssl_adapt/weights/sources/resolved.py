@@ -1,4 +1,4 @@
-"""What a source turns out to be: files on this machine, and where they are from."""
+"""What a user asks for, and what it turns out to be: files on this machine, and where they are from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,61 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.weights.sources.file_names import Chosen
+from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.paths import downloads_folder
+from nnssl_adapt.weights.sources.listing import Chosen
+
+AXES = ("auto", "zyx", "xyz")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What may be said about weights beside the source itself.
+
+    Attributes:
+        revision: branch, tag or commit on the hub (default: its main branch). A commit pins the branch or tag that the source
+            names.
+        cache_dir: where downloads are kept and zips unpacked, if not in the usual caches.
+        local_files_only: never use the network (as does ``HF_HUB_OFFLINE=1``).
+        filename: the weight file in a folder, archive or repository, if not one of nnssl's names; or which of several
+            trained model folders.
+        fold: of a trained model folder: which fold, or ``mean`` for the average of all. Default: the only one, else
+            ``all``, else the first.
+        stem: of a network with one stem a dataset (MultiTalent): which one, or ``mean`` (the default).
+        axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
+            nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
+            Lightning's or of a family that is known to be, else ``zyx``.
+
+    Raises ConfigurationError for an unknown order of axes.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    filename: str | None = None
+    fold: str | None = None
+    stem: str | None = None
+    axes: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.axes not in AXES:
+            raise ConfigurationError(f"unknown order of axes {self.axes!r}: choose one of {', '.join(AXES)}")
+
+    @property
+    def cache(self) -> Path:
+        """Where downloads are kept and zips unpacked."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else downloads_folder()
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Those of ``filename``, ``fold``, ``stem`` and ``axes`` that were made: with them the same weights are opened again."""
+        made = {
+            "filename": self.filename,
+            "fold": self.fold,
+            "stem": self.stem,
+            "axes": None if self.axes == "auto" else self.axes,
+        }
+        return {key: value for key, value in made.items() if value is not None}
 
 
 @dataclass(frozen=True)

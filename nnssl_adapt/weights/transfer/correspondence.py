@@ -22,7 +22,7 @@ _GAMMA = re.compile(r"gamma_[12]$")
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockPlace:
     """Where in an encoder a tensor lies: ``stage`` is None in a transformer, ``rest`` the name within the block."""
 
     stage: int | None
@@ -35,14 +35,14 @@ class Place:
         return f"{self.blocks_word} {self.block}{where}"
 
 
-def place_of(relative: str) -> Place | None:
+def block_place(relative: str) -> BlockPlace | None:
     """Of a name below the encoder (``2.blocks.0.conv1.conv.weight``, ``blocks.7.norm1.bias``); None outside of blocks."""
     match = _CNN_BLOCK.fullmatch(relative)
     if match:
         word = "block" if match["word"] == "blocks" else "convolution"
-        return Place(int(match["stage"]), int(match["block"]), match["rest"], word)
+        return BlockPlace(int(match["stage"]), int(match["block"]), match["rest"], word)
     match = _EVA_BLOCK.fullmatch(relative)
-    return Place(None, int(match["block"]), match["rest"]) if match else None
+    return BlockPlace(None, int(match["block"]), match["rest"]) if match else None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Encoder:
     @classmethod
     def of(cls, relative_names: Iterable[str], architecture: Architecture | None = None) -> Encoder:
         """Counted from names below the encoder; with ``architecture``, at least what that says there has to be."""
-        places = [place for place in map(place_of, relative_names) if place is not None]
+        places = [place for place in map(block_place, relative_names) if place is not None]
         blocks: dict[int | None, int] = dict(_promised(architecture)) if architecture is not None else {}
         for place in places:
             blocks[place.stage] = max(blocks.get(place.stage, 0), place.block + 1)
@@ -70,14 +70,14 @@ class Encoder:
     def stages(self) -> int:
         return max((stage + 1 for stage in self.blocks if stage is not None), default=0)
 
-    def lacks(self, place: Place) -> str | None:
+    def lacks(self, place: BlockPlace) -> str | None:
         """Why a block that another encoder has is not in this one, in words that follow "…"; None when it is."""
         if self.lacks_stage(place):
             return _counted(self.stages, "stage")
         count = self.blocks.get(place.stage, 0)
         return _counted(count, place.blocks_word) if place.block >= count else None
 
-    def lacks_stage(self, place: Place) -> bool:
+    def lacks_stage(self, place: BlockPlace) -> bool:
         return place.stage is not None and place.stage >= self.stages
 
     def has(self, pattern: re.Pattern[str]) -> bool:
@@ -108,7 +108,7 @@ def other_names(relative: str) -> list[str]:
 
 def why_fresh(relative: str, checkpoint: Encoder) -> str | None:
     """Why a tensor of the network may have no counterpart in the checkpoint's encoder; None: it ought to have one."""
-    place = place_of(relative)
+    place = block_place(relative)
     if place is None:
         return None
     lacking = checkpoint.lacks(place)
@@ -131,7 +131,7 @@ def does_nothing_as_one(relative: str, checkpoint: Encoder) -> bool:
 
 def why_dropped(relative: str, network: Encoder) -> str | None:
     """Why a tensor of the checkpoint's encoder may have no place in the network; None: it ought to have one."""
-    place = place_of(relative)
+    place = block_place(relative)
     if place is None:
         return None
     lacking = network.lacks(place)
@@ -148,7 +148,7 @@ def why_dropped(relative: str, network: Encoder) -> str | None:
 
 def different_blocks(relative: str, other: Encoder) -> str | None:
     """A word on blocks built another way, for the message about a tensor that has no counterpart."""
-    place = place_of(relative)
+    place = block_place(relative)
     if place is None or place.rest in other.names:
         return None
     if place.rest.startswith("conv3."):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join
+from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
 from nnssl_adapt.weights.transfer.correspondence import (
     Encoder,
     decoder_stages,
@@ -18,7 +18,7 @@ from nnssl_adapt.weights.transfer.correspondence import (
     why_fresh,
 )
 from nnssl_adapt.weights.transfer.heads import HeadsDiffer, fit_heads
-from nnssl_adapt.weights.transfer.rules import Decision, DoesNotFit, Fitted, Role, fit, in_full_precision, times
+from nnssl_adapt.weights.transfer.rules import DoesNotFit, Fitted, Role, TensorFate, fit, in_full_precision, times
 
 UNET, PRIMUS = "decoder", "up_projection"
 
@@ -35,7 +35,7 @@ class DecoderFit:
         self.prefix = PRIMUS if parts.positions is not None else UNET
         encoder = checkpoint.plan.key_to_encoder or ""
         root = encoder.removesuffix(parts.encoder).removesuffix(".") if encoder.endswith(parts.encoder) else ""
-        self.source_prefix = join(root, self.prefix)
+        self.source_prefix = join_name(root, self.prefix)
         self.there = self._inside(checkpoint.tensors)
         here = [
             name for target in parts.tensors for name in target.below(self.prefix) if below(name, "encoder") is None
@@ -58,61 +58,67 @@ class DecoderFit:
         """Whether it makes the outputs; a Primus's decoder does so in the last of its ``layers``."""
         return relative.startswith(("seg_layers.", f"decode.{layers - 1}."))
 
-    def decide(self, target: TargetTensor) -> Decision:
+    def decide(self, target: TargetTensor) -> TensorFate:
         relatives = target.below(self.prefix)
         if not self.is_there:
-            return Decision.fresh("the checkpoint has no decoder")
+            return TensorFate.fresh("the checkpoint has no decoder")
         if self.layers_here != self.layers_there:
             counted = f"{self.layers_there} up-sampling layer(s) in the checkpoint, {self.layers_here} here"
-            return Decision.fresh(f"{counted}: another decoder")
+            return TensorFate.fresh(f"{counted}: another decoder")
         if self.prefix == PRIMUS:
             counterparts: list[str | None] = list(relatives)
         else:
             counterparts = [same_resolution(name, self.stages_here, self.stages_there) for name in relatives]
         known = [name for name in counterparts if name is not None]
         if not known:
-            return Decision.fresh(f"no decoder stage of its resolution in the checkpoint ({self.stages_there} stages)")
+            return TensorFate.fresh(
+                f"no decoder stage of its resolution in the checkpoint ({self.stages_there} stages)"
+            )
         names = [self.there[name] for name in known if name in self.there]
         if self._is_head(relatives[0], self.layers_here):
             return self._head(target, names)
         if not names and _is_upsampling_bias(relatives[0]) and not any(map(_is_upsampling_bias, self.there)):
             zeros = torch.zeros(target.tensor.shape)
-            return Decision(Fitted(zeros, ("0, as the checkpoint's up-sampling has no bias",)))
+            return TensorFate(Fitted(zeros, ("0, as the checkpoint's up-sampling has no bias",)))
         if not names:
             inside = known[0].removeprefix("stages.")
             reason = why_fresh(inside, self.blocks_there)
             if reason is None:
                 why = different_blocks(inside, self.blocks_there)
-                text = f"{join(self.source_prefix, known[0])} is not in the checkpoint" + (f" ({why})" if why else "")
-                return Decision.problem(text)
-            return Decision.fresh(f"decoder: {reason}")
+                text = f"{join_name(self.source_prefix, known[0])} is not in the checkpoint" + (
+                    f" ({why})" if why else ""
+                )
+                return TensorFate.problem(text)
+            return TensorFate.fresh(f"decoder: {reason}")
         return self._fit(target, relatives[0], names)
 
-    def _fit(self, target: TargetTensor, relative: str, names: list[str]) -> Decision:
+    def _fit(self, target: TargetTensor, relative: str, names: list[str]) -> TensorFate:
         value = self.checkpoint.tensors[names[0]]
         if self.prefix == PRIMUS and value.shape != target.tensor.shape:
             shapes = f"{times(value.shape)} in the checkpoint, {times(target.tensor.shape)} here"
-            return Decision.fresh(f"{shapes}: this decoder's widths follow the number of outputs", names)
+            return TensorFate.fresh(f"{shapes}: this decoder's widths follow the number of outputs", names)
         is_upsampling = relative.startswith(("transpconvs.", "decode.")) and value.ndim == 5
         first = relative.startswith("stages.") and ".convs.0." in relative and value.ndim == 5
         role = Role("up-sampling", features=1) if is_upsampling else Role(joined=2 if first else 1)
         try:
-            return Decision(fit(in_full_precision(value), target.tensor, role), names=tuple(names))
+            return TensorFate(fit(in_full_precision(value), target.tensor, role), names=tuple(names))
         except DoesNotFit as error:
-            return Decision.problem(f"{names[0]} does not fit: {error}", names)
+            return TensorFate.problem(f"{names[0]} does not fit: {error}", names)
 
-    def _head(self, target: TargetTensor, names: list[str]) -> Decision:
+    def _head(self, target: TargetTensor, names: list[str]) -> TensorFate:
         plan = self.checkpoint.plan
         if not plan.supervised:
-            return Decision.fresh("segmentation head (the checkpoint's reconstructs images)")
+            return TensorFate.fresh("segmentation head (the checkpoint's reconstructs images)")
         if not names:
-            return Decision.fresh("segmentation head, not in the checkpoint")
+            return TensorFate.fresh("segmentation head, not in the checkpoint")
         value, into = self.checkpoint.tensors[names[0]], target.tensor
         axis, in_axis = (0, None) if value.ndim < 2 else (1, 0) if self.prefix == PRIMUS else (0, 1)
         try:
-            return Decision(fit_heads(value, into, plan.head_names, self.names_here, axis, in_axis), names=tuple(names))
+            return TensorFate(
+                fit_heads(value, into, plan.head_names, self.names_here, axis, in_axis), names=tuple(names)
+            )
         except HeadsDiffer as error:
-            return Decision.fresh(f"segmentation head: {error}", names)
+            return TensorFate.fresh(f"segmentation head: {error}", names)
 
     def why_dropped(self, name: str) -> str | None:
         """Why one of the checkpoint's decoder's tensors is left behind.

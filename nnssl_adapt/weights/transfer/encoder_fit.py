@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.checkpoint.positions import positions_grid, positions_name
 from nnssl_adapt.weights.network import tensor_ops
-from nnssl_adapt.weights.network.network_parts import (
-    NetworkParts,
-    TargetTensor,
-    below,
-    join,
-    positions_grid,
-    positions_name,
-)
+from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
 from nnssl_adapt.weights.transfer.correspondence import (
     Encoder,
     different_blocks,
@@ -29,10 +23,10 @@ from nnssl_adapt.weights.transfer.correspondence import (
     why_fresh,
 )
 from nnssl_adapt.weights.transfer.rules import (
-    Decision,
     DoesNotFit,
     Fitted,
     Role,
+    TensorFate,
     check_channel_map,
     fit,
     in_full_precision,
@@ -135,14 +129,14 @@ class EncoderFit:
 
     # -- one tensor --------------------------------------------------------------------------------------------------
 
-    def decide(self, target: TargetTensor) -> Decision:
+    def decide(self, target: TargetTensor) -> TensorFate:
         names = self._names(target)
         if not names:
             return self._decide_missing(target)
         try:
-            return Decision(self._fit(target, self.source[names[0]]), names=tuple(names))
+            return TensorFate(self._fit(target, self.source[names[0]]), names=tuple(names))
         except DoesNotFit as error:
-            return Decision.problem(f"{target.names[0]} can't be made from {names[0]}: {error}", names)
+            return TensorFate.problem(f"{target.names[0]} can't be made from {names[0]}: {error}", names)
 
     def _names(self, target: TargetTensor) -> list[str]:
         """Names in the checkpoint, the trained alias first; empty when it is not there."""
@@ -153,19 +147,19 @@ class EncoderFit:
         prefix = self.parts.stem if is_stem else self.parts.encoder
         source_prefix = (self.keys.key_to_stem if is_stem else self.keys.key_to_encoder) or ""
         relatives = target.below(prefix)
-        names = (join(source_prefix, other) for name in relatives for other in other_names(name))
+        names = (join_name(source_prefix, other) for name in relatives for other in other_names(name))
         return [name for name in dict.fromkeys(names) if name in self.source]
 
-    def _decide_missing(self, target: TargetTensor) -> Decision:
+    def _decide_missing(self, target: TargetTensor) -> TensorFate:
         relatives = target.below(self.parts.encoder) or tuple(_in_stem(name) for name in target.below(self.parts.stem))
         reason = why_fresh(relatives[0], self.there)
         if reason is not None:
-            return Decision.fresh(reason)
+            return TensorFate.fresh(reason)
         if does_nothing_as_one(relatives[0], self.there):
             ones = torch.ones(target.tensor.shape)
-            return Decision(Fitted(ones, ("1, as the checkpoint's blocks are not scaled",)))
+            return TensorFate(Fitted(ones, ("1, as the checkpoint's blocks are not scaled",)))
         why = different_blocks(relatives[0], self.there)
-        return Decision.problem(f"{target.names[0]} is not in the checkpoint" + (f" ({why})" if why else ""))
+        return TensorFate.problem(f"{target.names[0]} is not in the checkpoint" + (f" ({why})" if why else ""))
 
     def _fit(self, target: TargetTensor, value: Tensor) -> Fitted:
         before: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Decision:
+class TensorFate:
     """What becomes of one tensor of a network.
 
     Attributes:
@@ -54,11 +54,11 @@ class Decision:
     is_problem: bool = False
 
     @classmethod
-    def fresh(cls, reason: str, names: Sequence[str] = ()) -> Decision:
+    def fresh(cls, reason: str, names: Sequence[str] = ()) -> TensorFate:
         return cls(reason=reason, names=tuple(names))
 
     @classmethod
-    def problem(cls, reason: str, names: Sequence[str] = ()) -> Decision:
+    def problem(cls, reason: str, names: Sequence[str] = ()) -> TensorFate:
         return cls(reason=reason, names=tuple(names), is_problem=True)
 
 

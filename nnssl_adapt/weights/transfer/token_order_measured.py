@@ -22,8 +22,8 @@ from torch.func import functional_call
 
 from nnssl_adapt.errors import ArchitectureError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.network.architectures import Architecture, Shape, build_network
-from nnssl_adapt.weights.network.network_parts import below, is_special_token, join
+from nnssl_adapt.weights.network.architectures import Architecture, Shape, build_network, without_memory
+from nnssl_adapt.weights.network.network_parts import below, is_special_token, join_name
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class _Autoencoder:
 def _one_block(architecture: Architecture, outputs: int) -> Any:
     """A Primus of one block without memory behind it, in evaluation mode."""
     small = replace(architecture, kwargs={**architecture.kwargs, "eva_depth": 1}, preset=None)
-    with torch.device("meta"):
+    with without_memory():
         return build_network(small, 1, outputs, small.total_stride).eval()
 
 
@@ -215,7 +215,9 @@ def _depth(tensors: Iterable[str], name: str) -> int:
 
 
 def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(join(prefix, ""))}
+    return {
+        name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(join_name(prefix, ""))
+    }
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network import tensor_ops
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, is_special_token
-from nnssl_adapt.weights.network.stems import is_other_stem
 from nnssl_adapt.weights.transfer.decoder_fit import DecoderFit
 from nnssl_adapt.weights.transfer.encoder_fit import EncoderFit
 from nnssl_adapt.weights.transfer.report import (
@@ -32,7 +32,7 @@ from nnssl_adapt.weights.transfer.report import (
     TransferReport,
     percent,
 )
-from nnssl_adapt.weights.transfer.rules import Decision
+from nnssl_adapt.weights.transfer.rules import TensorFate
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def transfer_weights(
 def scratch_report(network: nn.Module, reason: str = "training from scratch") -> TransferReport:
     """The same account for training from scratch: every tensor of the network is fresh, and nothing is changed."""
     parts = NetworkParts.of(_unwrap(network))
-    rows = [row for target in parts.tensors for row in _rows(parts, target, Decision.fresh(reason), {})]
+    rows = [row for target in parts.tensors for row in _rows(parts, target, TensorFate.fresh(reason), {})]
     return TransferReport(tuple(rows), title="From scratch: nothing is pre-trained")
 
 
@@ -112,7 +112,11 @@ def _unwrap(network: nn.Module) -> nn.Module:
 
 
 def _rows(
-    parts: NetworkParts, target: TargetTensor, decision: Decision, source: dict[str, Tensor], reason: str | None = None
+    parts: NetworkParts,
+    target: TargetTensor,
+    decision: TensorFate,
+    source: dict[str, Tensor],
+    reason: str | None = None,
 ) -> list[TargetRow]:
     """One row for every name of a tensor."""
     fitted, shape = decision.fitted, tuple(target.tensor.shape)
@@ -197,18 +201,18 @@ class _Transfer:
             warnings=(*self.encoder.warnings, *self.warnings),
         )
 
-    def _decide(self, target: TargetTensor) -> Decision:
+    def _decide(self, target: TargetTensor) -> TensorFate:
         if self.parts.part_of(target) is not None:
             return self.encoder.decide(target)
         if self.decoder is not None and self.decoder.owns(target):
             return self.decoder.decide(target)
-        return Decision.fresh(_why_fresh(target.names[0], self.checkpoint.plan.supervised))
+        return TensorFate.fresh(_why_fresh(target.names[0], self.checkpoint.plan.supervised))
 
-    def _record(self, target: TargetTensor, decision: Decision) -> None:
+    def _record(self, target: TargetTensor, decision: TensorFate) -> None:
         """Note a decision on both sides. Values that are not finite are a problem whatever they fit."""
         if decision.fitted is not None and not _is_finite(self.source[decision.names[0]] if decision.names else None):
             text = f"{decision.names[0]} has NaN or infinite values: the pre-training diverged or the file is damaged"
-            decision = Decision.problem(text, decision.names)
+            decision = TensorFate.problem(text, decision.names)
         reason = None
         if decision.is_problem:
             waiver = self._waiver(*target.names, *decision.names)
@@ -221,7 +225,7 @@ class _Transfer:
         if decision.fitted is not None:
             self.writes.append((target.tensor, decision.fitted.value))
 
-    def _account_for_names(self, target: TargetTensor, decision: Decision, reason: str | None) -> None:
+    def _account_for_names(self, target: TargetTensor, decision: TensorFate, reason: str | None) -> None:
         """The checkpoint's tensor under all its names: one tensor again, or an untrained twin (Spark)."""
         first, *others = decision.names
         if decision.fitted is None:

@@ -16,6 +16,7 @@ from nnssl_adapt.errors import SourceUnavailable
 from nnssl_adapt.training.starting_weights import find_checkpoint
 from nnssl_adapt.weights.sources.hub import Hub
 from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import SourceOptions
 
 REPOSITORY = "made-up/ResEncL-OpenMind-MAE"
 
@@ -69,7 +70,10 @@ def resolve_as_printed(words):
     """What the preprocessing command would open."""
     parsed = build_parser().parse_args(["preprocess", *["0" if word == "ID" else word for word in words]])
     return resolve_source(
-        parsed.source, parsed.revision, parsed.cache_dir, filename=parsed.source_file, fold=parsed.source_fold
+        parsed.source,
+        SourceOptions(
+            revision=parsed.revision, cache_dir=parsed.cache_dir, filename=parsed.source_file, fold=parsed.source_fold
+        ),
     )
 
 
@@ -99,7 +103,7 @@ def test_a_plan_finds_again_what_its_address_named(tmp_path, hub, published, cap
     files = {f"{name}.pth": (published / "checkpoint_final.pth").read_bytes() for name in "ab"}
     hub.add("made-up/two", files | {"checkpoint_final.pth": b"not this one"})
     address = f"{hub.url}/made-up/two/blob/main/b.pth"
-    recorded = resolve_source(address, cache_dir=tmp_path / "hf").origin.to_dict()
+    recorded = resolve_source(address, SourceOptions(cache_dir=tmp_path / "hf")).origin.to_dict()
     plan_ = SimpleNamespace(provenance={"source": recorded}, pretrain_info={}, plans_name="ptPlans__two")
     monkeypatch.setattr(
         "nnssl_adapt.weights.sources.resolve.Hub",
@@ -131,7 +135,7 @@ def test_files_of_one_repository_are_carried_side_by_side(tmp_path, hub, publish
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert resolve_as_printed(words).weights.read_bytes() == contents[file]
     with pytest.raises(SourceUnavailable):
-        resolve_source("made-up/three", cache_dir=tmp_path / "empty")
+        resolve_source("made-up/three", SourceOptions(cache_dir=tmp_path / "empty"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("nnssl_pretrained_models")
     assert fetch(capsys, "made-up/three", *to)[0] == 0
@@ -142,10 +146,13 @@ def test_files_of_one_repository_are_carried_side_by_side(tmp_path, hub, publish
         ("made-up/three", file, file),
         (words[5], None, file),
     ):
-        resolved = resolve_source(source, filename=wish)
+        resolved = resolve_source(source, SourceOptions(filename=wish))
         assert resolved.weights.read_bytes() == contents[expected]
         assert resolved.weights.is_relative_to(shelf)
-        assert resolve_source(source, resolved.origin.revision, filename=wish).weights == resolved.weights
+        assert (
+            resolve_source(source, SourceOptions(revision=resolved.origin.revision, filename=wish)).weights
+            == resolved.weights
+        )
 
 
 def test_an_address_is_printed_with_its_digest(zipped, capsys, monkeypatch):
@@ -177,13 +184,15 @@ def test_a_repository_is_carried_and_keeps_its_name(tmp_path, hub, capsys, monke
     assert (resolved.origin.repo_id, resolved.origin.revision) == (REPOSITORY, commit)
     # What a plan records finds it too: the repository at its commit, and its address.
     if revision is None:
-        assert resolve_source(REPOSITORY, commit).weights == resolved.weights
+        assert resolve_source(REPOSITORY, SourceOptions(revision=commit)).weights == resolved.weights
         for source in (f"https://huggingface.co/{REPOSITORY}", f"{REPOSITORY}@main", f"{REPOSITORY}@{commit[:12]}"):
             assert resolve_source(source).weights == resolved.weights
         with pytest.raises(Exception, match="not in the Hugging Face cache"):
-            resolve_source(REPOSITORY, "v3", cache_dir=tmp_path / "empty")
+            resolve_source(REPOSITORY, SourceOptions(revision="v3", cache_dir=tmp_path / "empty"))
         with pytest.raises(Exception, match="not in the Hugging Face cache"):
-            resolve_source(f"another/{REPOSITORY.rpartition('/')[2]}", "v3", cache_dir=tmp_path / "empty")
+            resolve_source(
+                f"another/{REPOSITORY.rpartition('/')[2]}", SourceOptions(revision="v3", cache_dir=tmp_path / "empty")
+            )
 
 
 def test_a_zip_is_carried_and_found_by_address_and_name(tmp_path, zipped, capsys, monkeypatch):
@@ -240,7 +249,7 @@ def test_a_trained_model_is_carried_with_its_plans_and_only_its_folds(tmp_path, 
     monkeypatch.setenv("nnssl_pretrained_models", str(tmp_path / "other"))
     resolved = resolve_as_printed(words)
     assert (resolved.origin.fold, len(resolved.other_folds)) == ("mean", 2)
-    assert resolved.origin.sha256 == resolve_source(model, fold="mean").origin.sha256
+    assert resolved.origin.sha256 == resolve_source(model, SourceOptions(fold="mean")).origin.sha256
 
 
 def test_fetching_twice_changes_nothing(tmp_path, hub, capsys):

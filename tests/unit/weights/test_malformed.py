@@ -22,7 +22,7 @@ from support.nnssl_files import PLAINCONV, plan
 from nnssl_adapt.errors import CheckpointError, NnsslAdaptError, UnreadableCheckpoint, UnsafeCheckpoint
 from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.sources.resolve import Origin, ResolvedSource
+from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource
 
 TINY = {**PLAINCONV, "n_stages": 2, "features_per_stage": [2, 3], "n_conv_per_stage": [1, 1]}
 TINY |= {"n_conv_per_stage_decoder": [1], "kernel_sizes": [[1, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2]]}

@@ -10,9 +10,9 @@ from support.nnssl_files import plan, state_dict
 from support.nnssl_networks import nnunet_plans
 
 from nnssl_adapt.errors import NnsslAdaptError
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.plan_check import reconcile
 from nnssl_adapt.weights.checkpoint.supervised import plan_from_nnunet, plan_from_tensors
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
 
 ANYTHING = [
     None,

@@ -14,7 +14,7 @@ from nnssl_adapt.errors import AdaptationPlanError, CheckpointError, DatasetJson
 from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
 from nnssl_adapt.weights.checkpoint.supervised import configuration_of_folder, plan_from_nnunet
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.sources.resolve import Origin, ResolvedSource
+from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource
 
 LABELS = {"background": 0, "right": 2, "left": 1}
 DATASET = {"channel_names": {"0": "T1", "1": "T2"}, "labels": LABELS, "numTraining": 3, "file_ending": ".nii.gz"}

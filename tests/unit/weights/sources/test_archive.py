@@ -15,6 +15,7 @@ from nnssl_adapt.errors import DigestMismatch, SourceError, SourceNotFound
 from nnssl_adapt.weights.sources import archive as module
 from nnssl_adapt.weights.sources.archive import is_archive, list_archive, unpack
 from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import SourceOptions
 
 MODEL = "nnUNetTrainer__nnUNetPlans_contrast_agnostic__3d_fullres"
 MODEL_FILES = {
@@ -93,8 +94,10 @@ def test_several_models_are_listed_and_one_can_be_chosen(tmp_path):
     ) as caught:
         resolve_source(path)
     one_line(caught)
-    assert resolve_source(path, filename=MODEL).weights.read_bytes() == b"weights of fold 0"
-    chosen = resolve_source(path, filename="nnUNetTrainer__nnUNetPlans__3d_lowres/fold_0/checkpoint_final.pth")
+    assert resolve_source(path, SourceOptions(filename=MODEL)).weights.read_bytes() == b"weights of fold 0"
+    chosen = resolve_source(
+        path, SourceOptions(filename="nnUNetTrainer__nnUNetPlans__3d_lowres/fold_0/checkpoint_final.pth")
+    )
     assert chosen.weights.read_bytes() == b"other"
     assert chosen.model_folder.name.endswith("3d_lowres")
 
@@ -107,7 +110,7 @@ def test_a_zip_without_weights_lists_what_it_holds(tmp_path, own_cache):
         resolve_source(path)
     one_line(caught)
     with pytest.raises(SourceError, match=r"a\.png is no weight file"):
-        resolve_source(path, filename="a.png")
+        resolve_source(path, SourceOptions(filename="a.png"))
     with pytest.raises(SourceError, match="holds another zip"):
         resolve_source(write_zip(tmp_path / "nested.zip", {"inner.zip": b"PK"}))
 
@@ -119,7 +122,7 @@ def test_the_only_zip_of_a_folder_is_taken(tmp_path):
     write_zip(tmp_path / "here" / "other.zip", MODEL_FILES)
     with pytest.raises(SourceNotFound, match=r"several zips: model\.zip, other\.zip"):
         resolve_source(tmp_path / "here")
-    assert resolve_source(tmp_path / "here", filename="other.zip").archive.name == "other.zip"
+    assert resolve_source(tmp_path / "here", SourceOptions(filename="other.zip")).archive.name == "other.zip"
 
 
 def test_a_torch_file_is_no_archive_although_it_is_a_zip(tmp_path):
@@ -172,7 +175,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            module, "digest_of", lambda p: killed() if p != path else hashlib.sha256(p.read_bytes()).hexdigest()
+            module, "file_digest", lambda p: killed() if p != path else hashlib.sha256(p.read_bytes()).hexdigest()
         )
         with pytest.raises(KeyboardInterrupt):
             unpack(path, cache)

@@ -18,6 +18,7 @@ from nnssl_adapt.errors import (
 from nnssl_adapt.weights.sources import download as module
 from nnssl_adapt.weights.sources.download import Address, download, safe_name
 from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import SourceOptions
 
 CONTENT = bytes(range(256)) * 5000 + b"the end"  # more than one block
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -68,7 +69,7 @@ def test_a_source_can_be_an_address(web, weights, own_cache, tmp_path):
     origin = resolved.origin
     assert (origin.kind, origin.sha256, origin.source, origin.filename) == ("url", DIGEST, weights, "weights.pth")
     assert (origin.repo_id, origin.revision, resolved.sidecar) == (None, None, None)
-    elsewhere = resolve_source(weights, cache_dir=tmp_path / "other")
+    elsewhere = resolve_source(weights, SourceOptions(cache_dir=tmp_path / "other"))
     assert elsewhere.weights.is_relative_to(tmp_path / "other")
 
 
@@ -303,15 +304,15 @@ def test_offline_uses_only_what_was_downloaded_before(web, weights, tmp_path, mo
     if how == "variable":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceUnavailable, match="nnssl-adapt fetch") as caught:
-        resolve_source(weights, cache_dir=tmp_path, local_files_only=how == "flag")
+        resolve_source(weights, SourceOptions(cache_dir=tmp_path, local_files_only=how == "flag"))
     one_line(caught)
     assert web.requests == []
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    online = resolve_source(weights, cache_dir=tmp_path)
+    online = resolve_source(weights, SourceOptions(cache_dir=tmp_path))
     web.requests.clear()
     if how == "variable":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert resolve_source(weights, cache_dir=tmp_path, local_files_only=how == "flag") == online
+    assert resolve_source(weights, SourceOptions(cache_dir=tmp_path, local_files_only=how == "flag")) == online
     assert web.requests == []
 
 
@@ -338,11 +339,11 @@ def test_a_downloaded_zip_is_unpacked_beside_the_downloads(web, tmp_path):
         for name in ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth"):
             archive.writestr(f"{model}/{name}", name)
     web.pages["/x.zip"] = Page((tmp_path / "x.zip").read_bytes())
-    resolved = resolve_source(f"{web.url}/x.zip", cache_dir=tmp_path / "cache")
+    resolved = resolve_source(f"{web.url}/x.zip", SourceOptions(cache_dir=tmp_path / "cache"))
     assert resolved.weights.read_text() == "fold_0/checkpoint_final.pth"
     assert resolved.model_folder.name == model
     assert (resolved.origin.kind, resolved.origin.fold) == ("url", "0")
     assert resolved.archive.read_bytes() == web.pages["/x.zip"].content
     assert all(path.is_relative_to(tmp_path / "cache") for path in (resolved.weights, resolved.archive))
     with pytest.raises(SourceError, match="has no revision 'v1'"):
-        resolve_source(f"{web.url}/x.zip", revision="v1")
+        resolve_source(f"{web.url}/x.zip", SourceOptions(revision="v1"))

@@ -8,6 +8,7 @@ from support.nnssl_files import plan, state_dict, write_checkpoint
 
 from nnssl_adapt.errors import SourceError, SourceNotFound
 from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import SourceOptions
 
 
 def one_line(caught):
@@ -42,7 +43,7 @@ def test_a_folder_prefers_nnssl_names(tmp_path, present, chosen):
 def test_a_named_file_in_a_folder_is_taken(tmp_path):
     for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
         (tmp_path / name).write_bytes(b"x")
-    assert resolve_source(tmp_path, filename="checkpoint_best.pth").weights.name == "checkpoint_best.pth"
+    assert resolve_source(tmp_path, SourceOptions(filename="checkpoint_best.pth")).weights.name == "checkpoint_best.pth"
 
 
 @pytest.mark.parametrize("names", [[], ["notes.txt"], ["a.pth", "b.pth"]])
@@ -72,7 +73,7 @@ def test_a_folder_of_models_is_searched_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("nnssl_pretrained_models", str(tmp_path))
     assert resolve_source("owner/by_id").weights.parent == tmp_path / "owner" / "by_id"
     assert resolve_source("other/by_name").weights.parent == tmp_path / "by_name"
-    assert resolve_source("owner/by_id", revision="v2").weights.parent.name == "by_id@v2"
+    assert resolve_source("owner/by_id", SourceOptions(revision="v2")).weights.parent.name == "by_id@v2"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,9 @@ def test_a_file_is_no_folder_to_choose_from(tmp_path):
     """A plan keeps the path as a hint and the wish for a file: they agree."""
     path = write_checkpoint(tmp_path / "here", state_dict(), sidecar=plan())
     for wish in ("checkpoint_final.pth", "here/checkpoint_final.pth", "here"):
-        assert resolve_source(path, filename=wish).weights == path
+        assert resolve_source(path, SourceOptions(filename=wish)).weights == path
     with pytest.raises(SourceError, match="is a file itself: leave 'other.pth' out") as caught:
-        resolve_source(path, filename="other.pth")
+        resolve_source(path, SourceOptions(filename="other.pth"))
     one_line(caught)
 
 
@@ -142,4 +143,4 @@ def test_an_existing_path_wins_and_has_no_revision(tmp_path, monkeypatch, hub):
     assert resolve_source("owner/name").origin.kind == "folder"
     assert hub.requests == []
     with pytest.raises(SourceError, match="no revision 'main'"):
-        resolve_source("owner/name", revision="main")
+        resolve_source("owner/name", SourceOptions(revision="main"))

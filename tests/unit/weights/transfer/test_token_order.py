@@ -10,10 +10,10 @@ from support.nnssl_files import PRIMUS, architecture, plan, state_dict
 from support.tiny_autoencoder import trained
 
 from nnssl_adapt.errors import TransferError
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.sources.resolve import Origin
+from nnssl_adapt.weights.sources.resolved import Origin
 from nnssl_adapt.weights.transfer.token_order import file_order, network_order
 from nnssl_adapt.weights.transfer.token_order_measured import measure_order
 from nnssl_adapt.weights.transfer.transfer import transfer_weights

@@ -8,10 +8,10 @@ import torch
 from support.nnssl_files import PLAINCONV, RESENC, plan, state_dict, write_checkpoint
 
 from nnssl_adapt.errors import CheckpointError, ConfigurationError
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.axes import exchange_axes
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.network.axes import exchange_axes
 
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 1]]
 KERNELS = [[1, 3, 3], [3, 3, 5], [3, 3, 3]]

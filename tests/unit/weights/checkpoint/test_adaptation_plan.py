@@ -6,7 +6,7 @@ import pytest
 from support.nnssl_files import plan
 
 from nnssl_adapt.errors import AdaptationPlanError
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 
 
 def configuration(content):

@@ -6,7 +6,6 @@ written down in nnssl's ``AdaptationPlan``; tuples and lists, ints and floats ar
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError
+from nnssl_adapt.text import read_json
 from nnssl_adapt.weights.network.architectures import Architecture, Shape
 
 EMBEDDED_KEY = "nnssl_adaptation_plan"
@@ -95,11 +95,11 @@ class AdaptationPlan(BaseModel):
         architecture_plans = content.get("architecture_plans")
         if not isinstance(architecture_plans, Mapping):
             raise AdaptationPlanError(f"{where}: the adaptation plan has no 'architecture_plans' mapping")
+        configuration = _configuration(content, where)
         try:
             architecture = Architecture.from_adaptation(architecture_plans)
         except ArchitectureError as error:
             raise AdaptationPlanError(f"{where}: {in_one_line(error)}") from error
-        configuration = _configuration(content, where)
         fields = {
             "architecture": architecture,
             "spacing": configuration.get("spacing"),
@@ -124,11 +124,12 @@ class AdaptationPlan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> AdaptationPlan:
         """Read an ``adaptation_plan.json``. Raises AdaptationPlanError naming the file and what is wrong."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise AdaptationPlanError(f"{path} is not readable as JSON: {error}") from error
-        return cls.parse(content, str(path))
+        return cls.parse(read_json(path, AdaptationPlanError, "adaptation plan", object), str(path))
+
+    @property
+    def names_keys(self) -> bool:
+        """Whether it is a plan in nnssl's layout, which names where encoder and stem lie."""
+        return "architecture_plans" in self.raw
 
     @property
     def token_grid(self) -> Shape | None:

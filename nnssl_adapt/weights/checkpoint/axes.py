@@ -14,16 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.weights.network.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.network.architectures import Architecture
-
-AXES = ("auto", "zyx", "xyz")
-
-
-def check_axes(axes: str) -> None:
-    """Raise ConfigurationError when it is none of :data:`AXES`."""
-    if axes not in AXES:
-        raise ConfigurationError(f"unknown order of axes {axes!r}: choose one of {', '.join(AXES)}")
 
 
 def exchange_axes(

@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nnssl_adapt.errors import SourceError, SourceNotFound, SourceUnavailable
-from nnssl_adapt.weights.sources.choosing import choose_files
+from nnssl_adapt.weights.sources.listing import choose_files
 from nnssl_adapt.weights.sources.resolve import resolve_source
+from nnssl_adapt.weights.sources.resolved import SourceOptions
 
 TRAINER = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 DATASET = "Dataset501_SyntheticCord"
@@ -69,9 +70,14 @@ def test_a_wish_goes_before_the_fold_in_the_path(tmp_path):
     write(tmp_path, model_files(("0", "1")))
     named = tmp_path / TRAINER / "fold_0"
     for source in (named, named / "checkpoint_final.pth"):
-        resolved = resolve_source(source, fold="mean")
+        resolved = resolve_source(source, SourceOptions(fold="mean"))
         assert (resolved.origin.fold, len(resolved.other_folds)) == ("mean", 1)
-    assert resolve_source(named / "checkpoint_final.pth", filename="checkpoint_final.pth", fold="1").origin.fold == "1"
+    assert (
+        resolve_source(
+            named / "checkpoint_final.pth", SourceOptions(filename="checkpoint_final.pth", fold="1")
+        ).origin.fold
+        == "1"
+    )
 
 
 def test_linked_folds_are_followed(tmp_path):
@@ -89,8 +95,11 @@ def test_several_models_are_listed(tmp_path):
     ) as caught:
         resolve_source(tmp_path)
     one_line(caught)
-    assert resolve_source(tmp_path, filename=other).model_folder.name == other
-    assert resolve_source(tmp_path, filename=f"{other}/fold_0/checkpoint_best.pth").model_folder.name == other
+    assert resolve_source(tmp_path, SourceOptions(filename=other)).model_folder.name == other
+    assert (
+        resolve_source(tmp_path, SourceOptions(filename=f"{other}/fold_0/checkpoint_best.pth")).model_folder.name
+        == other
+    )
 
 
 def test_2d_networks_are_passed_over_and_refused(tmp_path):
@@ -129,15 +138,15 @@ def test_the_fold_without_a_wish(tmp_path, caplog, folds, taken):
 def test_a_fold_can_be_asked_for(tmp_path):
     write(tmp_path, model_files(("0", "1", "all"), folder=""))
     for fold, folder in (("1", "fold_1"), ("fold_1", "fold_1"), ("all", "fold_all")):
-        assert resolve_source(tmp_path, fold=fold).weights.parent.name == folder
+        assert resolve_source(tmp_path, SourceOptions(fold=fold)).weights.parent.name == folder
     with pytest.raises(SourceNotFound, match=r"has no fold 4; it has 0, 1, all \(or mean\)") as caught:
-        resolve_source(tmp_path, fold="4")
+        resolve_source(tmp_path, SourceOptions(fold="4"))
     one_line(caught)
 
 
 def test_the_mean_is_of_all_numbered_folds_in_order(tmp_path):
     write(tmp_path, model_files(("1", "0", "10", "2", "all"), folder=""))
-    resolved = resolve_source(tmp_path, fold="mean")
+    resolved = resolve_source(tmp_path, SourceOptions(fold="mean"))
     assert resolved.weights.parent.name == "fold_0"
     assert [path.parent.name for path in resolved.other_folds] == ["fold_1", "fold_2", "fold_10"]
     joined = "".join(digest(f"checkpoint_final.pth of fold {fold}") for fold in (0, 1, 2, 10))
@@ -146,7 +155,7 @@ def test_the_mean_is_of_all_numbered_folds_in_order(tmp_path):
 
 def test_the_mean_of_one_fold_is_that_fold(tmp_path):
     write(tmp_path, model_files(("3",), folder=""))
-    resolved = resolve_source(tmp_path, fold="mean")
+    resolved = resolve_source(tmp_path, SourceOptions(fold="mean"))
     assert (resolved.other_folds, resolved.origin.sha256) == ((), digest("checkpoint_final.pth of fold 3"))
 
 
@@ -154,15 +163,17 @@ def test_final_goes_before_best_unless_asked_for(tmp_path):
     files = model_files(("0", "1"), folder="")
     del files["fold_1/checkpoint_final.pth"]
     write(tmp_path, files)
-    assert resolve_source(tmp_path, fold="0").weights.name == "checkpoint_final.pth"
-    assert resolve_source(tmp_path, fold="1").weights.name == "checkpoint_best.pth"
-    best = resolve_source(tmp_path, filename="checkpoint_best.pth", fold="mean")
+    assert resolve_source(tmp_path, SourceOptions(fold="0")).weights.name == "checkpoint_final.pth"
+    assert resolve_source(tmp_path, SourceOptions(fold="1")).weights.name == "checkpoint_best.pth"
+    best = resolve_source(tmp_path, SourceOptions(filename="checkpoint_best.pth", fold="mean"))
     assert {path.name for path in (best.weights, *best.other_folds)} == {"checkpoint_best.pth"}
-    assert resolve_source(tmp_path, filename="checkpoint_final.pth").origin.fold == "0"  # the only one that has it
+    assert (
+        resolve_source(tmp_path, SourceOptions(filename="checkpoint_final.pth")).origin.fold == "0"
+    )  # the only one that has it
     with pytest.raises(SourceNotFound, match=r"no fold 1 with checkpoint_final\.pth; it has 0"):
-        resolve_source(tmp_path, filename="checkpoint_final.pth", fold="1")
+        resolve_source(tmp_path, SourceOptions(filename="checkpoint_final.pth", fold="1"))
     with pytest.raises(SourceNotFound, match=r"no other\.pth; it holds fold_0/checkpoint_best\.pth") as caught:
-        resolve_source(tmp_path, filename="other.pth")
+        resolve_source(tmp_path, SourceOptions(filename="other.pth"))
     one_line(caught)
 
 
@@ -172,14 +183,14 @@ def test_several_unknown_files_in_a_fold_are_listed(tmp_path):
         SourceNotFound, match=r"fold_0 has several weight files: a\.pth, b\.pth; choose one with --file"
     ):
         resolve_source(tmp_path)
-    assert resolve_source(tmp_path, filename="b.pth").model_folder == tmp_path
+    assert resolve_source(tmp_path, SourceOptions(filename="b.pth")).model_folder == tmp_path
 
 
 def test_a_fold_of_what_has_none_is_an_error(tmp_path):
     write(tmp_path, {"checkpoint_final.pth": "weights"})
     for source in (tmp_path, tmp_path / "checkpoint_final.pth"):
         with pytest.raises(SourceError, match="is in no trained model folder.*no fold '0'") as caught:
-            resolve_source(source, fold="0")
+            resolve_source(source, SourceOptions(fold="0"))
         one_line(caught)
 
 
@@ -214,7 +225,7 @@ def test_folder_zip_and_repository_choose_alike(tmp_path, hub, names, expected):
             archive.writestr(name, content)
     hub.add("owner/name", {name: content.encode() for name, content in files.items()})
     sources = (tmp_path / "folder", tmp_path / "zip.zip", "owner/name")
-    found = [resolve_source(source, cache_dir=tmp_path / "cache") for source in sources]
+    found = [resolve_source(source, SourceOptions(cache_dir=tmp_path / "cache")) for source in sources]
     assert {resolved.weights.read_text() for resolved in found} == {f"content of {expected}"}
     assert len({resolved.origin.sha256 for resolved in found}) == 1
     for beside in ("sidecar", "model_folder"):
@@ -232,7 +243,7 @@ def test_folder_zip_and_repository_refuse_alike(tmp_path, hub, names):
     listed = "in several folders: x, y" if "y/a.pth" in names else ", ".join(names) or "nothing"
     for source in (tmp_path / "folder", tmp_path / "zip.zip", "owner/name"):
         with pytest.raises(SourceNotFound, match=listed) as caught:
-            resolve_source(source, cache_dir=tmp_path / "cache")
+            resolve_source(source, SourceOptions(cache_dir=tmp_path / "cache"))
         assert str(source) in one_line(caught)
 
 
@@ -299,28 +310,32 @@ def test_any_mess_is_chosen_from_or_refused_in_one_line(names, filename, fold):
 def test_a_model_folder_on_the_hub_comes_whole_and_works_offline(tmp_path, hub):
     files = model_files(("0", "1"))
     repository = hub.add("owner/model", {name: content.encode() for name, content in files.items()})
-    resolved = resolve_source("owner/model", cache_dir=tmp_path, fold="mean")
+    resolved = resolve_source("owner/model", SourceOptions(cache_dir=tmp_path, fold="mean"))
     assert (resolved.model_folder / "plans.json").read_text() == "plans.json"
     assert (resolved.model_folder / "dataset.json").read_text() == "dataset.json"
     assert [path.parent.name for path in (resolved.weights, *resolved.other_folds)] == ["fold_0", "fold_1"]
     assert (resolved.origin.revision, resolved.origin.fold) == (repository.commit, "mean")
-    assert resolve_source("owner/model", cache_dir=tmp_path, fold="mean", local_files_only=True) == resolved
-    pinned = resolve_source(f"owner/model@{repository.commit}", cache_dir=tmp_path, fold="mean", local_files_only=True)
+    assert (
+        resolve_source("owner/model", SourceOptions(cache_dir=tmp_path, fold="mean", local_files_only=True)) == resolved
+    )
+    pinned = resolve_source(
+        f"owner/model@{repository.commit}", SourceOptions(cache_dir=tmp_path, fold="mean", local_files_only=True)
+    )
     assert pinned.weights == resolved.weights
     with pytest.raises(SourceUnavailable, match=r"is not in the Hugging Face cache"):
-        resolve_source("owner/model", cache_dir=tmp_path, fold="7", local_files_only=True)
+        resolve_source("owner/model", SourceOptions(cache_dir=tmp_path, fold="7", local_files_only=True))
     with pytest.raises(SourceNotFound, match="no fold 7; it has 0, 1"):
-        resolve_source("owner/model", cache_dir=tmp_path, fold="7")
+        resolve_source("owner/model", SourceOptions(cache_dir=tmp_path, fold="7"))
 
 
 def test_an_address_of_one_fold_s_file_finds_its_model(tmp_path, hub):
     hub.add("owner/model", {name: content.encode() for name, content in model_files(("0", "1")).items()})
     address = f"{hub.url}/owner/model/blob/main/{TRAINER}/fold_1/checkpoint_best.pth"
-    resolved = resolve_source(address, cache_dir=tmp_path)
+    resolved = resolve_source(address, SourceOptions(cache_dir=tmp_path))
     assert (resolved.origin.fold, resolved.weights.name) == ("1", "checkpoint_best.pth")
     assert resolved.model_folder.name == TRAINER
     for page, fold in ((f"{TRAINER}/fold_1", "1"), (TRAINER, "0")):
-        resolved = resolve_source(f"{hub.url}/owner/model/tree/main/{page}", cache_dir=tmp_path)
+        resolved = resolve_source(f"{hub.url}/owner/model/tree/main/{page}", SourceOptions(cache_dir=tmp_path))
         assert (resolved.origin.fold, resolved.model_folder.name) == (fold, TRAINER)
 
 
@@ -330,8 +345,8 @@ def test_a_zip_on_the_hub_is_unpacked(tmp_path, hub):
             archive.writestr(name, content)
     repository = hub.add("owner/zipped", {"model.zip": (tmp_path / "x.zip").read_bytes(), "README.md": b"#"})
     for options in ({}, {"filename": "model.zip"}, {"filename": "checkpoint_final.pth"}, {"local_files_only": True}):
-        resolved = resolve_source("owner/zipped", cache_dir=tmp_path / "cache", **options)
+        resolved = resolve_source("owner/zipped", SourceOptions(cache_dir=tmp_path / "cache", **options))
         assert resolved.weights.read_text() == "checkpoint_final.pth of fold 0"
         origin = resolved.origin
         assert (origin.kind, origin.repo_id, origin.revision) == ("huggingface", "owner/zipped", repository.commit)
-    assert resolve_source("owner/zipped", cache_dir=tmp_path / "cache", fold="1").origin.fold == "1"
+    assert resolve_source("owner/zipped", SourceOptions(cache_dir=tmp_path / "cache", fold="1")).origin.fold == "1"

@@ -6,7 +6,7 @@ from support.nnssl_files import plan, state_dict, write_checkpoint
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
-from nnssl_adapt.weights.network.stems import choose_stem, is_other_stem
+from nnssl_adapt.weights.checkpoint.stems import choose_stem, is_other_stem
 
 IDS = ("Dataset003_Liver", "stem", "17")
 

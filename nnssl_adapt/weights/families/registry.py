@@ -1,0 +1,20 @@
+"""The families that are known, and which of them a file is of. A new one is added to :data:`FAMILIES`."""
+
+from __future__ import annotations
+
+from nnssl_adapt.weights.families.contrast_agnostic import CONTRAST_AGNOSTIC
+from nnssl_adapt.weights.families.family import Family
+from nnssl_adapt.weights.network.network_parts import Tensors
+from nnssl_adapt.weights.network.topology import Topology
+
+FAMILIES: tuple[Family, ...] = (CONTRAST_AGNOSTIC,)
+
+
+def family_of_names(tensors: Tensors) -> Family | None:
+    """The family whose files name their tensors in this way, None for names of our own networks."""
+    return next((f for f in FAMILIES if f.key_map is not None and f.key_map.fits(tensors)), None)
+
+
+def family_of_size(topology: Topology) -> Family | None:
+    """The family that has networks of exactly this size, None where none is known."""
+    return next((f for f in FAMILIES if f.recognises is not None and f.recognises(topology)), None)

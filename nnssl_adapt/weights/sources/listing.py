@@ -1,0 +1,312 @@
+"""Which of many files are the weights: told by their names alone, by the same rules for a folder, an archive and a repository.
+
+A trained model folder is ``<Trainer>__<Plans>__<configuration>/{plans.json, dataset.json, fold_k/checkpoint_final.pth}``,
+written by nnU-Net or by us. What nnssl leaves after pre-training has the folds, but not both JSON files: its weights are
+taken as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from nnssl_adapt.errors import SourceError, SourceNotFound
+
+logger = logging.getLogger(__name__)
+
+SIDECAR_NAME = "adaptation_plan.json"
+"""The adaptation plan that nnssl writes beside a checkpoint."""
+
+MODEL_FILES = ("plans.json", "dataset.json")
+"""What makes the folder around fold_* a trained nnU-Net model."""
+
+WEIGHT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
+"""What nnssl and nnU-Net call their checkpoints, the one to prefer first."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+"""Of two files with one stem, the suffix that comes first is taken."""
+
+ARCHIVE_SUFFIX = ".zip"
+
+PREFERRED_NAMES = (*WEIGHT_NAMES, "checkpoint_final.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Names below one root, with ``/`` between folders.
+
+    Attributes:
+        weights: the weight files, several where folds are averaged; or one zip that has them.
+        sidecar: the adaptation plan beside them, or None.
+        model_folder: the folder with plans.json and dataset.json, ``""`` if that is the root, or None.
+        fold: which fold of a trained model, ``mean`` for several, or None.
+    """
+
+    weights: tuple[str, ...]
+    sidecar: str | None = None
+    model_folder: str | None = None
+    fold: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every file that is needed, the small ones first."""
+        model = () if self.model_folder is None else tuple(join_path(self.model_folder, name) for name in MODEL_FILES)
+        return (*((self.sidecar,) if self.sidecar else ()), *model, *self.weights)
+
+    @property
+    def is_archive(self) -> bool:
+        return self.weights[0].lower().endswith(ARCHIVE_SUFFIX)
+
+
+def is_clutter(name: str) -> bool:
+    """Hidden files, and what macOS adds to zips (``__MACOSX/._checkpoint_final.pth``)."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def is_weight_name(name: str) -> bool:
+    return name.lower().endswith(WEIGHT_SUFFIXES)
+
+
+def join_path(folder: str, name: str) -> str:
+    """Both with ``/`` between them; either may be empty."""
+    return "/".join(part for part in (folder, name) if part)
+
+
+def pick(names: Sequence[str]) -> str | None:
+    """The weight file to take among those of one folder; None if there is none, or no reason to prefer one."""
+    for name in PREFERRED_NAMES:
+        if name in names:
+            return name
+    candidates = [name for name in names if is_weight_name(name)]
+    if len({name.rpartition(".")[0] for name in candidates}) == 1:  # the same weights in several formats
+        return min(candidates, key=lambda name: WEIGHT_SUFFIXES.index(PurePosixPath(name).suffix.lower()))
+    return None
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Some of the names, for a message."""
+    shown = ", ".join(names[:12]) or "nothing"
+    return f"{shown}, … ({len(names)} files)" if len(names) > 12 else shown
+
+
+def sidecar_beside(name: str, names: Sequence[str]) -> str | None:
+    sidecar = join_path(name.rpartition("/")[0], SIDECAR_NAME)
+    return sidecar if sidecar in names else None
+
+
+# -- the choice -----------------------------------------------------------------------------------------------------
+
+_WANTED = f"{WEIGHT_NAMES[0]} (or _best, _latest, or one .safetensors)"
+_HOW = "choose one with --file NAME (filename= in Python)"
+
+
+def choose_files(names: Iterable[str], where: str, filename: str | None = None, fold: str | None = None) -> Chosen:
+    """Choose the weights among the files of one place.
+
+    Args:
+        names: every file below it, with ``/`` between folders.
+        where: what to call the place in messages; a folder's path ends in its name.
+        filename: the file (or folder) asked for; a file or trained model folder may leave out the folders before it.
+        fold: the fold asked for: ``0``, ``all``, ``mean``, …
+
+    In this order: a checkpoint under one of nnssl's names; a trained model folder; the only weight file; the same in the
+    only folder that has any; a zip.
+
+    Raises:
+        SourceNotFound: nothing fits, or several do; the message lists them.
+        SourceError: a fold is asked for and there are none, or the network is a 2D one.
+    """
+    visible = sorted(name for name in names if not is_clutter(name))
+    if filename is not None:
+        return _choose_named(visible, where, filename.strip("/"), fold)
+    return _choose_unnamed(visible, "", where, fold)
+
+
+def _choose_unnamed(names: list[str], root: str, where: str, fold: str | None) -> Chosen:
+    here = [name.removeprefix(f"{root}/") for name in names if PurePosixPath(name).parent == PurePosixPath(root)]
+    preferred = next((name for name in PREFERRED_NAMES if name in here), None)
+    if (preferred is None or fold is not None) and (models := list_models(names)):
+        return choose_fold_weights(only_model(models, where), names, where, fold)
+    taken = preferred or pick(here)
+    if taken is not None:
+        return choose_single(join_path(root, taken), names, where, fold)
+    weights = [name for name in names if is_weight_name(name)]
+    folders = sorted({str(PurePosixPath(name).parent) for name in weights})
+    if len(folders) == 1 and folders[0] not in (".", root):
+        return _choose_unnamed([name for name in names if name.startswith(f"{folders[0]}/")], folders[0], where, fold)
+    if weights:
+        apart = len(folders) > 1 and not any(map(is_weight_name, here))
+        several = (
+            f"weights in several folders: {shown_names(folders)}"
+            if apart
+            else f"several weight files: {shown_names(weights)}"
+        )
+        raise SourceNotFound(f"{where} has no {WEIGHT_NAMES[0]} (or _best, _latest), and {several}; {_HOW}")
+    return Chosen((_only_archive(names, where),))
+
+
+def _only_archive(names: Sequence[str], where: str) -> str:
+    archives = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIX)]
+    if len(archives) == 1:
+        return archives[0]
+    if archives:
+        raise SourceNotFound(f"{where} has no {_WANTED}, and several zips: {shown_names(archives)}; {_HOW}")
+    raise SourceNotFound(f"{where} has no {_WANTED}; it holds {shown_names(names)}")
+
+
+def _choose_named(names: list[str], where: str, filename: str, fold: str | None) -> Chosen:
+    models = list_models(names)
+    meant = [model for model in models if model.folder and f"/{model.folder}".endswith(f"/{filename}")]
+    if meant:
+        return choose_fold_weights(only_model(meant, where), names, where, fold)
+    if filename in names:
+        return choose_single(filename, names, where, fold)
+    if "/" not in filename and any(filename in files for model in models for files in model.folds.values()):
+        return choose_fold_weights(only_model(models, where), names, where, fold, filename)
+    for model in models:
+        for its_fold in model.folds:
+            if filename == model.folder_of(its_fold):
+                return choose_fold_weights(model, names, where, fold or its_fold)
+    inside = [name for name in names if name.startswith(f"{filename}/")]
+    if inside:
+        return _choose_unnamed(inside, filename, where, fold)
+    fitting = [name for name in names if name.endswith(f"/{filename}")]
+    if len(fitting) == 1:
+        return choose_single(fitting[0], names, where, fold)
+    if fitting:
+        raise SourceNotFound(f"{where} has several {filename}: {shown_names(fitting)}; give one in full with --file")
+    if not any(is_weight_name(name) for name in names) and any(name.lower().endswith(ARCHIVE_SUFFIX) for name in names):
+        return Chosen((_only_archive(names, where),))  # it may be in there
+    candidates = [name for name in names if is_weight_name(name) or name.lower().endswith(ARCHIVE_SUFFIX)]
+    hint = f"; {_HOW}" if candidates else ""
+    raise SourceNotFound(f"{where} has no {filename}; it holds {shown_names(candidates or names)}{hint}")
+
+
+def choose_single(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
+    """One weight file with what belongs to it; a fold asked for must be that of the trained model it lies in."""
+    for model in list_models(names):
+        for its_fold, files in model.folds.items():
+            if any(join_path(model.folder_of(its_fold), file) == name for file in files):
+                return choose_fold_weights(model, names, where, fold or its_fold, PurePosixPath(name).name)
+    if fold is not None:
+        raise SourceError(f"{where}: {name} is in no trained model folder (fold_0, …), so there is no fold {fold!r}")
+    return Chosen((name,), sidecar_beside(name, names))
+
+
+# -- trained model folders ------------------------------------------------------------------------------------------
+
+MEAN = "mean"
+"""The fold that is the average of all numbered ones."""
+
+_FOLD_FILE = re.compile(r"(?:(?P<folder>.+)/)?fold_(?P<fold>\d+|all)/(?P<file>[^/]+)")
+
+
+@dataclass(frozen=True)
+class ModelListing:
+    """What there is of one trained model.
+
+    Attributes:
+        folder: its name below the root of the listing; ``""`` for the root itself.
+        folds: fold (``0``, …, ``all``) → names of its weight files.
+        complete: whether plans.json and dataset.json are there.
+    """
+
+    folder: str
+    folds: dict[str, list[str]]
+    complete: bool
+
+    def folder_of(self, fold: str) -> str:
+        return join_path(self.folder, f"fold_{fold}")
+
+
+def list_models(names: Sequence[str]) -> list[ModelListing]:
+    """Every folder with trained folds among these file names."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        match = _FOLD_FILE.fullmatch(name)
+        if match and is_weight_name(match["file"]):
+            found.setdefault(match["folder"] or "", {}).setdefault(match["fold"], []).append(match["file"])
+    return [
+        ModelListing(
+            folder,
+            {fold: folds[fold] for fold in sorted(folds, key=lambda fold: (fold == "all", len(fold), fold))},
+            all(join_path(folder, file) in names for file in MODEL_FILES),
+        )
+        for folder, folds in sorted(found.items())
+    ]
+
+
+def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
+    """The one 3D model. Raises SourceNotFound, which lists them, for several, and SourceError for 2D ones alone."""
+    volumetric = [model for model in models if not _is_2d(model, where)]
+    if len(volumetric) == 1:
+        return volumetric[0]
+    if not volumetric:
+        raise SourceError(f"{join_path(where, models[0].folder)} is a 2D network: only 3D weights can be loaded")
+    folders = [model.folder or "." for model in volumetric]
+    raise SourceNotFound(
+        f"{where} holds {len(folders)} trained models: {shown_names(folders)}; choose one with --file NAME (filename= in Python)"
+    )
+
+
+def _is_2d(model: ModelListing, where: str) -> bool:
+    """Whether its folder, or one around it, says so."""
+    folder = model.folder or where.rstrip("/").rpartition("/")[2]
+    return any(part.endswith("__2d") for part in folder.split("/"))
+
+
+def choose_fold_weights(
+    model: ModelListing, names: Sequence[str], where: str, fold: str | None, filename: str | None = None
+) -> Chosen:
+    """Choose the weights of one fold, or of all for their mean.
+
+    Without a wish: the only fold, else ``all``, else the first. checkpoint_final goes before checkpoint_best.
+
+    Raises:
+        SourceNotFound: no such fold or file; the message lists what there is.
+        SourceError: it is a 2D network.
+    """
+    only_model([model], where)
+    place = join_path(where, model.folder)
+    folds = {key: files for key, files in model.folds.items() if filename is None or filename in files}
+    if not folds:
+        held = sorted({file for files in model.folds.values() for file in files})
+        raise SourceNotFound(
+            f"{place} has no {filename} in its folds ({', '.join(model.folds)}), but {shown_names(held)}"
+        )
+    wish = fold.removeprefix("fold_") if fold else _default_fold(folds, place)
+    taken = [wish]
+    if wish == MEAN:
+        taken = [key for key in folds if key != "all"] or ["all"]
+    elif wish not in folds:
+        of_file = f" with {filename}" if filename else ""
+        raise SourceNotFound(f"{place} has no fold {wish}{of_file}; it has {', '.join(folds)} (or {MEAN})")
+    weights = tuple(join_path(model.folder_of(key), filename or _file_of(key, folds[key], place)) for key in taken)
+    sidecar = sidecar_beside(weights[0], names) or sidecar_beside(join_path(model.folder, "x"), names)
+    return Chosen(weights, sidecar, model.folder if model.complete else None, wish)
+
+
+def _default_fold(folds: dict[str, list[str]], place: str) -> str:
+    if len(folds) == 1:
+        return next(iter(folds))
+    taken = "all" if "all" in folds else next(iter(folds))
+    logger.info(
+        "%s has folds %s: using %s (choose with --fold-of-source K, or %s for their average)",
+        place,
+        ", ".join(folds),
+        taken,
+        MEAN,
+    )
+    return taken
+
+
+def _file_of(fold: str, files: list[str], place: str) -> str:
+    taken = pick(files)
+    if taken is None:
+        raise SourceNotFound(
+            f"{place}/fold_{fold} has several weight files: {shown_names(files)}; choose one with --file NAME"
+        )
+    return taken
