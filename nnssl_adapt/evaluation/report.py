@@ -30,7 +30,7 @@ from nnssl_adapt.evaluation.report_content import (
 from nnssl_adapt.files import write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.paths import preprocessed_folder, raw_folder
-from nnssl_adapt.weights.transfer.report import percent
+from nnssl_adapt.weights.transfer.rows import percent
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nnssl_adapt.training.recipe.values import raise_if_any
-from nnssl_adapt.weights.transfer.report import FRESH, REST, percent
+from nnssl_adapt.weights.transfer.rows import FRESH, REST, percent
 
 if TYPE_CHECKING:
     from nnssl_adapt.training.recipe.recipe import Recipe

@@ -124,7 +124,7 @@ class AdaptationPlan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> AdaptationPlan:
         """Read an ``adaptation_plan.json``. Raises AdaptationPlanError naming the file and what is wrong."""
-        return cls.parse(read_json(path, AdaptationPlanError, "adaptation plan", object), str(path))
+        return cls.parse(read_json(path, AdaptationPlanError, "pre-training plan", object), str(path))
 
     @property
     def names_keys(self) -> bool:

@@ -13,8 +13,7 @@ from nnssl_adapt.weights.checkpoint.positions import positions_grid, positions_n
 from nnssl_adapt.weights.checkpoint.state_dict import unwrapped_name
 from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch, outline
-from nnssl_adapt.weights.network.locate import Location, locate
-from nnssl_adapt.weights.network.network_parts import NetworkParts, Tensors
+from nnssl_adapt.weights.network.network_parts import Location, NetworkParts, Tensors, locate
 from nnssl_adapt.weights.network.topology import differing_arguments, read_topology
 
 

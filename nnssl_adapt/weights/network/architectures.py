@@ -245,6 +245,7 @@ def build_network(
     patch = check_patch(architecture, patch_size)
     if in_channels < 1 or num_classes < 1:
         raise ArchitectureError(f"a network needs channels and classes, got {in_channels} and {num_classes}")
+    network_class = architecture.network_class
     kwargs = with_classes(architecture.kwargs)
     if architecture.is_transformer:
         if deep_supervision:
@@ -253,7 +254,7 @@ def build_network(
     else:
         kwargs["deep_supervision"] = deep_supervision
     try:
-        network = architecture.network_class(input_channels=in_channels, num_classes=num_classes, **kwargs)
+        network = network_class(input_channels=in_channels, num_classes=num_classes, **kwargs)
         if not architecture.is_transformer:  # Primus initialises itself
             initialise: Any = network.initialize
             network.apply(initialise)

@@ -1,12 +1,12 @@
-"""A network's tensors and its parts: encoder, stem, input projection, positions.
+"""A network's parts (encoder, stem, input projection, positions), and where they lie in a checkpoint's tensors.
 
-Networks of dynamic_network_architectures name their own parts: ``key_to_encoder``, ``key_to_stem``, ``keys_to_in_proj``,
-``key_to_lpe``.
+They are found by name and shape, whatever a plan says. Networks of dynamic_network_architectures name their own parts:
+``key_to_encoder``, ``key_to_stem``, ``keys_to_in_proj``, ``key_to_lpe``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -91,3 +91,143 @@ def join_name(prefix: str, name: str) -> str:
 def is_special_token(name: str) -> bool:
     """Class and register tokens: learned tokens without a place, which a segmentation network does not have."""
     return name.rpartition(".")[2] in ("cls_token", "register_tokens", "reg_token")
+
+
+# -- in a checkpoint -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the parts of a network lie in a checkpoint.
+
+    Attributes:
+        encoder, stem: dotted prefixes of their tensors in the checkpoint.
+        encoder_as_named, stem_as_named: whether these are the prefixes that were named.
+        in_proj: names in the checkpoint of the convolution weight that sees the image, the trained alias first.
+        is_complete: every tensor of the encoder is there in the network's shape, and no further one lies beside them.
+    """
+
+    encoder: str
+    stem: str
+    encoder_as_named: bool
+    stem_as_named: bool
+    in_proj: tuple[str, ...]
+    is_complete: bool
+
+
+def locate(
+    parts: NetworkParts, tensors: Tensors, encoder: str | None, stem: str | None, with_decoder: bool = False
+) -> Location | None:
+    """Find the encoder and the stem of a network among a checkpoint's tensors; None when one of them is nowhere.
+
+    Args:
+        parts: of the network.
+        tensors: of the checkpoint, each of which belongs to this network or to no part of it.
+        encoder, stem: the prefixes that a plan names, None where it names none.
+        with_decoder: whether a decoder (without its heads, whose number is the dataset's) counts for completeness.
+    """
+    prefix, encoder_as_named = find_prefix(parts, parts.encoder, tensors, encoder)
+    found = None if prefix is None else _find_stem(parts, tensors, prefix, stem)
+    if prefix is None or found is None:
+        return None
+    projection = next((tensor for tensor in parts.tensors if parts.is_in_proj(tensor)), None)
+    in_proj = [] if projection is None else find_source(projection, parts.stem, found[0], tensors)
+    places = [(parts.encoder, prefix), (parts.stem, found[0])]
+    if with_decoder and any(name.startswith("decoder.") for name in tensors):
+        places.append(("decoder", "decoder"))
+    complete = _is_complete(parts, places, tensors)
+    return Location(prefix, found[0], encoder_as_named, found[1], tuple(in_proj), complete)
+
+
+def _find_stem(parts: NetworkParts, tensors: Tensors, encoder: str, named: str | None) -> tuple[str, bool] | None:
+    """Where the stem lies: as named, or where the network has it beside its encoder.
+
+    Nowhere else: it is one layer, and a decoder's last stage may have the same names and shapes.
+    """
+    rest = below(parts.stem, parts.encoder.rpartition(".")[0])
+    beside = join_name(encoder.rpartition(".")[0], rest if rest is not None else parts.stem)
+    members = parts.members(parts.stem)
+
+    def fitting(prefix: str) -> int:
+        return sum(fits(parts, t, find_source(t, parts.stem, prefix, tensors), tensors) for t in members)
+
+    candidates = [prefix for prefix in (named, beside) if prefix is not None]
+    best = max(candidates, key=fitting)  # the named one of equals
+    return (best, best == named) if fitting(best) else None
+
+
+def _is_complete(parts: NetworkParts, places: Sequence[tuple[str, str]], tensors: Tensors) -> bool:
+    """Whether the places (prefix in the network, prefix in the checkpoint) hold exactly the network's tensors."""
+    known: set[str] = set()
+    for target, source in places:
+        for tensor in parts.members(target):
+            if source == "decoder" and parts.part_of(tensor):
+                continue  # the encoder again, under the decoder; safetensors keep one of two names
+            names = find_source(tensor, target, source, tensors)
+            if not fits(parts, tensor, names, tensors) and "seg_layers" not in tensor.names[0].split("."):
+                return False
+            known.update(names)
+    return not any(_is_left_over(name, source) for _, source in places for name in tensors.keys() - known)
+
+
+def _is_left_over(name: str, prefix: str) -> bool:
+    rest = below(name, prefix)
+    return (
+        rest is not None and not is_special_token(name) and not {"rope", "seg_layers", "encoder"} & {*rest.split(".")}
+    )
+
+
+def find_source(tensor: TargetTensor, target_prefix: str, source_prefix: str, source: Tensors) -> list[str]:
+    """Names in the checkpoint of one tensor of the network, the trained alias first; empty when it is not there."""
+    names = (join_name(source_prefix, name) for name in tensor.below(target_prefix))
+    return [name for name in names if name in source]
+
+
+def find_prefix(parts: NetworkParts, target_prefix: str, source: Tensors, named: str | None) -> tuple[str | None, bool]:
+    """The checkpoint's prefix for a part of the network, and whether it is the one the plan named.
+
+    The named one is taken if everything is there in the right shape, or if no other prefix has more. None: nothing in the
+    checkpoint fits.
+    """
+    members = parts.members(target_prefix)
+
+    def fitting(prefix: str) -> int:
+        return sum(
+            fits(parts, tensor, find_source(tensor, target_prefix, prefix, source), source) for tensor in members
+        )
+
+    named_count = fitting(named) if named is not None else 0
+    if named is not None and named_count == len(members) > 0:
+        return named, True
+    prefixes = _candidate_prefixes(members, target_prefix, source)
+    best = max(prefixes, key=lambda prefix: (fitting(prefix), *_preference(prefix)), default=None)
+    if best is not None and fitting(best) > named_count:
+        return best, False
+    return (named, True) if named_count else (None, False)
+
+
+def _preference(prefix: str) -> tuple[int, int, list[int]]:
+    """Among equals: no second copy, then the shortest name, then the first in the alphabet."""
+    words = prefix.split(".")
+    return -sum(word in words for word in COPIES), -len(prefix), [-ord(letter) for letter in prefix]
+
+
+def _candidate_prefixes(members: Iterable[TargetTensor], target_prefix: str, source: Tensors) -> set[str]:
+    relative = {name for tensor in members for name in tensor.below(target_prefix)}
+    found: set[str] = set()
+    for name in source:
+        words = name.split(".")
+        found.update(".".join(words[:cut]) for cut in range(len(words)) if ".".join(words[cut:]) in relative)
+    return found
+
+
+def fits(parts: NetworkParts, target: TargetTensor, names: Sequence[str], source: Tensors) -> bool:
+    """Whether the checkpoint's tensor of these names fits: same shape, up to the stem's channels and the positions."""
+    if not names:
+        return False
+    here, there = list(target.tensor.shape), list(source[names[0]].shape)
+    if len(here) == len(there) and parts.is_in_proj(target):
+        here[1] = there[1]
+    if len(here) == len(there) and parts.is_positions(target):
+        here[1] = there[1]
+    return here == there

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.errors import OutputError
-from nnssl_adapt.weights.transfer.report import ADAPTED, COPIED, FRESH, REST, TargetRow, TransferReport, percent
+from nnssl_adapt.weights.transfer.rows import (
+    ADAPTED,
+    COPIED,
+    FRESH,
+    REST,
+    TargetRow,
+    coverage,
+    decoder_coverage,
+    fraction_pretrained,
+    head_modules,
+    percent,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +48,8 @@ class _Bar:
         return sum(self.numbers.values())
 
 
-def draw_report(report: TransferReport, path: str | Path | None = None) -> Figure:
-    """Draw a transfer report, and write the picture to ``path`` if given (format by its suffix).
+def draw_rows(rows: Sequence[TargetRow], title: str = "", path: str | Path | None = None) -> Figure:
+    """Draw the rows of a transfer report, and write the picture to ``path`` if given (format by its suffix).
 
     From top to bottom as an image goes through the network: stem, stages or blocks of the encoder, decoder, segmentation
     heads. Bars are as long as the shares of their numbers, since the deepest stage has a thousand times more of them than
@@ -47,11 +59,11 @@ def draw_report(report: TransferReport, path: str | Path | None = None) -> Figur
     """
     from matplotlib.figure import Figure
 
-    bars = _bars(report)
+    bars = _bars(rows)
     figure = Figure(figsize=(8, 1.5 + _BAR * max(len(bars), 3)), layout="constrained")
     axes = figure.add_subplot()
     _draw_bars(axes, bars)
-    _describe(figure, axes, report, bars)
+    _describe(figure, axes, _title(rows, title), bars)
     if path is not None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +85,7 @@ def _draw_bars(axes: Axes, bars: dict[str, _Bar]) -> None:
         axes.text(1.015, place, _short(bar.total), va="center", ha="left", fontsize=8, color="#555555")
 
 
-def _describe(figure: Figure, axes: Axes, report: TransferReport, bars: dict[str, _Bar]) -> None:
+def _describe(figure: Figure, axes: Axes, title: str, bars: dict[str, _Bar]) -> None:
     from matplotlib.patches import Patch
 
     axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
@@ -92,19 +104,19 @@ def _describe(figure: Figure, axes: Axes, report: TransferReport, bars: dict[str
         )
         for fate in used
     ]
-    figure.suptitle(_title(report), x=0.012, ha="left", fontsize=10)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=10)
     figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1), frameon=False, fontsize=9)
 
 
-def _title(report: TransferReport) -> str:
+def _title(rows: Sequence[TargetRow], title: str) -> str:
     """Two lines: what was moved and how much of it arrived. A path is shortened to its last two parts."""
-    what, _, source = report.title.partition(" from ")
+    what, _, source = title.partition(" from ")
     parts = Path(source).parts
     shown = source if len(parts) < 3 else "…/" + "/".join(parts[-2:])
     first = f"{what} from {shown}" if source else what or "Transfer"
     second = (
-        f"pre-trained: {percent(report.coverage, 0)} of the encoder, {percent(report.decoder_coverage, 0)} of the decoder, "
-        f"{percent(report.parameter_coverage, 0)} of all parameters"
+        f"pre-trained: {percent(coverage(rows), 0)} of the encoder, {percent(decoder_coverage(rows), 0)} of the decoder, "
+        f"{percent(fraction_pretrained(rows), 0)} of all parameters"
     )
     return f"{first if len(first) <= _TITLE else first[: _TITLE - 1] + '…'}\n{second}"
 
@@ -122,12 +134,12 @@ _STAGE = re.compile(r"(?:encoder|decoder)\.(?P<part>stages|transpconvs|seg_layer
 _BLOCK = re.compile(r"eva\.blocks\.(?P<number>\d+)\.")
 
 
-def _bars(report: TransferReport) -> dict[str, _Bar]:
+def _bars(rows: Sequence[TargetRow]) -> dict[str, _Bar]:
     """Modules in the order in which an image goes through them."""
-    heads = report.head_modules
+    heads = head_modules(rows)
     bars: dict[str, _Bar] = {}
     # The mask token is a buffer that only pre-training uses.
-    shown = (row for row in report.rows if row.alias_of is None and row.name != "mask_token")
+    shown = (row for row in rows if row.alias_of is None and row.name != "mask_token")
     for row in sorted(shown, key=lambda row: _position(row, heads)):
         bar = bars.setdefault(_module(row, heads), _Bar(dict.fromkeys(_COLOURS, 0)))
         if row.fate == FRESH:

@@ -15,58 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.files import write_json
+from nnssl_adapt.weights.transfer.picture import draw_rows
+from nnssl_adapt.weights.transfer.rows import (
+    SourceRow,
+    TargetRow,
+    coverage,
+    decoder_coverage,
+    fraction_pretrained,
+    head_modules,
+    percent,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COPIED, ADAPTED, FRESH = "copied", "adapted", "fresh"
-USED, DROPPED = "used", "dropped"
-REST = "rest"
-"""The part of a network that is neither encoder nor stem."""
-
-
-@dataclass(frozen=True)
-class TargetRow:
-    """What became of one tensor of the network.
-
-    Attributes:
-        name: in the network's state dict; a tensor with two names has two rows.
-        fate: ``copied``, ``adapted`` or ``fresh``.
-        reason: how it was adapted, or why it is fresh.
-        source: the checkpoint's tensor it was made from, or, if it is fresh, could not be made from; None where there is none.
-        source_shape, target_shape: of the two tensors.
-        part: ``encoder``, ``stem`` or ``rest``.
-        alias_of: the first name of the same tensor, when this is another one.
-        fresh_numbers: how many numbers of an adapted tensor are the network's own, as new features are.
-    """
-
-    name: str
-    fate: str
-    reason: str
-    source: str | None
-    source_shape: tuple[int, ...] | None
-    target_shape: tuple[int, ...]
-    part: str
-    alias_of: str | None = None
-    fresh_numbers: int = 0
-
-    @property
-    def numbers(self) -> int:
-        return math.prod(self.target_shape)
-
-    @property
-    def pretrained_numbers(self) -> int:
-        return 0 if self.fate == FRESH else self.numbers - self.fresh_numbers
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """What became of one tensor of the checkpoint: ``used`` or ``dropped``, and why."""
-
-    name: str
-    fate: str
-    reason: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,7 +53,7 @@ class TransferReport:
     @property
     def coverage(self) -> float:
         """Fraction (0 to 1) of the encoder's and stem's numbers that came from the checkpoint."""
-        return _fraction(row for row in self.rows if row.part != REST)
+        return coverage(self.rows)
 
     @property
     def encoder_coverage(self) -> float:
@@ -102,22 +63,17 @@ class TransferReport:
     @property
     def decoder_coverage(self) -> float:
         """The same fraction of the decoder, without its segmentation heads."""
-        heads = self.head_modules
-        return _fraction(
-            row for row in self.rows if row.part == REST and _is_decoder(row.name) and _layer(row.name) not in heads
-        )
+        return decoder_coverage(self.rows)
 
     @property
     def parameter_coverage(self) -> float:
         """The same fraction of all the network's numbers."""
-        return _fraction(self.rows)
+        return fraction_pretrained(self.rows)
 
     @property
     def head_modules(self) -> frozenset[str]:
         """Modules that make the outputs: a U-Net's ``decoder.seg_layers.N``, the last layer of a Primus's decoder."""
-        layers = {_layer(row.name) for row in self.rows if row.part == REST}
-        decode = sorted((layer for layer in layers if layer.startswith("up_projection.decode.")), key=_number)
-        return frozenset([layer for layer in layers if layer.startswith("decoder.seg_layers.")] + decode[-1:])
+        return head_modules(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain content for JSON; :meth:`from_dict` makes the report of it again."""
@@ -169,13 +125,11 @@ class TransferReport:
             raise TransferError(f"{path}: {error}") from error
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw the network as bars coloured by fate; see :func:`~nnssl_adapt.weights.transfer.picture.draw_report`.
+        """Draw the network as bars coloured by fate; see :func:`~nnssl_adapt.weights.transfer.picture.draw_rows`.
 
         A notebook shows the figure that is returned; with ``path`` it is also written there (format by its suffix).
         """
-        from nnssl_adapt.weights.transfer.picture import draw_report
-
-        return draw_report(self, path)
+        return draw_rows(self.rows, self.title, path)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the picture and, on a click, the table."""
@@ -199,32 +153,6 @@ class TransferReport:
             f"{percent(self.parameter_coverage)} of all parameters"
         )
         return "\n".join(lines)
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """``99.9%``, rounded to nothing or all only where it is that."""
-    smallest = 10.0 ** -(digits + 2)
-    shown = fraction if fraction in (0, 1) else min(max(fraction, smallest), 1 - smallest)
-    return f"{shown:.{digits}%}"
-
-
-def _fraction(rows: Iterable[TargetRow]) -> float:
-    """Of the numbers in tensors, each counted once whatever its names."""
-    counted = [row for row in rows if row.alias_of is None]
-    total = sum(row.numbers for row in counted)
-    return sum(row.pretrained_numbers for row in counted) / total if total else 0.0
-
-
-def _is_decoder(name: str) -> bool:
-    return name.split(".")[0] in ("decoder", "up_projection")
-
-
-def _layer(name: str) -> str:
-    return ".".join(name.split(".")[:3])
-
-
-def _number(layer: str) -> int:
-    return int(layer.rpartition(".")[2])
 
 
 Row = TypeVar("Row", TargetRow, SourceRow)

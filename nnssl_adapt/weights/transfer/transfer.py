@@ -21,17 +21,8 @@ from nnssl_adapt.weights.network import tensor_ops
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, is_special_token
 from nnssl_adapt.weights.transfer.decoder_fit import DecoderFit
 from nnssl_adapt.weights.transfer.encoder_fit import EncoderFit
-from nnssl_adapt.weights.transfer.report import (
-    ADAPTED,
-    COPIED,
-    DROPPED,
-    FRESH,
-    USED,
-    SourceRow,
-    TargetRow,
-    TransferReport,
-    percent,
-)
+from nnssl_adapt.weights.transfer.report import TransferReport
+from nnssl_adapt.weights.transfer.rows import ADAPTED, COPIED, DROPPED, FRESH, USED, SourceRow, TargetRow, percent
 from nnssl_adapt.weights.transfer.rules import TensorFate
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 

@@ -233,9 +233,7 @@ def test_a_trained_model_is_carried_with_its_plans_and_only_its_folds(tmp_path, 
     for name in ("plans.json", "dataset.json"):
         (model / name).write_text("{}")
     (model / "fold_1" / "progress.png").write_bytes(b"picture")
-    monkeypatch.setattr(
-        "nnssl_adapt.weights.checkpoint.checkpoint.read_checkpoint", lambda resolved, stem, axes: "read"
-    )
+    monkeypatch.setattr("nnssl_adapt.weights.checkpoint.checkpoint.read_checkpoint", lambda resolved, options: "read")
     code, output, words = fetch(capsys, model, "--fold-of-source", "1", "--to", tmp_path / "stick")
     assert code == 0, output.err
     shelf = tmp_path / "stick" / model.name

@@ -17,8 +17,7 @@ from nnssl_adapt.weights.checkpoint.positions import positions_grid
 from nnssl_adapt.weights.checkpoint.state_dict import unwrap
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.network.architectures import Architecture, outline
-from nnssl_adapt.weights.network.locate import find_prefix, find_source, fits
-from nnssl_adapt.weights.network.network_parts import NetworkParts, below
+from nnssl_adapt.weights.network.network_parts import NetworkParts, below, find_prefix, find_source, fits
 from nnssl_adapt.weights.network.topology import read_topology
 
 # Its trainer's name says the sizes: BaseEvaMAETrainer_BS96_192ps_2500ep_40_16_8_16_1056_lr2e3, that is blocks and heads of

@@ -12,7 +12,8 @@ from nnssl_adapt.training.recipe import recipe as recipes
 from nnssl_adapt.training.recipe.checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
 from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
-from nnssl_adapt.weights.transfer.report import TargetRow, TransferReport
+from nnssl_adapt.weights.transfer.report import TransferReport
+from nnssl_adapt.weights.transfer.rows import TargetRow
 
 
 def test_the_published_figures():

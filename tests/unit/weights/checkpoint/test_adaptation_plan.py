@@ -80,8 +80,9 @@ def test_what_is_wrong_is_named_with_the_file(spoil, message):
 def test_files_that_are_no_json_are_named(tmp_path):
     file = tmp_path / "adaptation_plan.json"
     file.write_text('{"architecture_plans": ')
-    with pytest.raises(AdaptationPlanError, match=r"adaptation_plan\.json is not readable as JSON"):
+    with pytest.raises(AdaptationPlanError, match="line 1") as caught:
         AdaptationPlan.load(file)
+    assert caught.value.path == file
     file.write_text("[1, 2]")
     with pytest.raises(AdaptationPlanError, match="is a list, expected a mapping"):
         AdaptationPlan.load(file)

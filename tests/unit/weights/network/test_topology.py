@@ -116,13 +116,13 @@ def cord_tensors(**changes):
 @pytest.mark.parametrize("last", [[320, 320], [320, 384], [384, 384]])
 def test_the_contrast_agnostic_network_is_known_by_its_size(last):
     tensors = cord_tensors(features_per_stage=[32, 64, 128, 256, *last])
-    plan, notes = plan_from_tensors(tensors, "file.pth")
+    plan, axes, notes = plan_from_tensors(tensors, "file.pth")
     assert plan.architecture.kwargs["features_per_stage"][-2:] == last
     assert plan.spacing == (1, 1, 1)
     assert plan.patch_size == plan.recommended_patch_size == (64, 192, 320)
     assert (plan.orientation, plan.supervised, plan.num_input_channels) == ("RPI", True, 1)
     assert any("contrast-agnostic" in note for note in notes)
-    assert len(plan.citations) == 2
+    assert (axes, len(plan.citations)) == ("xyz", 2)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_the_contrast_agnostic_network_is_known_by_its_size(last):
     ],
 )
 def test_a_network_of_nearly_its_size_is_not_taken_for_it(changes):
-    plan, _ = plan_from_tensors(cord_tensors(**changes), "file.pth")
-    assert (plan.spacing, plan.orientation) == (None, None)
+    plan, axes, _ = plan_from_tensors(cord_tensors(**changes), "file.pth")
+    assert (plan.spacing, plan.orientation, axes) == (None, None, "zyx")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from support.transfer_pairs import GRID_PATCH, PATCH, pretrained, target
 
 from nnssl_adapt.errors import OutputError, TransferError
 from nnssl_adapt.weights.network.architectures import build_network
-from nnssl_adapt.weights.transfer.picture import draw_report
-from nnssl_adapt.weights.transfer.report import SourceRow, TargetRow, TransferReport, percent
+from nnssl_adapt.weights.transfer.report import TransferReport
+from nnssl_adapt.weights.transfer.rows import SourceRow, TargetRow, percent
 from nnssl_adapt.weights.transfer.transfer import scratch_report, transfer_weights
 
 
@@ -114,7 +114,7 @@ def bars(figure):
 
 
 def test_bars_have_the_shares_of_the_account():
-    shares = bars(draw_report(HAND_MADE))
+    shares = bars(HAND_MADE.plot())
     assert list(shares) == ["stem", "encoder stage 0", "encoder stage 1", "decoder stage 0", "segmentation heads"]
     copied, fresh = (next(iter(shares[name])) for name in ("encoder stage 0", "encoder stage 1"))
     assert copied != fresh
@@ -127,7 +127,7 @@ def test_bars_have_the_shares_of_the_account():
 
 
 def test_colours_differ_in_lightness_too():
-    colours = {colour for share in bars(draw_report(HAND_MADE)).values() for colour in share}
+    colours = {colour for share in bars(HAND_MADE.plot()).values() for colour in share}
     lightness = sorted(0.3 * r + 0.6 * g + 0.1 * b for r, g, b, _ in colours)
     assert len(lightness) == 3
     assert min(b - a for a, b in itertools.pairwise(lightness)) > 0.1
@@ -156,13 +156,13 @@ def test_legend_and_title_say_what_is_seen(tmp_path):
 
 def test_no_state_of_pyplot_is_touched():
     before = "matplotlib.pyplot" in sys.modules
-    draw_report(HAND_MADE)
+    HAND_MADE.plot()
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't be written"):
-        draw_report(HAND_MADE, tmp_path / "file" / "transfer.png")
+        HAND_MADE.plot(tmp_path / "file" / "transfer.png")
     with pytest.raises(OutputError, match="can't be written"):
-        draw_report(HAND_MADE, tmp_path / "transfer.unknown")
+        HAND_MADE.plot(tmp_path / "transfer.unknown")
