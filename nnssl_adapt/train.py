@@ -7,8 +7,6 @@ command.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,12 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     end_with_launcher()
     try:
-        if os.environ.get("RANK", "0") == "0":
-            return train.run(arguments)
-        if not getattr(arguments, "verbose", False):
-            logging.getLogger("nnssl_adapt").setLevel(logging.ERROR)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            return train.run(arguments)
+        return train.run(arguments)
     except Exception as error:
         note_error(error)
         raise

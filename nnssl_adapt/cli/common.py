@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped as asked, and saved; start it again with --c
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped as asked, and saved; the same command goes on
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 Run = Callable[[argparse.Namespace], int]
@@ -38,14 +38,16 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             # For worker processes, which import libraries before any code of ours runs in them.
             os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
-        return _run(run, parsed, verbose)
+        return _run(run, parsed, verbose, for_good=arguments is None)
 
 
-def _run(run: Run, parsed: argparse.Namespace, verbose: bool) -> int:
+def _run(run: Run, parsed: argparse.Namespace, verbose: bool, for_good: bool) -> int:
     from nnssl_adapt.errors import TrainingStopped
+    from nnssl_adapt.training.run.signals import stopping_in_order
 
     try:
-        return run(parsed)
+        with stopping_in_order(for_good) if getattr(parsed, "stops_in_order", False) else nullcontext():
+            return run(parsed)
     except TrainingStopped as stopped:
         with suppress(OSError):  # a terminal that closed is a reason to stop, and can't be told so
             print(stopped, file=sys.stderr)
@@ -107,6 +109,11 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
+
+
+def stop_in_order(parser: argparse.ArgumentParser) -> None:
+    """This command exits with 75 when a signal asks it to stop: what schedulers take for "start me again"."""
+    parser.set_defaults(stops_in_order=True)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source, source_words
+from nnssl_adapt.cli.common import (
+    EXIT_OK,
+    add_source,
+    add_verbose,
+    checked_workers,
+    open_source,
+    source_words,
+    stop_in_order,
+)
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 from nnssl_adapt.cli.train import add_run_flags, deadline_of, parse_fold, show_end
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
@@ -32,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_flags(parser)
     add_run_flags(parser)
     add_source(parser)
+    stop_in_order(parser)
     add_verbose(parser)
 
 
@@ -81,7 +90,8 @@ def _refuse_launchers() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigurationError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: finetune is started once. On one machine -num_gpus starts the others "
-            "for the training; for several machines, preprocess first, then torchrun -m nnssl_adapt.train (docs/cluster.md)"
+            "for the training; for several machines, preprocess first, then srun nnUNetv2_train_pretrained --ranks slurm "
+            "(docs/cluster.md)"
         )
 
 
@@ -107,7 +117,7 @@ def training_words(
 
     ``started`` (seconds since 1970) is when this command was; its time limit counts from there.
     """
-    from nnssl_adapt.training.run.stopping import time_left
+    from nnssl_adapt.training.run.deadline import time_left
 
     words = ["-d", plan.dataset_name, "-c", plan.configuration, "-f", str(fold), "-p", plan.plans_name]
     words += ["-device", arguments.device, *(["--npz"] if arguments.npz else [])]

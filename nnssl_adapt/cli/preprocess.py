@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, checked_workers, open_source, run_command
+from nnssl_adapt.cli.common import (
+    EXIT_OK,
+    add_source,
+    add_verbose,
+    checked_workers,
+    open_source,
+    run_command,
+    stop_in_order,
+)
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
     )
     parser.add_argument("--overwrite_pp", action="store_true", help="preprocess every case again, replace the plan")
     add_source(parser)
+    stop_in_order(parser)
     add_verbose(parser)
 
 

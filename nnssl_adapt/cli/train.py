@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command, source_options
+from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command, source_options, stop_in_order
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
-    from nnssl_adapt.training.run.stopping import Deadline
+    from nnssl_adapt.training.run.deadline import Deadline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto",
         help="go on from the last checkpoint; --c auto: or start, if there is none",
     )
+    parser.add_argument(
+        "--ranks",
+        choices=("slurm",),
+        help="slurm: srun started one task of this command for each GPU, on one machine or several; they train together",
+    )
     parser.add_argument("--val", action="store_true", help="only validate checkpoint_final")
     parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best instead of checkpoint_final")
     parser.add_argument(
@@ -53,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_flags(parser)
     add_run_flags(parser)
     add_source(parser)
+    stop_in_order(parser)
     add_verbose(parser)
 
 
@@ -69,19 +78,55 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        metavar="MINUTES|HH:MM:SS",
-        help="save and stop before so much time is over, with exit code 75; in a Slurm job its end counts as well (none: not)",
+        metavar="MINUTES|HH:MM:SS|…",
+        help="save and stop before so much time is over, with exit code 75 (any form of Slurm's --time); in a Slurm job its end "
+        "counts as well (none: not)",
     )
 
 
 def deadline_of(arguments: argparse.Namespace, started: float) -> Deadline | None:
     """When the run has to be over, by ``--time-limit`` counted from ``started`` (seconds since 1970) and by Slurm."""
-    from nnssl_adapt.training.run.stopping import find_deadline
+    from nnssl_adapt.training.run.deadline import find_deadline
 
-    return find_deadline(arguments.time_limit, started)
+    if os.environ.get("RANK", "0") == "0":
+        return find_deadline(arguments.time_limit, started)
+    return find_deadline(
+        arguments.time_limit, started, ask_slurm=lambda job: None
+    )  # hundreds of ranks need not all ask
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.ranks == "slurm":
+        os.environ.update(_ranks_by_slurm(arguments))
+    with _only_the_main_rank_talks(arguments):
+        return _train(arguments)
+
+
+def _ranks_by_slurm(arguments: argparse.Namespace) -> dict[str, str]:
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.training.launch.slurm import slurm_ranks
+
+    if arguments.num_gpus != 1:
+        raise ConfigurationError(
+            f"--ranks slurm takes what srun started, -num_gpus {arguments.num_gpus} starts processes itself: give one of them"
+        )
+    # The second: DDP looks for weights without a gradient, and where there are none it says at length that it need not have.
+    return {**slurm_ranks(os.environ), "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+
+
+@contextlib.contextmanager
+def _only_the_main_rank_talks(arguments: argparse.Namespace) -> Iterator[None]:
+    """The other ranks do the same, and would say the same; their errors are still shown."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    if not arguments.verbose:
+        logging.getLogger("nnssl_adapt").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _train(arguments: argparse.Namespace) -> int:
     started = time.time()
     import nnssl_adapt as na
     from nnssl_adapt.cli.common import require_device
@@ -124,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
             validate_only=arguments.val,
             checkpoint_for_validation="best" if arguments.val_best else "final",
             save_probabilities=arguments.npz,
-            deadline=deadline,
+            deadline=ranks.from_main(deadline),
         )
     if ranks.is_main:
         show_end(model.path, fold)

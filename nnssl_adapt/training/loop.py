@@ -84,6 +84,7 @@ class TrainingLoop:
         """
         recipe, clock = self.recipe, EpochClock(self.device)
         batches = clock.watched(batches)
+        stop.begin()
         while state.epoch < recipe.epochs:
             started = time.time()
             clock.start()

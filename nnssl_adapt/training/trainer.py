@@ -48,10 +48,11 @@ from nnssl_adapt.training.run.checkpointing import (
     remove_unfinished,
     restore,
 )
+from nnssl_adapt.training.run.deadline import Deadline
 from nnssl_adapt.training.run.fold import cases_of_fold
 from nnssl_adapt.training.run.folder import RunFolder
 from nnssl_adapt.training.run.identity import RunIdentity
-from nnssl_adapt.training.run.stopping import Deadline, StopRequest, stop_on_signals
+from nnssl_adapt.training.run.stopping import StopRequest, stop_on_signals
 from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
@@ -174,7 +175,7 @@ class PretrainedTrainer:
             validate_only: don't train.
             checkpoint_for_validation: ``final`` or ``best``.
             save_probabilities: of the validation cases, as nnU-Net's ``.npz``.
-            deadline: when to have stopped; see :func:`~nnssl_adapt.training.run.stopping.find_deadline`.
+            deadline: when to have stopped; see :func:`~nnssl_adapt.training.run.deadline.find_deadline`.
 
         Raises:
             TrainingStopped: a signal asked for it, or the deadline is near; what there is is saved.
@@ -192,7 +193,7 @@ class PretrainedTrainer:
         with (
             only_run_in(self.folder.path) if self.ranks.is_main else nullcontext(),
             log_file(self.folder.path) if self.ranks.is_main else nullcontext(),
-            stop_on_signals(deadline) as stop,
+            stop_on_signals(deadline, alone=self.ranks.size == 1) as stop,
             restored_random_state(self.device),
             cudnn_benchmark(self.device),
             explained_memory_errors(self.plan, self.recipe, self.device),

@@ -70,6 +70,7 @@ class FoldValidation:
         however many ranks. Changes nothing in ``network`` but its device. Raises TrainingStopped when ``stop`` was asked
         for, OtherRankFailed when another rank can't go on.
         """
+        stop.begin()
         make_folder(self.output)
         done = self.ranks.from_main(self._done(weights_id))
         stopped = not self._predict_share(network, mirror_axes, weights_id, done, stop)

@@ -242,7 +242,7 @@ def ranks_in(environment: Mapping[str, str]) -> Ranks:
     if missing:
         raise ConfigurationError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} says that several processes train together, but {', '.join(missing)} "
-            "is not set: start them with torchrun or -num_gpus, or unset WORLD_SIZE"
+            "is not set: start them with -num_gpus, srun and --ranks slurm, or torchrun, or unset WORLD_SIZE"
         )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     texts = [environment.get(name) or environment["WORLD_SIZE"] for name in names]

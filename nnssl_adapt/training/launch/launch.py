@@ -26,10 +26,10 @@ from types import FrameType
 import torch
 from torch.distributed import TCPStore
 
-from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, OtherRankFailed, TrainingError, TrainingStopped
+from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, OtherRankFailed, TrainingError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.training.launch.distributed import Ranks
-from nnssl_adapt.training.run.stopping import signals_to_heed
+from nnssl_adapt.training.run.signals import EXIT_CODE, signals_to_heed, training_begins, training_is_over
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class _Processes:
                 if rank not in self.ended and process.poll() is not None:
                     self.ended.append(rank)
                     if process.returncode != 0 and deadline == float("inf"):
-                        in_order = self._type_of_error(rank) == TrainingStopped.__name__
+                        in_order = process.returncode == EXIT_CODE
                         deadline = time.monotonic() + (_TO_SAVE if in_order else _TO_NOTICE)
             time.sleep(0.05)
 
@@ -207,8 +207,8 @@ class _Processes:
             return 0
         failed = [rank for rank, code in codes.items() if code != 0]
         killed = [rank for rank in failed if codes[rank] < 0]
-        if killed and -codes[killed[0]] in self.pending:  # before the training could take note of it
-            return 128 - codes[killed[0]]
+        if killed and -codes[killed[0]] in self.pending:  # before Python could take note of it
+            return EXIT_CODE
         if killed:
             raise TrainingError(self._killed(killed[0], -codes[killed[0]]))
         causes = [
@@ -216,6 +216,8 @@ class _Processes:
         ] or failed
         if 0 in causes:
             return codes[0]
+        if codes[causes[0]] == EXIT_CODE:  # another one left in good order before the main one could hear of it
+            return EXIT_CODE
         raise TrainingError(f"{self._name(causes[0])} failed: {self._last_words(causes[0], codes[causes[0]])}")
 
     def _killed(self, rank: int, number: int) -> str:
@@ -244,9 +246,6 @@ class _Processes:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _type_of_error(self, rank: int) -> str | None:
-        return (self._error(rank) or {}).get("type")
-
     def _tail(self, rank: int) -> str:
         try:
             lines = Path(f"{self.notes[rank]}.log").read_text(encoding="utf-8", errors="replace").split("\n")
@@ -270,9 +269,13 @@ def _passing_on(group: _Processes) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         group.pass_on(number)
 
-    before = {number: signal.signal(number, handle) for number in signals_to_heed()}
+    before = {number: signal.getsignal(number) for number in signals_to_heed()}
     try:
+        for number in before:
+            signal.signal(number, handle)
+        training_begins()
         yield
+        training_is_over()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,24 +7,25 @@ command line turns into an exit code of its own, so that a scheduler can tell "s
 from __future__ import annotations
 
 import logging
-import os
-import re
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 
-from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.run.deadline import Deadline
+from nnssl_adapt.training.run.signals import (
+    StopNow,
+    signals_to_heed,
+    stopped_before_training,
+    training_begins,
+    training_is_over,
+)
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
-"""Ctrl-C, a scheduler's end of time, what ``sbatch --signal=USR1@120`` sends ahead of it, and a terminal that closed."""
 
 _RECENT = 50
 """Steps that the longest step is looked for in: the first ones, which compile and tune, don't count for ever."""
@@ -39,86 +40,6 @@ _DOUBLE_PRESS = 1.0
 """Seconds within which a second Ctrl-C is the first one's echo: launchers pass on what the terminal sent everybody."""
 
 
-# -- until when ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """When a run has to be over.
-
-    Attributes:
-        at: seconds since 1970.
-        reason: what sets it, as it is told the user.
-    """
-
-    at: float
-    reason: str
-
-
-def read_time_limit(text: str) -> float:
-    """Return the seconds that ``90`` (minutes, also ``1.5``) or ``HH:MM:SS`` (with days: ``D-HH:MM:SS``) stand for.
-
-    Both are ways in which Slurm's ``--time`` is written. Raises ConfigurationError for anything else, and for no time.
-    """
-    seconds = -1.0
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        seconds = 60 * float(text)
-    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)", text):
-        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-        seconds = ((24 * days + hours) * 60 + minutes) * 60.0 + rest
-    if seconds <= 0:
-        raise ConfigurationError(
-            f"--time-limit {text}: expected minutes above 0 (90), [days-]hours:minutes:seconds (23:30:00), or none"
-        )
-    return seconds
-
-
-def time_left(time_limit: str, started: float) -> str:
-    """What is left now of a time limit that counts from ``started`` (seconds since 1970), to be given to another process.
-
-    As :func:`find_deadline` takes it: in minutes, or ``none``. At least a second, on which that process stops in good order.
-    """
-    if time_limit.lower() == "none":
-        return time_limit
-    seconds = read_time_limit(time_limit) - (time.time() - started)
-    return f"{max(1.0, seconds) / 60:.2f}"
-
-
-def find_deadline(
-    time_limit: str | None = None, started: float | None = None, environment: Mapping[str, str] | None = None
-) -> Deadline | None:
-    """The earliest end that is known: ``time_limit`` from ``started`` on, and the end of the Slurm job this runs in.
-
-    Args:
-        time_limit: as :func:`read_time_limit` takes it; ``none``: no end, not even Slurm's; None: Slurm's, if any.
-        started: seconds since 1970; None: now.
-        environment: where Slurm's ``SLURM_JOB_END_TIME`` (seconds since 1970; its sbatch sets it) is looked for, if not in
-            this process's. One in the past belongs to a job that was prolonged, or to another, and is passed over.
-    """
-    if time_limit is not None and time_limit.lower() == "none":
-        return None
-    now = time.time() if started is None else started
-    deadlines = []
-    if time_limit is not None:
-        deadlines.append(Deadline(now + read_time_limit(time_limit), f"the time limit of {time_limit}"))
-    end = (os.environ if environment is None else environment).get("SLURM_JOB_END_TIME", "")
-    if end.isdigit():
-        if int(end) > now:
-            deadlines.append(Deadline(float(end), "the end of the Slurm job"))
-        else:
-            logger.warning("SLURM_JOB_END_TIME is in the past; it is passed over")
-    return min(deadlines, key=lambda deadline: deadline.at, default=None)
-
-
-def signals_to_heed() -> tuple[signal.Signals, ...]:
-    """The signals that ask for a stop; not SIGHUP where it is ignored, which is what ``nohup`` is for."""
-    ignored = [number for number in SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN]
-    return tuple(number for number in SIGNALS if number not in ignored)
-
-
-# -- whether to stop -------------------------------------------------------------------------------------------------------
-
-
 class StopRequest:
     """Whether the run was asked to stop, and by what.
 
@@ -128,16 +49,22 @@ class StopRequest:
 
     Attributes:
         reason: a signal's name or the deadline's reason; None as long as nobody asked.
+        begun: whether something may be lost by leaving at once; see :meth:`begin`.
     """
 
     def __init__(self, deadline: Deadline | None = None, clock: Callable[[], float] = time.time) -> None:
         self.deadline = deadline
         self.clock = clock
         self.reason: str | None = None
+        self.begun = False
         self._told = False
         self._asked_at = clock()
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._saving: float | None = None
+
+    def begin(self) -> None:
+        """The training or validation begins: from now on :meth:`asked` is called again and again, and heeded."""
+        self.begun = True
 
     def asked(self) -> bool:
         """Whether to stop now. To be called once after each step: the time between two calls is how long a step takes."""
@@ -172,17 +99,25 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(deadline: Deadline | None = None, clock: Callable[[], float] = time.time) -> Iterator[StopRequest]:
+def stop_on_signals(
+    deadline: Deadline | None = None, clock: Callable[[], float] = time.time, *, alone: bool = True
+) -> Iterator[StopRequest]:
     """Note the signals that ask for a stop instead of dying of them. A second Ctrl-C (SIGINT) stops at once.
 
     The others may come as often as they like: schedulers send several, to all processes of a job. Where handlers can't be
     set, outside the main thread, signals do what they did before.
+
+    Args:
+        deadline: when the run has to be over, or None.
+        clock: gives seconds since 1970.
+        alone: no other process waits for this one: as long as nothing has begun, a signal ends the block at once.
+
+    Raises TrainingStopped when a signal came before anything had begun.
     """
     request = StopRequest(deadline, clock)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in signals_to_heed()}
     pressed_at: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -193,11 +128,20 @@ def stop_on_signals(deadline: Deadline | None = None, clock: Callable[[], float]
             pressed_at.append(time.monotonic())
         if request.reason is None:
             request.reason = signal.Signals(number).name  # told after the step: writing from a handler may deadlock
+            if alone and not request.begun and number != signal.SIGINT:
+                raise StopNow
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.getsignal(number) for number in signals_to_heed()}
     try:
+        for number in before:
+            signal.signal(number, note)
+        request.reason = training_begins() or request.reason
+        if request.reason is not None and alone:
+            raise StopNow
         yield request
+        training_is_over()
+    except StopNow:
+        raise stopped_before_training(request.reason) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

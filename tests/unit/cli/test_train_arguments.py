@@ -12,7 +12,7 @@ from nnssl_adapt.cli.common import checked_workers, run_command, source_options
 from nnssl_adapt.cli.training_flags import recipe_from
 from nnssl_adapt.errors import ConfigurationError, TrainingStopped
 from nnssl_adapt.training.recipe.recipe import Recipe
-from nnssl_adapt.training.run.stopping import read_time_limit, time_left
+from nnssl_adapt.training.run.deadline import read_time_limit, time_left
 
 
 def parse(*words):

@@ -12,45 +12,11 @@ import torch
 from support.training_runs import assert_same_training, at, interrupt, trainer_of
 
 from nnssl_adapt.cli import common
-from nnssl_adapt.errors import ConfigurationError, TrainingError, TrainingStopped
+from nnssl_adapt.errors import TrainingError, TrainingStopped
 from nnssl_adapt.training.loop import TrainingLoop
-from nnssl_adapt.training.run import stopping
-from nnssl_adapt.training.run.stopping import Deadline, StopRequest, find_deadline, read_time_limit, stop_on_signals
-
-# -- until when ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 5400), ("1.5", 90), ("0:01:30", 90), ("23:30:00", 84600), ("2-01:00:05", 176405)],
-)
-def test_time_limits(text, seconds):
-    assert read_time_limit(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["0", "-5", "90:00", "1:2:3:4", "1h", "", "0:00:00", "1:60:00"])
-def test_wrong_time_limits(text):
-    with pytest.raises(ConfigurationError, match=r"--time-limit .*: expected minutes above 0 .*23:30:00"):
-        read_time_limit(text)
-
-
-@pytest.mark.parametrize(
-    ("limit", "slurm", "expected"),
-    [
-        (None, None, None),
-        ("10", None, (1600, "the time limit of 10")),
-        (None, "1900", (1900, "the end of the Slurm job")),
-        ("10", "1900", (1600, "the time limit of 10")),
-        ("60", "1900", (1900, "the end of the Slurm job")),
-        ("none", "1900", None),
-        (None, "900", None),
-        (None, "Unknown", None),
-    ],
-)
-def test_the_earliest_end_counts(limit, slurm, expected):
-    environment = {} if slurm is None else {"SLURM_JOB_END_TIME": slurm}
-    found = find_deadline(limit, started=1000, environment=environment)
-    assert found == (None if expected is None else Deadline(*expected))
+from nnssl_adapt.training.run import signals, stopping
+from nnssl_adapt.training.run.deadline import Deadline
+from nnssl_adapt.training.run.stopping import StopRequest, stop_on_signals
 
 
 class Clock:
@@ -130,20 +96,22 @@ def test_a_run_near_its_deadline_saves_and_goes_on_later(plan, recipe, tmp_path,
 # -- signals ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
 def test_signals_are_noted_and_handlers_put_back(number):
-    before = {known: signal.getsignal(known) for known in stopping.SIGNALS}
+    before = {known: signal.getsignal(known) for known in signals.SIGNALS}
     with stop_on_signals() as stop:
+        stop.begin()
         assert not stop.asked()
         signal.raise_signal(number)
         assert stop.asked() and stop.reason == number.name
-    assert {known: signal.getsignal(known) for known in stopping.SIGNALS} == before
+    assert {known: signal.getsignal(known) for known in signals.SIGNALS} == before
 
 
 def test_nohup_is_heeded():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_on_signals() as stop:
+            stop.begin()
             signal.raise_signal(signal.SIGHUP)
             assert not stop.asked()
             signal.raise_signal(signal.SIGTERM)
@@ -155,6 +123,7 @@ def test_nohup_is_heeded():
 
 def test_the_same_signal_several_times_is_one():
     with stop_on_signals() as stop:
+        stop.begin()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             signal.raise_signal(number)
         assert stop.asked() and stop.reason == "SIGUSR1"
