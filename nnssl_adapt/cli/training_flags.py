@@ -140,8 +140,8 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     """
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.training.progress.trackers import tracker_mistakes
-    from nnssl_adapt.training.recipe.checks import machine_mistakes
-    from nnssl_adapt.training.recipe.recipe import Recipe, as_far_as_readable
+    from nnssl_adapt.training.recipe.recipe import Recipe, as_far_as_readable, read_settings
+    from nnssl_adapt.training.recipe.rules import machine_mistakes
     from nnssl_adapt.training.recipe.values import raise_if_any
 
     mistakes: list[str] = []
@@ -150,16 +150,16 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     except ConfigurationError as error:  # the rest is checked all the same
         mistakes, recipe = [str(error)], Recipe()
     changes = changes_from(arguments)
-    wanted = as_far_as_readable({**recipe.to_dict(), **_settings(arguments), **changes})
-    unable = [*machine_mistakes(is_transformer, wanted, arguments.device)]
-    unable += tracker_mistakes(getattr(arguments, "track", ()))
     where = f"changes to recipe {recipe.name!r}" if changes or arguments.settings else f"recipe {recipe.name!r}"
     try:
-        recipe = recipe.with_settings(arguments.settings, **changes)
+        wanted: Any = recipe.with_settings(arguments.settings, **changes)
     except ConfigurationError as error:
-        mistakes += error.mistakes or [str(error)]
-    raise_if_any([*mistakes, *unable], where)
-    return recipe
+        mistakes += error.mistakes
+        wanted = as_far_as_readable({**recipe.to_dict(), **read_settings(arguments.settings)[0], **changes})
+    mistakes += machine_mistakes(is_transformer, wanted, arguments.device)
+    mistakes += tracker_mistakes(getattr(arguments, "track", ()))
+    raise_if_any(mistakes, where)
+    return wanted
 
 
 def _chosen(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
@@ -181,9 +181,3 @@ def changes_from(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.from_scratch:
         changes["from_scratch"] = True
     return changes
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """What ``--set`` gives, as far as it can be read."""
-    pairs = (assignment.partition("=") for assignment in arguments.settings)
-    return {field.strip().replace("-", "_"): value.strip() for field, equals, value in pairs if equals}

@@ -21,7 +21,9 @@ from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.optimise.losses import count_overlap, pseudo_dice
 from nnssl_adapt.training.optimise.network_options import training_forward
 from nnssl_adapt.training.optimise.schedule import prepare_epoch
-from nnssl_adapt.training.progress.progress import EpochClock, EpochDisplay, History
+from nnssl_adapt.training.progress.clock import EpochClock
+from nnssl_adapt.training.progress.display import EpochDisplay
+from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import CheckpointWriter, TrainingState, predicting
 from nnssl_adapt.training.run.stopping import StopRequest

@@ -16,11 +16,37 @@ from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preflight import find_other_orientations
+from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.rows import FRESH, REST, percent
 from nnssl_adapt.weights.transfer.transfer import TransferReport, scratch_report, transfer_weights
 
 logger = logging.getLogger(__name__)
+
+
+def freezing_warnings(recipe: Recipe, report: TransferReport) -> list[str]:
+    """What stays as random as it was made, since it is frozen and the checkpoint had nothing for it. For the log.
+
+    Args:
+        recipe: of the run.
+        report: of the transfer that the run starts from.
+    """
+    frozen_encoder = recipe.freeze != "none" or recipe.lora_rank > 0
+    warnings = []
+    if frozen_encoder and report.coverage < 1:
+        fresh = [row.name for row in report.rows if row.part != REST and row.fate == FRESH and row.alias_of is None]
+        example = f" ({fresh[0]}, …)" if fresh else ""
+        warnings.append(
+            f"the encoder is frozen, and {percent(1 - report.coverage)} of it is not pre-trained{example}: that part stays as "
+            "random as it is. Fine-tune everything, or use layer_decay (--llrd 0.75)"
+        )
+    if recipe.freeze == "all_but_head" and report.decoder_coverage < 1:
+        warnings.append(
+            f"only the head learns, and {percent(1 - report.decoder_coverage)} of the decoder under it is not pre-trained: it "
+            "stays random, so the result says little about the weights. Use --freeze encoder, which lets the decoder learn"
+        )
+    return warnings
 
 
 def build_initial_network(plan: FinetunePlan, num_heads: int, seed: int) -> nn.Module:

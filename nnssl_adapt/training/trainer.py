@@ -31,10 +31,10 @@ from nnssl_adapt.training.optimise.losses import build_loss
 from nnssl_adapt.training.optimise.network_options import to_device
 from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer, grad_scaler
 from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors
+from nnssl_adapt.training.progress.display import log_epoch, log_file
+from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.progress.picture import ProgressPicture
-from nnssl_adapt.training.progress.progress import History, log_epoch, log_file
 from nnssl_adapt.training.progress.trackers import Trackers, check_trackers
-from nnssl_adapt.training.recipe.checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import (
     BEST,
@@ -49,9 +49,8 @@ from nnssl_adapt.training.run.checkpointing import (
     restore,
 )
 from nnssl_adapt.training.run.deadline import Deadline
-from nnssl_adapt.training.run.fold import cases_of_fold
 from nnssl_adapt.training.run.folder import RunFolder
-from nnssl_adapt.training.run.identity import RunIdentity
+from nnssl_adapt.training.run.identity import RunIdentity, cases_of_fold
 from nnssl_adapt.training.run.stopping import StopRequest, stop_on_signals
 from nnssl_adapt.training.setup import (
     adapted_plan,
@@ -65,6 +64,7 @@ from nnssl_adapt.training.starting_weights import (
     build_initial_network,
     describe_citations,
     fill_with_starting_weights,
+    freezing_warnings,
 )
 from nnssl_adapt.training.validation import FoldValidation
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ class PretrainedTrainer:
         recipe = recipe or Recipe.load("primus" if plan.architecture.is_transformer else "default")
         self.recipe = without_pretraining(recipe) if from_scratch or recipe.from_scratch else recipe
         self.autocast_dtype = autocast_dtype(self.recipe.precision, self.device)
-        check_recipe_against(plan.architecture, self.recipe, self.device.type)
+        self.recipe.check_against(plan.architecture, self.device.type)
         self.plan = adapted_plan(plan, self.recipe)
         self.ranks.samples(self.plan.batch_size)  # refuses more ranks than samples
         self.labels: LabelScheme = self.plan.labels

@@ -27,7 +27,7 @@ from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.losses import build_loss, count_overlap, pseudo_dice, steps_of_outputs, thinned
 from nnssl_adapt.training.optimise.network_options import to_device
 from nnssl_adapt.training.optimise.optimizer import build_optimizer
-from nnssl_adapt.training.progress.progress import History
+from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import TrainingState
 from nnssl_adapt.weights.network.architectures import Architecture, build_network

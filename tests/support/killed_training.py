@@ -16,7 +16,7 @@ from support.training_runs import at, trainer_of
 
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import validation
-from nnssl_adapt.training.progress.progress import History
+from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run import checkpointing
 from nnssl_adapt.training.trainer import PretrainedTrainer

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_adapt.files import atomic_path
+from nnssl_adapt.training.progress.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from nnssl_adapt.training.progress.progress import History
 
 _MOST_NAMED = 20
 """Classes that a legend can name and colours can tell apart."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import make_folder, write_text
-from nnssl_adapt.training.progress.progress import History
+from nnssl_adapt.training.progress.history import History
 
 logger = logging.getLogger(__name__)
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.training.recipe.checks import contradictions, range_mistakes
-from nnssl_adapt.training.recipe.text import described
+from nnssl_adapt.training.recipe.rules import contradictions, machine_mistakes, range_mistakes
 from nnssl_adapt.training.recipe.trainer_names import resolve
-from nnssl_adapt.training.recipe.values import convert, did_you_mean, mistake, raise_if_any
+from nnssl_adapt.training.recipe.values import did_you_mean, raise_if_any, settled
+
+if TYPE_CHECKING:
+    from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,13 @@ class Recipe:
     seed: int = 12345
 
     def __post_init__(self) -> None:
-        mistakes = list(_settle_types(self))
-        if not mistakes:  # ranges are only worth checking on values of the right type
-            mistakes = [*range_mistakes(self), *contradictions(self)]
+        fields, mistakes = settled(
+            vars(self), get_type_hints(Recipe)
+        )  # Recipe(learning_rate="1e-3") is as good as a number
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        rest = SimpleNamespace(**{**_defaults(), **fields})  # ranges are checked beside values of the wrong type
+        mistakes += [*range_mistakes(rest), *contradictions(rest)]
         raise_if_any(mistakes, f"recipe {self.name!r}")
 
     # -- where recipes come from -------------------------------------------------------------------------------------
@@ -174,15 +179,18 @@ class Recipe:
 
         Both at once, since fields are checked against each other.
         """
-        fields: dict[str, Any] = {}
-        mistakes = []
-        for assignment in assignments:
-            field, equals, value = assignment.partition("=")
-            if equals:
-                fields[field.strip().replace("-", "_")] = value.strip()
-            else:
-                mistakes.append(f"--set {assignment}: expected field=value")
+        fields, mistakes = read_settings(assignments)
         return _make(self.to_dict(), {**fields, **values}, f"changes to recipe {self.name!r}", mistakes)
+
+    def check_against(self, architecture: Architecture, device_type: str | None = None) -> None:
+        """Raise ConfigurationError for all that this asks for and the network, or this kind of device, can't do.
+
+        Args:
+            architecture: of the plan, or of the checkpoint as long as there is no plan.
+            device_type: ``cuda``, ``cpu`` or ``mps``; None when it is not known yet.
+        """
+        mistakes = list(machine_mistakes(architecture.is_transformer, self, device_type))
+        raise_if_any(mistakes, f"recipe {self.name!r} for {architecture}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values (lists instead of tuples), fit for YAML, JSON and checkpoints."""
@@ -190,7 +198,16 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def __str__(self) -> str:
-        return described(self)
+        """What is on, in a few indented lines, and nothing about what is off."""
+        lines = [
+            f"recipe {self.name}: {_epochs(self.epochs)} of {self.iterations_per_epoch} steps",
+            f"  {_optimizer(self)}, weight decay {self.weight_decay:g}, gradients clipped at {self.gradient_clip:g}",
+            f"  learning rate {self.learning_rate:g}: {_schedule(self)}",
+            f"  augmentation {self.augmentation}, mirroring {list(self.mirror_axes)}, precision {self.precision}",
+        ]
+        if special := ", ".join(_special(self)):
+            lines.append(f"  {special}")
+        return "\n".join(lines)
 
 
 def configs_folder() -> Path:
@@ -223,21 +240,16 @@ def _make(base: Mapping[str, Any], changes: Mapping[str, Any], where: str, mista
 
     ``mistakes`` are those found before, to be reported along with them.
     """
-    types_of_fields = get_type_hints(Recipe)
-    fields: dict[str, Any] = {}
-    found = list(mistakes)
-    for name, value in {**base, **changes}.items():
-        if name not in types_of_fields:
-            found.append(f"unknown field {name!r}{did_you_mean(str(name), types_of_fields)}")
-            continue
-        try:
-            fields[name] = convert(value, types_of_fields[name])
-        except (ValueError, OverflowError):
-            found.append(mistake(name, value, types_of_fields[name]))
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    fields = {**base, **changes}
+    found = [
+        *mistakes,
+        *(f"unknown field {name!r}{did_you_mean(str(name), known)}" for name in fields if name not in known),
+    ]
     try:
-        recipe = Recipe(**fields)
+        recipe = Recipe(**{name: value for name, value in fields.items() if name in known})
     except ConfigurationError as error:
-        found.extend(error.mistakes or [str(error)])
+        found.extend(error.mistakes)
     raise_if_any(found, where)
     return recipe
 
@@ -247,22 +259,62 @@ def as_far_as_readable(content: Mapping[str, Any]) -> SimpleNamespace:
 
     To look for more mistakes beside those that keep a recipe from being made.
     """
-    fields = Recipe().to_dict()
-    for name, wanted in get_type_hints(Recipe).items():
-        with suppress(ValueError, OverflowError):
-            if name in content:
-                fields[name] = convert(content[name], wanted)
-    return SimpleNamespace(**fields)
+    wanted = get_type_hints(Recipe)
+    readable, _ = settled({name: value for name, value in content.items() if name in wanted}, wanted)
+    return SimpleNamespace(**{**_defaults(), **readable})
 
 
-def _settle_types(recipe: Recipe) -> Iterable[str]:
-    """Bring values given in Python, ``Recipe(learning_rate="1e-3")``, to their fields' types; yield what can't be."""
-    for name, wanted in get_type_hints(Recipe).items():
-        value = getattr(recipe, name)
-        try:
-            converted = convert(value, wanted)
-        except (ValueError, OverflowError):
-            yield mistake(name, value, wanted)
-            continue
-        if type(converted) is not type(value):
-            object.__setattr__(recipe, name, converted)
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(Recipe)}
+
+
+def read_settings(assignments: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The fields and texts of ``field=value`` strings, as ``--set`` takes them, and the mistakes in the others."""
+    fields, mistakes = {}, []
+    for assignment in assignments:
+        field, equals, value = assignment.partition("=")
+        if equals:
+            fields[field.strip().replace("-", "_")] = value.strip()
+        else:
+            mistakes.append(f"--set {assignment}: expected field=value")
+    return fields, mistakes
+
+
+def _optimizer(recipe: Recipe) -> str:
+    if recipe.optimizer == "sgd":
+        return f"SGD momentum {recipe.momentum:g}"
+    return f"{'AdamW' if recipe.optimizer == 'adamw' else 'Adam'} betas {recipe.betas}"
+
+
+def _schedule(recipe: Recipe) -> str:
+    parts = []
+    if recipe.decoder_warmup_epochs:
+        parts.append(f"the decoder alone for {_epochs(recipe.decoder_warmup_epochs)}")
+    if recipe.warmup_epochs:
+        parts.append(f"warm-up over {_epochs(recipe.warmup_epochs)}")
+    return ", then ".join([*parts, recipe.schedule])
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' if number != 1 else ''}"
+
+
+def _special(recipe: Recipe) -> Iterable[str]:
+    if recipe.from_scratch:
+        yield "from random weights"
+    if recipe.encoder_learning_rate is not None:
+        yield f"encoder's learning rate {recipe.encoder_learning_rate:g}"
+    if recipe.layer_decay != 1:
+        yield f"learning rate times {recipe.layer_decay:g} per encoder layer"
+    if recipe.freeze != "none":
+        yield "encoder frozen" if recipe.freeze == "encoder" else "only the segmentation head learns"
+    if recipe.lora_rank:
+        yield f"adapters of rank {recipe.lora_rank} in place of the encoder"
+    if recipe.accumulate > 1:
+        yield f"{recipe.accumulate} batches a step"
+    if recipe.ema_decay is not None:
+        yield f"weights averaged with decay {recipe.ema_decay:g}"
+    if recipe.deep_supervision:
+        yield "deep supervision"
+    if recipe.activation_checkpointing:
+        yield "activation checkpointing"

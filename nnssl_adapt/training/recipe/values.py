@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from nnssl_adapt.errors import ConfigurationError
@@ -42,6 +42,17 @@ def convert(value: Any, wanted: Any) -> Any:
             raise ValueError
         return int(value) if isinstance(value, int) else int(number)
     return number
+
+
+def settled(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Bring each field's value to its type; returns those that could be, and a mistake for each that could not."""
+    values, mistakes = {}, []
+    for name, value in fields.items():
+        try:
+            values[name] = convert(value, wanted[name])
+        except (ValueError, OverflowError):
+            mistakes.append(mistake(name, value, wanted[name]))
+    return values, mistakes
 
 
 def _convert_choice(value: Any, choices: tuple[str, ...]) -> str:

@@ -31,7 +31,7 @@ from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path
 from nnssl_adapt.training.optimise.adapters import has_adapters, plain_weights
 from nnssl_adapt.training.optimise.ema import WeightAverage
 from nnssl_adapt.training.optimise.optimizer import load_optimizer_state
-from nnssl_adapt.training.progress.progress import History
+from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.background import Background
 from nnssl_adapt.training.run.identity import RunIdentity

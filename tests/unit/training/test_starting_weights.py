@@ -15,15 +15,19 @@ from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
 from nnssl_adapt.training import starting_weights
+from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
 from nnssl_adapt.training.starting_weights import (
     build_initial_network,
     describe_citations,
     fill_with_starting_weights,
     find_checkpoint,
+    freezing_warnings,
 )
 from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.transfer.report import TransferReport
+from nnssl_adapt.weights.transfer.rows import TargetRow
 
 
 @pytest.fixture
@@ -203,3 +207,26 @@ def test_options_go_before_what_the_plan_records(plan, monkeypatch):
     find_checkpoint(FinetunePlan(content), options={"fold": "mean", "cache_dir": "/here"})
     ((_, options),) = opened
     assert options == {"revision": None, "fold": "mean", "stem": "2", "cache_dir": "/here"}
+
+
+def report_of(**fates):
+    parts = {"encoder.stages.0.w": "encoder", "encoder.stages.1.w": "encoder", "decoder.stages.0.w": "rest"}
+    rows = [
+        TargetRow(name, fates.get(name.split(".")[0] + name[-3], "copied"), "", None, None, (3, 2), part)
+        for name, part in parts.items()
+    ]
+    return TransferReport(tuple(rows))
+
+
+def test_frozen_weights_that_are_random_are_warned_of():
+    complete, half = report_of(), report_of(encoder1="fresh")
+    for recipe in (Recipe(), Recipe(freeze="encoder"), Recipe(freeze="all_but_head"), Recipe(lora_rank=4)):
+        assert freezing_warnings(recipe, complete) == []
+    assert freezing_warnings(Recipe(), half) == []
+    for recipe in (Recipe(freeze="encoder"), Recipe(lora_rank=4)):
+        (warning,) = freezing_warnings(recipe, half)
+        assert "50.0% of it is not pre-trained (encoder.stages.1.w, …)" in warning
+    fresh_decoder = report_of(decoder0="fresh")
+    assert freezing_warnings(Recipe(freeze="encoder"), fresh_decoder) == []
+    (warning,) = freezing_warnings(Recipe(freeze="all_but_head"), fresh_decoder)
+    assert "100.0% of the decoder under it is not pre-trained" in warning and "--freeze encoder" in warning

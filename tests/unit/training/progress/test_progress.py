@@ -11,17 +11,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from nnssl_adapt.training.progress import clock as epoch_clock
+from nnssl_adapt.training.progress import display as epoch_display
 from nnssl_adapt.training.progress import picture as progress_picture
-from nnssl_adapt.training.progress import progress
+from nnssl_adapt.training.progress.clock import EpochClock
+from nnssl_adapt.training.progress.display import EpochDisplay, log_epoch, log_file
+from nnssl_adapt.training.progress.history import DeviceFigures, History
 from nnssl_adapt.training.progress.picture import ProgressPicture, draw_progress
-from nnssl_adapt.training.progress.progress import (
-    DeviceFigures,
-    EpochClock,
-    EpochDisplay,
-    History,
-    log_epoch,
-    log_file,
-)
 
 pytestmark = pytest.mark.pictures
 
@@ -190,7 +186,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 50.0
-        monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(epoch_clock.time, "perf_counter", lambda: self.now)
 
     def passes(self, seconds):
         self.now += seconds
@@ -274,7 +270,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_live_line_is_for_terminals(monkeypatch, terminal):
     screen = Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(progress.sys, "stderr", screen)
+    monkeypatch.setattr(epoch_display.sys, "stderr", screen)
     with EpochDisplay(history_of(2), 2, 10, 4, 1, 0.003, shown=True) as display:
         display.step(0.25)
         display.step(0.125)
@@ -291,9 +287,9 @@ def test_the_live_line_is_for_terminals(monkeypatch, terminal):
 @pytest.mark.parametrize("shown", [True, False])
 def test_long_epochs_without_a_terminal_say_where_they_are(monkeypatch, caplog, shown):
     logging.getLogger("nnssl_adapt").setLevel(logging.INFO)
-    monkeypatch.setattr(progress.sys, "stderr", io.StringIO())
+    monkeypatch.setattr(epoch_display.sys, "stderr", io.StringIO())
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(epoch_display.time, "monotonic", lambda: now)
     with EpochDisplay(history_of(2), 2, 10, 9, 1, 0.003, shown=shown) as display:
         for step in range(8):
             now += 110.0

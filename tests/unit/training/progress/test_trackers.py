@@ -12,7 +12,7 @@ from support.training_runs import fold_of, trainer_of
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.progress import trackers
-from nnssl_adapt.training.progress.progress import DeviceFigures, History
+from nnssl_adapt.training.progress.history import DeviceFigures, History
 from nnssl_adapt.training.progress.trackers import TRACKERS, Trackers, check_trackers
 
 

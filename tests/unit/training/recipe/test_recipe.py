@@ -9,11 +9,8 @@ from support.tiny_plans import CNN, TRANSFORMER
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.recipe import recipe as recipes
-from nnssl_adapt.training.recipe.checks import check_recipe_against, freezing_warnings
 from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
 from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
-from nnssl_adapt.weights.transfer.report import TransferReport
-from nnssl_adapt.weights.transfer.rows import TargetRow
 
 
 def test_the_published_figures():
@@ -280,43 +277,20 @@ def test_what_the_network_or_the_device_cannot_do():
     with pytest.raises(
         ConfigurationError, match=r"(?s)2 mistakes.*lora_rank.*CNN.*precision: fp16 needs a CUDA device, not cpu"
     ):
-        check_recipe_against(CNN, wanted, "cpu")
+        wanted.check_against(CNN, "cpu")
     with pytest.raises(ConfigurationError, match=r"precision"):
-        check_recipe_against(TRANSFORMER, wanted, "cpu")
+        wanted.check_against(TRANSFORMER, "cpu")
     with pytest.raises(ConfigurationError, match="deep_supervision: a transformer has a single output"):
-        check_recipe_against(TRANSFORMER, Recipe(deep_supervision=True))
+        Recipe(deep_supervision=True).check_against(TRANSFORMER)
     with pytest.raises(ConfigurationError, match="compile: not on mps"):
-        check_recipe_against(CNN, Recipe(compile="on"), "mps")
-    check_recipe_against(CNN, Recipe(deep_supervision=True, precision="fp16", compile="on"), "cuda")
+        Recipe(compile="on").check_against(CNN, "mps")
+    Recipe(deep_supervision=True, precision="fp16", compile="on").check_against(CNN, "cuda")
 
 
 def test_adapters_without_peft_are_noticed_before_anything_starts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'nnssl-adapt\[lora\]'"):
-        check_recipe_against(TRANSFORMER, Recipe(lora_rank=4))
-
-
-def report_of(**fates):
-    parts = {"encoder.stages.0.w": "encoder", "encoder.stages.1.w": "encoder", "decoder.stages.0.w": "rest"}
-    rows = [
-        TargetRow(name, fates.get(name.split(".")[0] + name[-3], "copied"), "", None, None, (3, 2), part)
-        for name, part in parts.items()
-    ]
-    return TransferReport(tuple(rows))
-
-
-def test_frozen_weights_that_are_random_are_warned_of():
-    complete, half = report_of(), report_of(encoder1="fresh")
-    for recipe in (Recipe(), Recipe(freeze="encoder"), Recipe(freeze="all_but_head"), Recipe(lora_rank=4)):
-        assert freezing_warnings(recipe, complete) == []
-    assert freezing_warnings(Recipe(), half) == []
-    for recipe in (Recipe(freeze="encoder"), Recipe(lora_rank=4)):
-        (warning,) = freezing_warnings(recipe, half)
-        assert "50.0% of it is not pre-trained (encoder.stages.1.w, …)" in warning
-    fresh_decoder = report_of(decoder0="fresh")
-    assert freezing_warnings(Recipe(freeze="encoder"), fresh_decoder) == []
-    (warning,) = freezing_warnings(Recipe(freeze="all_but_head"), fresh_decoder)
-    assert "100.0% of the decoder under it is not pre-trained" in warning and "--freeze encoder" in warning
+        Recipe(lora_rank=4).check_against(TRANSFORMER)
 
 
 def test_yaml_says_on_and_off_its_own_way(tmp_path):

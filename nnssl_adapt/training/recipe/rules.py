@@ -1,4 +1,7 @@
-"""What a recipe's values must be, alone, together, and for the network that they are meant for."""
+"""What a recipe's values must be: alone, together, and for the network and device that they are meant for.
+
+The rules look at anything that has a recipe's fields, so that what can be read of a recipe with mistakes is judged as well.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,10 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-from nnssl_adapt.training.recipe.values import raise_if_any
-from nnssl_adapt.weights.transfer.rows import FRESH, REST, percent
-
-if TYPE_CHECKING:
-    from nnssl_adapt.training.recipe.recipe import Recipe
-    from nnssl_adapt.weights.network.architectures import Architecture
-    from nnssl_adapt.weights.transfer.report import TransferReport
+from typing import Any
 
 
-def range_mistakes(recipe: Recipe) -> Iterable[str]:
+def range_mistakes(recipe: Any) -> Iterable[str]:
     """Values that no recipe can have; they are of the right types already."""
     yield from _number_mistakes(recipe)
     if not 0 <= recipe.momentum < 1:
@@ -49,7 +44,7 @@ def range_mistakes(recipe: Recipe) -> Iterable[str]:
         )
 
 
-def _number_mistakes(recipe: Recipe) -> Iterable[str]:
+def _number_mistakes(recipe: Any) -> Iterable[str]:
     at_least_one = (
         "epochs",
         "iterations_per_epoch",
@@ -81,7 +76,7 @@ def _number_mistakes(recipe: Recipe) -> Iterable[str]:
             yield f"{name}: expected 0 or more, got {getattr(recipe, name)}"
 
 
-def contradictions(recipe: Recipe) -> Iterable[str]:
+def contradictions(recipe: Any) -> Iterable[str]:
     """Values that are fine alone and not together."""
     warmup = max(0, recipe.warmup_epochs) + max(0, recipe.decoder_warmup_epochs)
     if recipe.epochs >= 1 and warmup >= recipe.epochs:
@@ -111,18 +106,6 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "lora_rank and from_scratch: random weights would stay random; drop one of them"
 
 
-def check_recipe_against(architecture: Architecture, recipe: Recipe, device_type: str | None = None) -> None:
-    """Raise ConfigurationError for all that the recipe asks for and this network, or this kind of device, can't do.
-
-    Args:
-        architecture: of the plan, or of the checkpoint as long as there is no plan.
-        recipe: what was asked for.
-        device_type: ``cuda``, ``cpu`` or ``mps``; None when it is not known yet.
-    """
-    mistakes = list(machine_mistakes(architecture.is_transformer, recipe, device_type))
-    raise_if_any(mistakes, f"recipe {recipe.name!r} for {architecture}")
-
-
 def machine_mistakes(is_transformer: bool, recipe: Any, device_type: str | None = None) -> Iterable[str]:
     """What the network, the device or the installation can't do of ``recipe``, which may be anything with its fields."""
     if recipe.lora_rank > 0 and not is_transformer:
@@ -141,27 +124,3 @@ def machine_mistakes(is_transformer: bool, recipe: Any, device_type: str | None 
         yield f"precision: fp16 needs a CUDA device, not {device_type}; use auto or fp32"
     if recipe.compile == "on" and device_type == "mps":
         yield "compile: not on mps; use auto or off"
-
-
-def freezing_warnings(recipe: Recipe, report: TransferReport) -> list[str]:
-    """What stays as random as it was made, since it is frozen and the checkpoint had nothing for it. For the log.
-
-    Args:
-        recipe: of the run.
-        report: of the transfer that the run starts from.
-    """
-    frozen_encoder = recipe.freeze != "none" or recipe.lora_rank > 0
-    warnings = []
-    if frozen_encoder and report.coverage < 1:
-        fresh = [row.name for row in report.rows if row.part != REST and row.fate == FRESH and row.alias_of is None]
-        example = f" ({fresh[0]}, …)" if fresh else ""
-        warnings.append(
-            f"the encoder is frozen, and {percent(1 - report.coverage)} of it is not pre-trained{example}: that part stays as "
-            "random as it is. Fine-tune everything, or use layer_decay (--llrd 0.75)"
-        )
-    if recipe.freeze == "all_but_head" and report.decoder_coverage < 1:
-        warnings.append(
-            f"only the head learns, and {percent(1 - report.decoder_coverage)} of the decoder under it is not pre-trained: it "
-            "stays random, so the result says little about the weights. Use --freeze encoder, which lets the decoder learn"
-        )
-    return warnings
