@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -43,7 +43,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     in_job = bool(os.environ.get("SLURM_JOB_ID"))
     try:
-        with held(folder / LOCK, PATIENCE_OF_JOBS if in_job else 0.0):
+        with held(folder / LOCK, PATIENCE_OF_JOBS if in_job else 0.0, lambda other: _is_of_same_job(other, os.environ)):
             yield
     except InUse as taken:
         if in_job and not _is_of_same_job(taken.holder, os.environ):
@@ -68,10 +68,12 @@ class InUse(Exception):
 
 
 @contextmanager
-def held(path: Path, patience: float = 0.0) -> Iterator[None]:
+def held(
+    path: Path, patience: float = 0.0, in_vain: Callable[[Holder | None], bool] = lambda holder: False
+) -> Iterator[None]:
     """Hold the lock ``path`` (a file that is made if need be), waiting up to ``patience`` seconds for it.
 
-    Raises InUse, OutputError if the file can't be written.
+    ``in_vain`` tells for which holders not to wait. Raises InUse, OutputError if the file can't be written.
     """
     me, heartbeat = Holder.here(), Heartbeat(path.with_name(f"{path.name}_heartbeat"))
     with explain_write_errors(path):
@@ -81,7 +83,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
         while not _taken(stream, heartbeat, me):
             waited = time.monotonic() - started
             holder = heartbeat.holder()
-            if waited >= patience or _is_of_same_job(holder, os.environ):
+            if waited >= patience or in_vain(holder):
                 raise InUse(holder, waited)
             if waited < _LOOK_EVERY:
                 logger.info("%s is in use by %s: waiting", path.parent, holder or "another process")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.reorient import reorient_dataset
+from nnssl_adapt.data.store import RECORDS_FOLDER
 from nnssl_adapt.data.verifying.fingerprint import (
     DatasetFingerprint,
     changed_cases,
@@ -21,6 +23,7 @@ from nnssl_adapt.data.verifying.gate import verify_dataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, make_folder
 from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, check_fixed, checked_spacing, choose_spacing
+from nnssl_adapt.machine.lock import held
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
 from nnssl_adapt.planning.base_plans import BasePlans, find_topology
@@ -293,29 +296,46 @@ def load_or_make_fingerprint(
     """Return the dataset's fingerprint from its preprocessed folder, verifying and measuring the images if it is missing.
 
     A fingerprint of another number of cases than the dataset has is made anew, and so is one of ours when files have
-    changed since.
+    changed since. Of several processes, also on several machines, one makes it and the others wait for it.
     """
     path = preprocessed_folder() / raw.name / "dataset_fingerprint.json"
-    if path.is_file():
-        fingerprint = DatasetFingerprint.load(path)
-        changed = changed_cases(path, raw)
-        if len(fingerprint.spacings) == len(raw.cases) and not changed:
-            logger.info("using the fingerprint %s", path)
-            return fingerprint
-        count, more = len(fingerprint.spacings), f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        why = (
-            f"these cases have changed since: {', '.join(changed[:5])}{more}"
-            if changed
-            else f"it describes {count} cases"
-        )
-        logger.warning("%s is out of date (%s, the dataset has %d): making it anew", path, why, len(raw.cases))
+    known = _usable_fingerprint(path, raw)
+    if known is not None:
+        return known
+    if not save:
+        _verify(raw, workers, progress)
+        return fingerprint_dataset(raw, workers=workers, progress=progress)
+    with held(make_folder(path.parent / RECORDS_FOLDER) / "fingerprint.lock", patience=math.inf):
+        known = _usable_fingerprint(path, raw)  # another process has made it meanwhile
+        return known if known is not None else _make_fingerprint(path, raw, workers, progress)
+
+
+def _usable_fingerprint(path: Path, raw: RawDataset) -> DatasetFingerprint | None:
+    if not path.is_file():
+        return None
+    fingerprint = DatasetFingerprint.load(path)
+    changed = changed_cases(path, raw)
+    if len(fingerprint.spacings) == len(raw.cases) and not changed:
+        logger.info("using the fingerprint %s", path)
+        return fingerprint
+    count, more = len(fingerprint.spacings), f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    why = (
+        f"these cases have changed since: {', '.join(changed[:5])}{more}" if changed else f"it describes {count} cases"
+    )
+    logger.warning("%s is out of date (%s, the dataset has %d): making it anew", path, why, len(raw.cases))
+    return None
+
+
+def _verify(raw: RawDataset, workers: int, progress: bool) -> None:
     logger.info("verifying %s (%d cases)", raw.name, len(raw.cases))
     report = verify_dataset(raw, workers=workers, progress=progress)
     for warning in report.warnings:
         logger.warning("%s", warning)
     report.raise_if_bad()
-    if not save:
-        return fingerprint_dataset(raw, workers=workers, progress=progress)
+
+
+def _make_fingerprint(path: Path, raw: RawDataset, workers: int, progress: bool) -> DatasetFingerprint:
+    _verify(raw, workers, progress)
     parts = path.parent / ".nnssl_adapt_fingerprint"
     fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress, parts=parts)
     fingerprint.save(path)
