@@ -34,8 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
 
     checkpoint = open_source(arguments)
-    network, settings, heads, whose = _target(checkpoint, arguments)
-    report = na.transfer_weights(checkpoint, network, **_as_arguments(settings), head_names=heads)
+    network, settings, heads, channels, whose = _target(checkpoint, arguments)
+    report = na.transfer_weights(
+        checkpoint, network, **_as_arguments(settings), head_names=heads, channel_names=channels
+    )
     own_notes = tuple(note for note in report.notes if note not in checkpoint.notes)  # the others were shown above
     print(f"\n{whose}:\n{dataclasses.replace(report, notes=own_notes)}")
     content: dict[str, Any] = {"checkpoint": describe(checkpoint), "transfer": report.to_dict()}
@@ -60,16 +62,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _target(
     checkpoint: Checkpoint, arguments: argparse.Namespace
-) -> tuple[nn.Module, TransferSettings, tuple[str, ...], str]:
-    """The network to fill, how, what its outputs stand for, and a line that says whose it is."""
+) -> tuple[nn.Module, TransferSettings, tuple[str, ...], tuple[str, ...], str]:
+    """The network to fill, how, names of its outputs and channels, and a line that says whose it is."""
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.weights.network.architectures import build_network, nearest_patch
+    from nnssl_adapt.weights.transfer.by_name import pair_by_name
 
     plan = checkpoint.plan
     patch = nearest_patch(checkpoint.architecture, plan.patch_size)
     size = " × ".join(map(str, patch))
     if arguments.dataset is None:
-        names: tuple[str, ...] = tuple(str(index) for index in range(plan.num_input_channels))
+        names = plan.channel_names or tuple(str(index) for index in range(plan.num_input_channels))
         heads = plan.head_names
         outputs = len(heads) or 2
         whose = f"A new network of the same kind ({len(names)} channel(s), {outputs} outputs, patch {size}) would get"
@@ -78,7 +81,9 @@ def _target(
         names, heads, outputs = tuple(raw.channel_names), raw.labels.head_names, raw.labels.num_heads
         whose = f"The network of {raw.name} ({len(names)} channel(s), {outputs} outputs, patch {size}) would get"
     settings = transfer_settings_from(arguments, names if arguments.dataset is not None else ())
-    return build_network(checkpoint.architecture, len(names), outputs, patch), settings, heads, whose
+    pairing = pair_by_name(settings.channels, names, plan.channel_names, plan.num_input_channels)
+    settings = dataclasses.replace(settings, channels=pairing.rule)
+    return build_network(checkpoint.architecture, len(names), outputs, patch), settings, heads, names, whose
 
 
 def _as_arguments(settings: TransferSettings) -> dict[str, Any]:

@@ -26,10 +26,10 @@ def add_transfer_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--channels",
-        default="repeat",
-        metavar="repeat|mean|zero|MAP",
-        help="how the stem takes another number of image channels: repeat (default), mean, zero (new ones silent), or for "
-        "every channel of the dataset the pre-training channel it takes, such as T1=0,T2=0,FLAIR=new",
+        default="auto",
+        metavar="auto|repeat|mean|zero|MAP",
+        help="which pre-training channel each image channel takes: by name where both have names, else by number (auto, the "
+        "default); repeat, mean, zero (new ones silent); or a map by name or number such as T1=T1w,T2=0,FLAIR=new",
     )
     group.add_argument(
         "--token-order",

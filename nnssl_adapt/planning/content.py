@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,12 @@ from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.geometry.spacing import Spacing, SpacingChoice, median_spacing, resampled_shape
 from nnssl_adapt.planning.base_plans import BasePlans
 from nnssl_adapt.planning.naming import describe_settings
-from nnssl_adapt.planning.normalization import FROM_PRETRAINING, Normalization, choose_normalization
+from nnssl_adapt.planning.normalization import (
+    FROM_PRETRAINING,
+    Normalization,
+    choose_normalization,
+    intensity_statistics,
+)
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
@@ -64,8 +68,13 @@ def plans_content(
         "configurations": {CONFIGURATION: configuration},
         "experiment_planner_used": "nnssl_adapt",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": base.content.get(
-            "foreground_intensity_properties_per_channel", copy.deepcopy(fingerprint.intensity)
+        "foreground_intensity_properties_per_channel": intensity_statistics(
+            normalization,
+            schemes,
+            checkpoint.plan,
+            raw,
+            base.content.get("foreground_intensity_properties_per_channel", fingerprint.intensity),
+            settings,
         ),
         "pretrain_info": pretrain_info(checkpoint),
         "nnssl_adapt": {

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from nnssl_adapt.planning.preflight import check_orientation, check_transfer, fi
 from nnssl_adapt.planning.topology import check_preset
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.network.architectures import nearest_patch
+from nnssl_adapt.weights.transfer.by_name import pair_by_name
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ def make_plan(
         plans_name = check_plans_name(plans_name)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    transfer = transfer or TransferSettings()
+    transfer = _channels_by_name(transfer or TransferSettings(), raw, checkpoint)
     orient = partial(_oriented, checkpoint, reorient, ignore_orientation, plans_name, workers, progress)
     if preset is not None:
         _check_preset_use(preset, keep_topology, base_plans)
@@ -158,6 +160,15 @@ def make_plan(
         logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
     content = plans_content(raw, checkpoint, fingerprint, base, choice, name, plans_name, transfer, normalization)
     return _fitted(FinetunePlan(content), raw, fit_gpu)
+
+
+def _channels_by_name(transfer: TransferSettings, raw: RawDataset, checkpoint: Checkpoint) -> TransferSettings:
+    """The settings with the pre-training's number for each channel, which then decides about its normalisation too."""
+    plan = checkpoint.plan
+    pairing = pair_by_name(transfer.channels, raw.channel_names, plan.channel_names, plan.num_input_channels)
+    for warning in pairing.warnings:
+        logger.warning("%s", warning)
+    return replace(transfer, channels=pairing.rule)
 
 
 def spacing_advice(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError, PlanError
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.transfer.by_name import origin_of_channels
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,13 @@ def choose_normalization(
     for channel, (name, chosen) in enumerate(zip(raw.channel_names, wishes, strict=True)):
         if chosen == FROM_PRETRAINING:
             scheme, mask = pretrained[0][channel], pretrained[1][channel]
+            if scheme == "CTNormalization" != natural[0][channel]:
+                logger.warning(
+                    "channel %r gets CTNormalization, as the weights were trained on CT: its intensities are clipped and scaled "
+                    "by fixed numbers, which means nothing for other images than CT. --normalization from_data takes %s",
+                    name,
+                    natural[0][channel],
+                )
             if natural[0][channel] == "CTNormalization" != scheme:
                 logger.warning(
                     "channel %r is CT, the weights saw %s images, and so will the network: --normalization from_data takes "
@@ -110,8 +120,9 @@ def _of_pretraining(pretraining: AdaptationPlan, raw: RawDataset, settings: Tran
         masks = (masks * len(schemes))[: len(schemes)]
     if len(set(schemes)) == 1 and len(set(masks)) == 1:
         return schemes[:1] * raw.num_channels, masks[:1] * raw.num_channels
-    if not isinstance(settings.channels, str):
-        return _by_map(settings.channels, schemes, masks, raw.channel_names)
+    channels = settings.channel_numbers
+    if not isinstance(channels, str):
+        return _by_map(channels, schemes, masks, raw.channel_names)
     if len(schemes) == raw.num_channels:
         return schemes, masks[: len(schemes)]
     raise PlanError(
@@ -120,6 +131,34 @@ def _of_pretraining(pretraining: AdaptationPlan, raw: RawDataset, settings: Tran
         + ",".join(f"{name}={min(i, len(schemes) - 1)}" for i, name in enumerate(raw.channel_names))
         + ", or choose with --normalization"
     )
+
+
+def intensity_statistics(
+    wish: str,
+    schemes: Sequence[str],
+    pretraining: AdaptationPlan,
+    raw: RawDataset,
+    of_data: Mapping[str, Any],
+    settings: TransferSettings,
+) -> dict[str, Any]:
+    """Intensity statistics of each channel (``0``, ``1``, …), which CTNormalization clips and scales by.
+
+    A channel that is normalised as in the pre-training has the statistics of the pre-training channel whose kernel it takes,
+    where the weights' plan has any (as nnU-Net's ``move_plans`` keeps them); else those of the dataset (``of_data``).
+    Whose they are is logged for channels with CTNormalization (``schemes``).
+    """
+    wishes = parse_normalization(wish, raw)
+    origin = origin_of_channels(settings.channel_numbers, pretraining.num_input_channels, raw.num_channels)
+    statistics = dict(copy.deepcopy(dict(of_data)))
+    for channel, (chosen, source) in enumerate(zip(wishes, origin, strict=True)):
+        if chosen == FROM_PRETRAINING and source is not None and source < len(pretraining.intensity):
+            statistics[str(channel)] = dict(pretraining.intensity[source])
+            whose = "the weights' own (--normalization from_data takes the dataset's)"
+        else:
+            whose = "the dataset's"
+        if schemes[channel] == "CTNormalization":
+            logger.info("channel %r: clipped and scaled by intensity statistics, %s", raw.channel_names[channel], whose)
+    return statistics
 
 
 def _by_map(

@@ -36,7 +36,13 @@ def check_transfer(
     """
     with torch.random.fork_rng(devices=[]):
         network = build_network(architecture, raw.num_channels, raw.labels.num_heads, patch_size)
-    report = transfer_weights(checkpoint, network, head_names=raw.labels.head_names, **settings.to_dict())
+    report = transfer_weights(
+        checkpoint,
+        network,
+        head_names=raw.labels.head_names,
+        channel_names=raw.channel_names,
+        **settings.to_dict(),
+    )
     logger.info("weights fit: %s", str(report).rpartition("\n")[2])
     return report
 

@@ -96,7 +96,10 @@ def fill_with_starting_weights(
     if "source" not in plan.provenance:  # nobody has compared the plan with the weights yet
         _compare_axes(plan, found)
     settings = plan.transfer_settings.to_dict()
-    report = transfer_weights(found, network, head_names=plan.labels.head_names, **settings)
+    channel_names = tuple(plan.dataset_json.channel_names.values())
+    report = transfer_weights(
+        found, network, head_names=plan.labels.head_names, channel_names=channel_names, **settings
+    )
     return StartingWeights(report, found.citations)
 
 

@@ -63,6 +63,8 @@ class AdaptationPlan(BaseModel):
         head_names: what the outputs of a supervised network stand for, in order; empty where unknown.
         orientation: three letters such as ``RPI`` where the weights want one orientation, as the Spinal Cord Toolbox
             writes them (the directions that the axes come from); None where any will do.
+        channel_names: of the image channels in order; empty where unknown.
+        intensity: nnU-Net's statistics of the foreground's intensities, one a channel; empty where unknown.
         raw: the plan exactly as found.
     """
 
@@ -85,6 +87,8 @@ class AdaptationPlan(BaseModel):
     transpose_forward: tuple[int, int, int] = (0, 1, 2)
     head_names: tuple[str, ...] = ()
     orientation: str | None = None
+    channel_names: tuple[str, ...] = ()
+    intensity: tuple[dict[str, Any], ...] = ()
     raw: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @classmethod

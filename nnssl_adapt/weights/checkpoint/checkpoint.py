@@ -76,7 +76,7 @@ class Checkpoint:
             f"{self.origin}: {self.origin.filename}{fold}, sha256 {self.origin.sha256[:12]}",
             f"  network   {self.architecture}, {_millions(self.num_parameters)} numbers stored",
             f"  trained   by {self.trainer_name or 'an unnamed trainer'}{_purpose(plan)}",
-            f"  images    {plan.num_input_channels} channel(s), {', '.join(plan.normalization_schemes)}"
+            f"  images    {_channels(plan)}, {', '.join(plan.normalization_schemes)}"
             + (f", orientation {plan.orientation}" if plan.orientation else ""),
             f"  spacing   {spacing}",
             f"  patch     {patch}",
@@ -99,6 +99,11 @@ class Checkpoint:
             ": ".join(str(entry[key]) for key in ("type", "name") if entry.get(key)) or "unnamed"
             for entry in self.citations
         )
+
+
+def _channels(plan: AdaptationPlan) -> str:
+    named = f" ({', '.join(plan.channel_names)})" if plan.channel_names else ""
+    return f"{plan.num_input_channels} channel(s){named}"
 
 
 def _purpose(plan: AdaptationPlan) -> str:

@@ -162,7 +162,10 @@ def _with_stem(
     channels = int(tensors[names[0]].shape[1])
     if channels != plan.num_input_channels:
         notes.append(f"the plan says {plan.num_input_channels} input channel(s), the stem has {channels}")
-    return plan.model_copy(update={"keys_to_in_proj": modules, "num_input_channels": channels}), notes
+    update: dict[str, object] = {"keys_to_in_proj": modules, "num_input_channels": channels}
+    # What stands for other channels than the network has says nothing of those.
+    update |= {key: () for key in ("channel_names", "intensity") if len(getattr(plan, key)) != channels}
+    return plan.model_copy(update=update), notes
 
 
 def _with_positions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,8 @@ def plan_from_nnunet(
         "use_mask_for_norm": settings.get("use_mask_for_norm"),
         "transpose_forward": plans.get("transpose_forward"),
         "num_input_channels": _channels(dataset_json, settings),
+        "channel_names": _channel_names(dataset_json),
+        "intensity": _intensity(plans),
         "citations": (NNUNET_CITATION,),
         "supervised": True,
     }
@@ -144,6 +147,33 @@ def _channels(dataset_json: Mapping[str, Any] | None, settings: Mapping[str, Any
         if isinstance(names, (Mapping, list, tuple)) and names:
             return len(names)
     return None
+
+
+def _channel_names(dataset_json: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of the channels in order; files before nnU-Net 2 call them ``modality``. Empty where they can't be told."""
+    content = dataset_json or {}
+    names = content.get("channel_names", content.get("modality"))
+    if isinstance(names, Mapping):
+        names = [names.get(str(index), names.get(index)) for index in range(len(names))]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)
+
+
+def _intensity(plans: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Statistics of the foreground's intensities, one a channel, in order; empty where the plans have none."""
+    found = plans.get("foreground_intensity_properties_per_channel")
+    if not isinstance(found, Mapping):
+        return ()
+    entries = [found.get(str(index)) for index in range(len(found))]
+    good = [dict(entry) for entry in entries if isinstance(entry, Mapping) and _is_statistics(entry)]
+    return tuple(good) if len(good) == len(entries) else ()
+
+
+def _is_statistics(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry holds the numbers that nnU-Net's normalisation of CT uses."""
+    numbers = [entry.get(key) for key in ("mean", "std", "percentile_00_5", "percentile_99_5")]
+    return all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
 
 
 def _head_names(dataset_json: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def prove_transfer(
     network: nn.Module | None = None,
     *,
     scope: str = "auto",
-    channels: str | Sequence[int | None] = "repeat",
+    channels: str | Sequence[int | str | None] = "auto",
     token_order: str = "auto",
     waive: Sequence[str] = (),
     tolerance: float = TOLERANCE,
@@ -253,7 +253,7 @@ def _cnns(
     decoder = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
     source: Any = pretrained_network(checkpoint, (shape[0], shape[1], shape[2]), decoder=decoder)
     old, new = checkpoint.plan.num_input_channels, _input_channels(network)
-    before, after, how = _images(settings.channels, old, new, shape)
+    before, after, how = _images(settings.channel_numbers, old, new, shape)
     notes += [how] if how else []
     skips, others = source.encoder(before), target.encoder(after)
     truth: Features = {}
@@ -337,7 +337,7 @@ def _transformers(
     grid = _grid_of(target, settings)
     patch = [n * k for n, k in zip(grid, kernel, strict=True)]
     old, new = checkpoint.plan.num_input_channels, _input_channels(network)
-    before, after, how = _images(settings.channels, old, new, patch)
+    before, after, how = _images(settings.channel_numbers, old, new, patch)
     notes += [how] if how else []
     found = watch_transformer(target, after, grid, network_order(network))
     truth = pretrained_token_features(checkpoint, before, grid, order, notes)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
+from nnssl_adapt.weights.transfer.by_name import HeadsDiffer, fit_heads
 from nnssl_adapt.weights.transfer.correspondence import (
     Encoder,
     decoder_stages,
@@ -17,7 +18,6 @@ from nnssl_adapt.weights.transfer.correspondence import (
     why_dropped,
     why_fresh,
 )
-from nnssl_adapt.weights.transfer.heads import HeadsDiffer, fit_heads
 from nnssl_adapt.weights.transfer.rules import DoesNotFit, Fitted, Role, TensorFate, fit, in_full_precision, times
 
 UNET, PRIMUS = "decoder", "up_projection"

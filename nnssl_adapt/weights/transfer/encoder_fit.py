@@ -107,10 +107,10 @@ class EncoderFit:
         if target is None or not names or self.source[names[0]].ndim < 2:
             return
         trained, channels = self.source[names[0]].shape[1], target.tensor.shape[1]
-        wrong = check_channel_map(self.settings.channels, trained, channels)
+        wrong = check_channel_map(self.settings.channel_numbers, trained, channels)
         if wrong:
             raise TransferError(f"{self.checkpoint.origin}: {wrong}")
-        unused = unused_channels(self.settings.channels, trained, channels)
+        unused = unused_channels(self.settings.channel_numbers, trained, channels)
         if unused:
             self.notes.append(f"pre-training channel(s) {', '.join(map(str, unused))} not used")
 
@@ -171,7 +171,9 @@ class EncoderFit:
         elif self._is_rotated(target):
             value, before = tensor_ops.swap_rotary_axes(value, self.heads), ("rotary axes exchanged (token order)",)
         elif self.parts.is_in_proj(target):
-            role = Role("convolution" if self.order is None else "patch embedding", channels=self.settings.channels)
+            role = Role(
+                "convolution" if self.order is None else "patch embedding", channels=self.settings.channel_numbers
+            )
         fitted = fit(value, target.tensor, role)
         if self.order is not None and role.features == 0 and _has_other_width(value, target.tensor):
             self._warn_of_widths()

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nnssl_adapt.data.names import pair_channels
 from nnssl_adapt.errors import ConfigurationError
 
 SCOPES = ("auto", "encoder", "encoder+decoder", "none")
-CHANNEL_RULES = ("repeat", "mean", "zero")
+CHANNEL_RULES = ("auto", "repeat", "mean", "zero")
 TOKEN_ORDER_CHOICES = ("auto", "hwd", "whd")
+
+ChannelRule = str | tuple[int | None, ...]
+"""A rule's name, or for each channel of the network the pre-training channel that it takes, None for a new one."""
 
 NEW_CHANNEL = "new"
 """In a channel map: this channel of the network has learned nothing."""
@@ -23,9 +27,10 @@ class TransferSettings:
     Attributes:
         scope: which part of the network is filled: ``encoder`` (with its stem), ``encoder+decoder`` (and segmentation
             heads whose label names agree), ``none``; ``auto`` is ``encoder+decoder`` for supervised weights, else ``encoder``.
-        channels: how the stem takes another number of image channels: ``repeat`` (cycled, scaled so that copies of one
-            image do what it did), ``mean`` (every channel gets the average kernel), ``zero`` (the first ones as they are,
-            new ones silent), or for each channel of the network the pre-training channel it takes, None for a new one.
+        channels: which kernel each image channel takes. ``auto``: that of the pre-training channel with the same name where
+            both sides have names, else as ``repeat``. ``repeat``: by number, cycled, scaled so that copies of one image do
+            what it did; ``mean``: every channel gets the average kernel; ``zero``: the first ones as they are, new ones
+            silent. Or for each channel of the network the number or name of the pre-training channel, None for a new one.
         token_order: order in which the checkpoint flattened its tokens: ``hwd``, ``whd``, or ``auto`` to find out.
         waive: patterns (``encoder.stages.5.*``) of tensors, of the network or the checkpoint, that may be left behind.
 
@@ -33,7 +38,7 @@ class TransferSettings:
     """
 
     scope: str = "auto"
-    channels: str | tuple[int | None, ...] = "repeat"
+    channels: str | tuple[int | str | None, ...] = "auto"
     token_order: str = "auto"
     waive: tuple[str, ...] = ()
 
@@ -44,11 +49,11 @@ class TransferSettings:
             _check_choice("channel rule", self.channels, CHANNEL_RULES)
         else:
             channels = tuple(self.channels)
-            bad = [c for c in channels if c is not None and (isinstance(c, bool) or not isinstance(c, int) or c < 0)]
+            bad = [c for c in channels if not _is_channel(c)]
             if bad or not channels or all(channel is None for channel in channels):
                 raise ConfigurationError(
                     f"channel map {list(self.channels)}: give for each channel of the network the number of a "
-                    "pre-training channel, or None for a new one, and at least one number"
+                    "pre-training channel (or its name), or None for a new one, and at least one number"
                 )
             object.__setattr__(self, "channels", channels)
         patterns = (self.waive,) if isinstance(self.waive, str) else tuple(self.waive)
@@ -63,40 +68,68 @@ class TransferSettings:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return cls(**values)
 
+    @property
+    def channel_numbers(self) -> ChannelRule:
+        """``channels`` with numbers only, where no names are known: ``auto`` is ``repeat``.
+
+        Raises ConfigurationError when they hold the name of a channel: who knows the weights' names has to look it up first.
+        """
+        if isinstance(self.channels, str):
+            return "repeat" if self.channels == "auto" else self.channels
+        names = [entry for entry in self.channels if isinstance(entry, str)]
+        if names:
+            raise ConfigurationError(f"the weights name no channel {names[0]!r}: give its number, from 0")
+        return tuple(entry for entry in self.channels if not isinstance(entry, str))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def parse_channels(text: str, channel_names: Sequence[str]) -> str | tuple[int | None, ...]:
-    """Read ``--channels``: a rule, or a map such as ``T1=0,T2=0,FLAIR=new``.
+def parse_channels(text: str, channel_names: Sequence[str]) -> str | tuple[int | str | None, ...]:
+    """Read ``--channels``: a rule, or a map such as ``T1=T1w,T2=0,FLAIR=new``.
 
     Args:
-        text: ``repeat``, ``mean``, ``zero``, or ``NAME=NUMBER|new`` for every channel of the dataset, separated by commas;
-            a name may also be the channel's number in dataset.json. Case does not matter.
+        text: one of :data:`CHANNEL_RULES`, or ``NAME=NAME|NUMBER|new`` for every channel of the dataset, separated by commas:
+            left its name (or number) in dataset.json, right the name or number of the pre-training's. Case and
+            separators do not matter.
         channel_names: the dataset's channels, in order.
 
-    Raises ConfigurationError for a channel that is unknown, missing or named twice.
+    Names of pre-training channels stay names: they are looked up when the weights are known. Raises ConfigurationError for a
+    channel of the dataset that is unknown, missing or named twice.
     """
     if text.strip().lower() in CHANNEL_RULES:
         return text.strip().lower()
-    known = {name.lower(): index for index, name in enumerate(channel_names)}
     numbers = {str(index): index for index in range(len(channel_names))}
-    chosen: dict[int, int | None] = {}
+    chosen: dict[int, int | str | None] = {}
     expected = f"expected {', '.join(CHANNEL_RULES)} or a map of the channels {', '.join(channel_names)}"
     for entry in text.split(","):
         name, equals, value = (part.strip() for part in entry.partition("="))
-        index = known.get(name.lower(), numbers.get(name))
-        if index is None or not equals or not (value.isdigit() or value.lower() == NEW_CHANNEL):
+        index = numbers.get(name)
+        if index is None:
+            lowered = [known.strip().casefold() for known in channel_names]
+            index = (
+                lowered.index(name.casefold())
+                if name.casefold() in lowered
+                else pair_channels([name], channel_names)[0]
+            )
+        if index is None or not equals or not value or (set(value) <= set("+-.0123456789") and not value.isdigit()):
             raise ConfigurationError(
                 f"--channels {text}: can't read {entry.strip()!r}; {expected} such as {channel_names[0]}=0"
             )
         if index in chosen:
             raise ConfigurationError(f"--channels {text}: channel {name} is there twice")
-        chosen[index] = int(value) if value.isdigit() else None
+        chosen[index] = int(value) if value.isdigit() else None if value.lower() == NEW_CHANNEL else value
     missing = [name for index, name in enumerate(channel_names) if index not in chosen]
     if missing:
         raise ConfigurationError(f"--channels {text}: nothing is said of {', '.join(missing)}; {expected}")
     return TransferSettings(channels=tuple(chosen[index] for index in range(len(channel_names)))).channels
+
+
+def _is_channel(entry: Any) -> bool:
+    """Whether it is an entry of a channel map: a number, a name, or None."""
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return entry >= 0
+    return entry is None or (isinstance(entry, str) and bool(entry.strip()))
 
 
 def _check_choice(what: str, value: Any, choices: Sequence[str]) -> None:

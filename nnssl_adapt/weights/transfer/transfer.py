@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network import tensor_ops
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, is_special_token
+from nnssl_adapt.weights.transfer.by_name import pair_by_name
 from nnssl_adapt.weights.transfer.decoder_fit import DecoderFit
 from nnssl_adapt.weights.transfer.encoder_fit import EncoderFit
 from nnssl_adapt.weights.transfer.report import TransferReport
@@ -37,10 +39,11 @@ def transfer_weights(
     network: nn.Module,
     *,
     scope: str = "auto",
-    channels: str | Sequence[int | None] = "repeat",
+    channels: str | Sequence[int | str | None] = "auto",
     token_order: str = "auto",
     waive: Sequence[str] = (),
     head_names: Sequence[str] = (),
+    channel_names: Sequence[str] = (),
 ) -> TransferReport:
     """Load pre-trained weights into ``network``, whose tensors it CHANGES in place, and account for everything.
 
@@ -53,6 +56,8 @@ def transfer_weights(
         scope, channels, token_order, waive: see :class:`~nnssl_adapt.weights.transfer.settings.TransferSettings`.
         head_names: what the network's outputs stand for, in order (:attr:`LabelScheme.head_names`); heads of a
             supervised network are taken over where names agree.
+        channel_names: of the network's image channels, in order; with ``channels`` at ``auto`` each takes the kernel of the
+            pre-training channel of its name.
 
     Returns a :class:`TransferReport`.
 
@@ -67,7 +72,12 @@ def transfer_weights(
     network = _unwrap(network)
     if settings.scope == "none":
         return _nothing_wanted(checkpoint, network)
+    plan = checkpoint.plan
+    pairing = pair_by_name(settings.channels, channel_names, plan.channel_names, plan.num_input_channels)
+    settings = replace(settings, channels=pairing.rule)
     transfer = _Transfer(checkpoint, network, settings, head_names)
+    transfer.notes += pairing.notes
+    transfer.warnings += pairing.warnings
     report = transfer.plan()
     transfer.apply()
     for warning in report.warnings:

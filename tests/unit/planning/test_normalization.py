@@ -8,7 +8,7 @@ import pytest
 import nnssl_adapt as na
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.planning.normalization import choose_normalization
+from nnssl_adapt.planning.normalization import choose_normalization, intensity_statistics
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 ROOMY = DatasetFingerprint(((1.0,) * 3,), ((9, 8, 7),), {}, 0.9)
@@ -28,6 +28,31 @@ def test_the_pretrainings_is_the_default_and_ct_is_warned_of(caplog):
     chosen("from_pretraining", ("T1", "T2"))
     chosen("from_pretraining", ("CT",), schemes=("CTNormalization",))
     assert not caplog.text
+
+
+def test_ct_normalization_of_another_image_is_warned_of(caplog):
+    chosen("from_pretraining", ("T1",), schemes=("CTNormalization",))
+    assert "'T1' gets CTNormalization" in caplog.text and "--normalization from_data" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wish", "channels", "means"),
+    [
+        ("from_pretraining", (1, 0), [20, 10]),  # statistics go with the kernel
+        ("from_pretraining", (1, None), [20, 2]),
+        ("from_pretraining", "repeat", [10, 20]),
+        ("from_pretraining", "mean", [1, 2]),
+        ("from_data", (1, 0), [1, 2]),
+        ("ct,from_pretraining", (1, 0), [1, 10]),
+    ],
+)
+def test_intensity_statistics_go_with_their_channel(wish, channels, means):
+    raw = SimpleNamespace(channel_names=("CT", "PET"), num_channels=2)
+    plan = SimpleNamespace(num_input_channels=2, intensity=({"mean": 10}, {"mean": 20}))
+    of_data = {"0": {"mean": 1}, "1": {"mean": 2}}
+    settings = TransferSettings(channels=channels)
+    found = intensity_statistics(wish, ["CTNormalization"] * 2, plan, raw, of_data, settings)
+    assert [found[key]["mean"] for key in ("0", "1")] == means
 
 
 def test_nnunets_rule_for_the_data():

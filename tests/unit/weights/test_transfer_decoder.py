@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
-from nnssl_adapt.weights.transfer.heads import HeadsDiffer, match_heads
+from nnssl_adapt.weights.transfer.by_name import HeadsDiffer, match_heads
 from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 TRAINED = ("background", "cord", "Lesion")

@@ -15,7 +15,7 @@ NAMES = ["T1", "T2", "FLAIR"]
     [
         ({"scope": "decoder"}, "unknown scope 'decoder': auto, encoder"),
         ({"token_order": "dhw"}, "unknown token order 'dhw': auto, hwd, whd"),
-        ({"channels": "average"}, "unknown channel rule 'average': repeat, mean, zero"),
+        ({"channels": "average"}, "unknown channel rule 'average'"),
         ({"channels": (-1, 0)}, r"channel map \[-1, 0\]"),
         ({"channels": (None, None)}, "at least one number"),
         ({"channels": ()}, "at least one number"),
@@ -57,6 +57,7 @@ def test_unknown_entries_are_refused_by_name():
         ("T1=0,T2=0,FLAIR=new", (0, 0, None)),
         ("flair = 2, t2=NEW, T1=1", (1, None, 2)),
         ("0=3,1=new,2=0", (3, None, 0)),
+        ("T1=T1w,t2_w=1,FLAIR=new", ("T1w", 1, None)),
     ],
 )
 def test_channels_are_read_by_name_or_number(text, expected):
