@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     end_with_launcher()
     try:
-        return train.run(arguments)
+        return train.run_request(arguments) if hasattr(arguments, "request") else train.run(arguments)
     except Exception as error:
         note_error(error)
         raise
@@ -28,7 +28,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nnssl_adapt.train", description=__doc__)
-    train.add_arguments(parser)
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--request" in given:  # by finetune -num_gpus, which has made up its mind
+        train.add_request_arguments(parser)
+    else:
+        train.add_arguments(parser)
     # Before torch is loaded, from each process: DDP looks for weights without a gradient, and where there are none it says,
     # at length, that it need not have.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -169,20 +169,6 @@ def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def source_words(arguments: argparse.Namespace) -> list[str]:
-    """The flags of :func:`add_source` as they were typed, for another process."""
-    flags = {
-        "--revision": arguments.revision,
-        "--file": arguments.source_file,
-        "--fold-of-source": arguments.source_fold,
-        "--stem": arguments.source_stem,
-        "--axes": arguments.source_axes,
-        "--cache-dir": arguments.cache_dir,
-    }
-    words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    return [*words, *(["--local-files-only"] if arguments.local_files_only else [])]
-
-
 def open_source(arguments: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that ``arguments.source`` and the flags of :func:`add_source` name, and show what it is."""
     from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import (
-    EXIT_OK,
     add_source,
     add_verbose,
     checked_workers,
     open_source,
-    source_words,
+    source_options,
     stop_in_order,
 )
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
-from nnssl_adapt.cli.train import add_run_flags, deadline_of, parse_fold, show_end
+from nnssl_adapt.cli.train import add_run_flags, carry_out, deadline_of, parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
-    from nnssl_adapt.planning.plan import FinetunePlan
-    from nnssl_adapt.training.recipe.recipe import Recipe
+    from nnssl_adapt.training.request import TrainingRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.training.launch.launch import check_processes
+    from nnssl_adapt.training.request import TrainingRequest
 
     fold = parse_fold(arguments.fold)
     deadline = deadline_of(arguments, started)
@@ -64,23 +63,24 @@ def run(arguments: argparse.Namespace) -> int:
     check_processes(arguments.num_gpus, arguments.device, recipe.batch_size or plan.batch_size)
     print(plan)
     na.preprocess_dataset(plan, workers=processes)
-    if arguments.num_gpus > 1:
-        return _train_in_processes(arguments, plan, recipe, fold, started)
-    trainer = na.PretrainedTrainer(
-        plan,
+    request = TrainingRequest(
+        dataset=plan.dataset_name,
+        plans=plan.plans_name,
+        configuration=plan.configuration,
         fold=fold,
         recipe=recipe,
         device=arguments.device,
-        checkpoint=checkpoint,
-        from_scratch=arguments.from_scratch,
+        source=None if recipe.from_scratch else arguments.source,
+        source_options=source_options(arguments),
         workers=arguments.workers,
-        trackers=arguments.track,
+        trackers=tuple(arguments.track),
+        resume=False if arguments.restart else "auto",
+        save_probabilities=arguments.npz,
+        deadline=deadline,
     )
-    model = trainer.run(
-        resume=False if arguments.restart else "auto", save_probabilities=arguments.npz, deadline=deadline
-    )
-    show_end(model.path, fold)
-    return EXIT_OK
+    if arguments.num_gpus > 1:
+        return _train_in_processes(request, arguments.num_gpus, arguments.verbose)
+    return carry_out(request, plan, checkpoint)
 
 
 def _refuse_launchers() -> None:
@@ -95,35 +95,11 @@ def _refuse_launchers() -> None:
         )
 
 
-def _train_in_processes(
-    arguments: argparse.Namespace, plan: FinetunePlan, recipe: Recipe, fold: int | str, started: float
-) -> int:
-    """Train with ``-num_gpus`` processes of ``nnUNetv2_train_pretrained``; returns their exit code."""
-    import yaml
-
+def _train_in_processes(request: TrainingRequest, processes: int, verbose: bool) -> int:
+    """Train with several processes on this machine; returns their exit code."""
     from nnssl_adapt.training.launch.launch import run_ranks
 
-    with tempfile.TemporaryDirectory(prefix="nnssl_adapt-recipe-") as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
-        words = training_words(arguments, plan, recipe, fold, started)
-        return run_ranks([*words, "--recipe", str(path)], arguments.num_gpus, arguments.device)
-
-
-def training_words(
-    arguments: argparse.Namespace, plan: FinetunePlan, recipe: Recipe, fold: int | str, started: float
-) -> list[str]:
-    """What ``nnUNetv2_train_pretrained`` has to be told, beside the recipe, to go on from where preprocessing ends.
-
-    ``started`` (seconds since 1970) is when this command was; its time limit counts from there.
-    """
-    from nnssl_adapt.training.run.deadline import time_left
-
-    words = ["-d", plan.dataset_name, "-c", plan.configuration, "-f", str(fold), "-p", plan.plans_name]
-    words += ["-device", arguments.device, *(["--npz"] if arguments.npz else [])]
-    words += [] if arguments.workers is None else ["--workers", str(arguments.workers)]
-    words += [word for tracker in arguments.track for word in ("--track", tracker)]
-    words += [] if arguments.time_limit is None else ["--time-limit", time_left(arguments.time_limit, started)]
-    words += [] if recipe.from_scratch else ["-pc", arguments.source, *source_words(arguments)]
-    words += ["--verbose"] if arguments.verbose else []
-    return [*words, *([] if arguments.restart else ["--c", "auto"])]
+    with tempfile.TemporaryDirectory(prefix="nnssl_adapt-request-") as folder:
+        path = Path(folder) / "request.json"
+        request.save(path)
+        return run_ranks(["--request", str(path), *["--verbose"][: int(verbose)]], processes, request.device)

@@ -16,7 +16,10 @@ from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
+    from nnssl_adapt.planning.plan import FinetunePlan
+    from nnssl_adapt.training.request import TrainingRequest
     from nnssl_adapt.training.run.deadline import Deadline
+    from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +135,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.cli.common import require_device
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.paths import find_dataset_name
-    from nnssl_adapt.training.launch.distributed import distributed
     from nnssl_adapt.training.launch.launch import launch_wanted, run_ranks
+    from nnssl_adapt.training.request import TrainingRequest
 
     dataset, configuration, fold = _dataset_configuration_fold(arguments)
     if arguments.source and arguments.from_scratch:
@@ -148,32 +151,53 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"recipe {recipe.name} starts from random weights, and -pretrained_weights names some: leave one of them out"
         )
-    with distributed(arguments.device) as ranks:
-        trainer = na.PretrainedTrainer(
-            plan,
-            fold=fold,
-            recipe=recipe,
-            device=arguments.device,
-            checkpoint=arguments.source,
-            source_options=source_options(arguments),
-            from_scratch=arguments.from_scratch,
-            workers=arguments.workers,
-            trackers=arguments.track,
-            disable_checkpointing=arguments.disable_checkpointing,
-            results_folder=arguments.results,
-            splits_file=arguments.splits,
-            ranks=ranks,
-        )
-        model = trainer.run(
-            resume="auto" if arguments.resume == "auto" else arguments.resume is not None,
-            validate_only=arguments.val,
-            checkpoint_for_validation="best" if arguments.val_best else "final",
-            save_probabilities=arguments.npz,
-            deadline=ranks.from_main(deadline),
-        )
+    request = TrainingRequest(
+        dataset=plan.dataset_name,
+        plans=plan.plans_name,
+        configuration=plan.configuration,
+        fold=fold,
+        recipe=recipe,
+        device=arguments.device,
+        source=arguments.source,
+        source_options=source_options(arguments),
+        workers=arguments.workers,
+        trackers=tuple(arguments.track),
+        resume="auto" if arguments.resume == "auto" else arguments.resume is not None,
+        validate_only=arguments.val,
+        checkpoint_for_validation="best" if arguments.val_best else "final",
+        save_probabilities=arguments.npz,
+        disable_checkpointing=arguments.disable_checkpointing,
+        results=arguments.results,
+        splits=arguments.splits,
+        deadline=deadline,
+    )
+    return carry_out(request, plan=plan)
+
+
+def carry_out(request: TrainingRequest, plan: FinetunePlan | None = None, checkpoint: Checkpoint | None = None) -> int:
+    """Train, together with the other processes that the environment names, and show what comes next."""
+    from nnssl_adapt.training.launch.distributed import distributed
+
+    with distributed(request.device) as ranks:
+        model = request.run(ranks, plan, checkpoint)
     if ranks.is_main:
-        show_end(model.path, fold)
+        show_end(model.path, request.fold)
     return EXIT_OK
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a process is told that another command started: a file with the whole request."""
+    parser.add_argument("--request", type=Path)
+    stop_in_order(parser)
+    add_verbose(parser)
+
+
+def run_request(arguments: argparse.Namespace) -> int:
+    """Do what the request of another command says."""
+    from nnssl_adapt.training.request import TrainingRequest
+
+    with _only_the_main_rank_talks(arguments):
+        return carry_out(TrainingRequest.load(arguments.request))
 
 
 def show_end(model: Path, fold: int | str) -> None:

@@ -16,6 +16,7 @@ from support.synthetic import make_dataset
 from support.training_runs import assert_same_training
 
 import nnssl_adapt as na
+from nnssl_adapt import train as rank_program
 from nnssl_adapt.cli import main, preprocess, train
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.training.launch import launch
@@ -118,7 +119,7 @@ def test_finetune_hands_its_training_over_to_several_processes(raw, small_resenc
 
     def in_this_process(arguments, count, device):
         asked.append((count, device))
-        return train.main(arguments)
+        return rank_program.main(arguments)
 
     monkeypatch.setattr(launch, "run_ranks", in_this_process)
     for _ in range(2):  # the second time, all is done

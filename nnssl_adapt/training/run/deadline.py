@@ -63,17 +63,6 @@ def read_time_limit(text: str) -> float:
     return seconds
 
 
-def time_left(time_limit: str, started: float) -> str:
-    """What is left now of a time limit that counts from ``started`` (seconds since 1970), to be given to another process.
-
-    As :func:`find_deadline` takes it: in minutes, or ``none``. At least a second, on which that process stops in good order.
-    """
-    if is_unlimited(time_limit):
-        return time_limit
-    seconds = read_time_limit(time_limit) - (time.time() - started)
-    return f"{max(1.0, seconds) / 60:.2f}"
-
-
 def find_deadline(
     time_limit: str | None = None,
     started: float | None = None,

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,6 @@ from nnssl_adapt.cli import finetune, main, train
 from nnssl_adapt.cli.common import checked_workers, run_command, source_options
 from nnssl_adapt.cli.training_flags import recipe_from
 from nnssl_adapt.errors import ConfigurationError, TrainingStopped
-from nnssl_adapt.training.recipe.recipe import Recipe
-from nnssl_adapt.training.run.deadline import read_time_limit, time_left
 
 
 def parse(*words):
@@ -172,32 +169,6 @@ def test_finetune_shares_the_training_flags():
     finetune.add_arguments(parser)
     arguments = parser.parse_args(["-d", "41", "-pc", "x", "--epochs", "2", "--warmup", "0"])
     assert recipe_from(arguments, is_transformer=False).epochs == 2
-
-
-def test_finetune_tells_its_processes_all_but_the_recipe(monkeypatch):
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser)
-    said = "-d 41 -pc weights -f all -num_gpus 2 -device cpu --npz --workers 3 --track wandb --revision v1 --axes xyz"
-    arguments = parser.parse_args([*said.split(), "--local-files-only", "--restart", "--time-limit", "1:00:00"])
-    plan = SimpleNamespace(dataset_name="Dataset541_X", configuration="3d_fullres", plans_name="P")
-    monkeypatch.setattr(time, "time", lambda: 1600.0)
-    words = finetune.training_words(arguments, plan, Recipe(), "all", started=1000.0)
-    told = parse(*words)  # parse gives another -p, after this one
-    assert words[words.index("-p") + 1] == "P"
-    assert train._dataset_configuration_fold(told) == ("Dataset541_X", "3d_fullres", "all")
-    assert (told.device, told.npz, told.workers, told.track, told.source) == ("cpu", True, 3, ["wandb"], "weights")
-    assert source_options(told) == {"revision": "v1", "axes": "xyz", "local_files_only": True}
-    assert told.resume is None and told.time_limit == "50.00" and told.num_gpus == 1
-    again = parser.parse_args(["-d", "41", "-pc", "weights", "--time-limit", "none"])
-    words = finetune.training_words(again, plan, Recipe(from_scratch=True), 0, started=1000.0)
-    told = parse(*words)
-    assert told.resume == "auto" and told.source is None and told.time_limit == "none"
-
-
-def test_what_is_left_of_a_time_limit(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1090.0)
-    assert time_left("2", 1000.0) == "0.50"
-    assert read_time_limit(time_left("1", 1000.0)) > 0  # it is over: the process stops in good order at once
 
 
 def test_settings_and_flags_are_checked_together():

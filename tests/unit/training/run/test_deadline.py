@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.training.run.deadline import Deadline, end_of_job, find_deadline, read_time_limit, time_left
+from nnssl_adapt.training.run.deadline import Deadline, end_of_job, find_deadline, read_time_limit
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,3 @@ def test_what_squeue_says(tmp_path, monkeypatch, said, expected):
 def test_without_squeue_there_is_no_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert end_of_job("77") is None
-
-
-def test_what_is_left_for_another_process():
-    assert float(time_left("1-00", time.time() - 3600)) == pytest.approx(23 * 60, abs=0.1)
-    assert time_left("UNLIMITED", 0) == "UNLIMITED"
