@@ -111,7 +111,7 @@ def tiny_dataset(nnunet_folders, known_fingerprints):
     from support.synthetic import make_dataset
 
     from nnssl_adapt.data.dataset import RawDataset
-    from nnssl_adapt.data.verifying.fingerprint import fingerprint_dataset
+    from nnssl_adapt.data.verifying.examine import fingerprint_dataset
     from nnssl_adapt.files import write_json
 
     def make(**arguments) -> Path:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.data.verifying.verify import verify_all
+    from nnssl_adapt.data.verifying.examine import verify_dataset
     from nnssl_adapt.errors import DatasetNotFound
     from nnssl_adapt.files import write_text
     from nnssl_adapt.paths import find_dataset_name, raw_folder
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = given.resolve() if len(given.parts) > 1 else raw_folder() / find_dataset_name(arguments.dataset)
     if not folder.is_dir():
         raise DatasetNotFound(f"{folder}: no such dataset folder")
-    verdict = verify_all(folder, workers, True, arguments.tolerance, arguments.fix_geometry, arguments.subject)
+    verdict = verify_dataset(folder, workers, True, arguments.tolerance, arguments.fix_geometry, arguments.subject)
     print(verdict)
     if arguments.csv:
         write_text(arguments.csv, verdict.to_csv())

@@ -95,9 +95,9 @@ def read_image(paths: Sequence[str | Path]) -> tuple[np.ndarray, ImageGeometry]:
     for channel, path in enumerate(files):
         geometry = first if channel == 0 else read_geometry(path)
         for problem in geometry_problems(first, geometry):
-            raise CaseError(f"{path}: {problem} than {files[0]}; all channels of a case must share one grid")
+            raise CaseError(f"{path}: {problem} from {files[0]}; all channels of a case must share one grid")
         for doubt in geometry_doubts(first, geometry):
-            logger.warning("%s: %s than %s", path, doubt, files[0])
+            logger.warning("%s: %s from %s", path, doubt, files[0])
         voxels = _read_voxels(path)
         if image is None:
             image = np.empty((len(files) if voxels.ndim == 3 else len(voxels), *first.size), np.float32)
@@ -199,17 +199,17 @@ def _refuse_half_written(temporary: Path, path: Path, shape: tuple[int, ...]) ->
 def geometry_problems(reference: ImageGeometry, other: ImageGeometry) -> Iterator[str]:
     """Yield what makes two grids unusable together: another shape, or another spacing (nnU-Net's tolerance)."""
     if reference.size != other.size:
-        yield f"shape {_joined(other.size)} (Z, Y, X) is another"
+        yield f"shape {_joined(other.size)} (Z, Y, X) differs"
     if not np.allclose(other.spacing, reference.spacing):
-        yield f"spacing {_joined(other.spacing)} mm (not {_joined(reference.spacing)}; Z, Y, X) is another"
+        yield f"spacing {_joined(other.spacing)} mm (not {_joined(reference.spacing)}; Z, Y, X) differs"
 
 
 def geometry_doubts(reference: ImageGeometry, other: ImageGeometry) -> Iterator[str]:
     """Yield what may be a mistake but does not stop nnU-Net: another origin or direction."""
     if not np.allclose(other.origin, reference.origin):
-        yield f"origin {_joined(other.origin)} mm (not {_joined(reference.origin)}; x, y, z) is another"
+        yield f"origin {_joined(other.origin)} mm (not {_joined(reference.origin)}; x, y, z) differs"
     if not np.allclose(other.direction, reference.direction):
-        yield f"direction {_joined(other.direction)} (not {_joined(reference.direction)}) is another"
+        yield f"direction {_joined(other.direction)} (not {_joined(reference.direction)}) differs"
 
 
 def distinct_values(labels: np.ndarray) -> list[int]:

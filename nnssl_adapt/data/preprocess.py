@@ -172,7 +172,7 @@ def _checked_labels(case: RawCase, geometry: ImageGeometry, label_scheme: LabelS
     assert case.label is not None
     labels, label_geometry = read_labels(case.label)
     for problem in geometry_problems(geometry, label_geometry):
-        raise CaseError(f"{case.label}: {problem} than that of {case.images[0]}; labels must lie on the image's grid")
+        raise CaseError(f"{case.label}: {problem} from that of {case.images[0]}; labels must lie on the image's grid")
     unknown = label_problem(case.label, distinct_values(labels), label_scheme.values_in_files)
     if unknown is not None:
         raise CaseError(unknown)

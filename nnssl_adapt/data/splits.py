@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError, DatasetError
 from nnssl_adapt.files import write_json
+from nnssl_adapt.text import and_more, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -127,32 +127,34 @@ def split_for_fold(splits: Sequence[Split], fold: int | str, identifiers: Sequen
     return [names[i] for i in chosen], [names[i] for i in held_out]
 
 
-def _load(path: Path, known: Sequence[str]) -> list[Split]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} can't be read as JSON: {error}") from error
+def read_splits(path: Path) -> list[Split]:
+    """Read a splits file, without asking whether its cases exist. Raises DatasetError if it is not one."""
+    content = read_json(path, DatasetError, "splits file", list)
     if not _is_splits(content):
         raise DatasetError(
-            f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}}, one for each fold'
+            f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}}, one for each fold', path=path
         )
-    splits = [{"train": list(split["train"]), "val": list(split["val"])} for split in content]
+    return [{"train": list(split["train"]), "val": list(split["val"])} for split in content]
+
+
+def _load(path: Path, known: Sequence[str]) -> list[Split]:
+    splits = read_splits(path)
     existing = set(known)
     for fold, split in enumerate(splits):
         for part in ("train", "val"):
             unknown = sorted(set(split[part]) - existing)
             if unknown:
                 raise DatasetError(
-                    f"{path}: fold {fold} {part!r} names {_some(unknown)}, which the dataset does not have; correct the "
+                    f"{path}: fold {fold} {part!r} names {and_more(unknown)}, which the dataset does not have; correct the "
                     "file, or delete it to get nnU-Net's own folds"
                 )
         both = sorted(set(split["train"]) & set(split["val"]))
         if both:
-            logger.warning("%s: fold %d trains on validation cases: %s", path, fold, _some(both))
+            logger.warning("%s: fold %d trains on validation cases: %s", path, fold, and_more(both))
     used = {name for split in splits for name in (*split["train"], *split["val"])}
     unused = sorted(existing - used)
     if unused:
-        logger.warning("%s: in no fold: %s (added later? delete the file to get new folds)", path, _some(unused))
+        logger.warning("%s: in no fold: %s (added later? delete the file to get new folds)", path, and_more(unused))
     return splits
 
 
@@ -165,8 +167,3 @@ def _is_splits(content: object) -> bool:
         )
         for split in content
     )
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

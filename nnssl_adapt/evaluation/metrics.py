@@ -204,9 +204,9 @@ def evaluate_case(
         )
     problems = list(geometry_problems(reference_geometry, geometry))
     if problems and judging is not None:
-        raise CaseError(f"{prediction_file}: {problems[0]} than {reference_file}; are they of the same image?")
+        raise CaseError(f"{prediction_file}: {problems[0]} from {reference_file}; are they of the same image?")
     for doubt in (*problems, *geometry_doubts(reference_geometry, geometry)):
-        logger.warning("%s: %s than %s", prediction_file, doubt, reference_file)
+        logger.warning("%s: %s from %s", prediction_file, doubt, reference_file)
     if judging is not None:
         _refuse_strange_labels(prediction, labels.all_labels, prediction_file)
         _refuse_strange_labels(reference, labels.values_in_files, reference_file)

@@ -55,7 +55,7 @@ def from_simpleitk(images: sitk.Image | Sequence[sitk.Image]) -> tuple[np.ndarra
     voxels = []
     for index, channel in enumerate(channels):
         for problem in geometry_problems(first, _geometry(channel)):
-            raise CaseError(f"channel {index}: {problem} than channel 0; all channels must share one grid")
+            raise CaseError(f"channel {index}: {problem} from channel 0; all channels must share one grid")
         array = sitk.GetArrayFromImage(channel)
         if channel.GetNumberOfComponentsPerPixel() > 1:
             array = np.moveaxis(array, -1, 0)

@@ -14,13 +14,9 @@ from pathlib import Path
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.store import RECORDS_FOLDER
-from nnssl_adapt.data.verifying.fingerprint import (
-    DatasetFingerprint,
-    changed_cases,
-    fingerprint_dataset,
-    remember_sources,
-)
-from nnssl_adapt.data.verifying.gate import verify_dataset
+from nnssl_adapt.data.verifying.examine import examine_dataset
+from nnssl_adapt.data.verifying.files import wrong_count
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint, changed_cases, remember_sources
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import atomic_path, make_folder
 from nnssl_adapt.geometry.spacing import Spacing, canonical_mode, check_fixed, checked_spacing, choose_spacing
@@ -314,8 +310,7 @@ def load_or_make_fingerprint(
     if known is not None:
         return known
     if not save:
-        _verify(raw, workers, progress)
-        return fingerprint_dataset(raw, workers=workers, progress=progress)
+        return _make_fingerprint(path, raw, workers, progress, save=False)
     with held(make_folder(path.parent / RECORDS_FOLDER) / "fingerprint.lock", patience=math.inf):
         known = _usable_fingerprint(path, raw)  # another process has made it meanwhile
         return known if known is not None else _make_fingerprint(path, raw, workers, progress)
@@ -328,6 +323,8 @@ def _usable_fingerprint(path: Path, raw: RawDataset) -> DatasetFingerprint | Non
     changed = changed_cases(path, raw)
     if len(fingerprint.spacings) == len(raw.cases) and not changed:
         logger.info("using the fingerprint %s", path)
+        for finding in wrong_count(raw.json, len(raw.cases)):
+            logger.warning("%s: %s", raw.name, finding.message)
         return fingerprint
     count, more = len(fingerprint.spacings), f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     why = (
@@ -337,22 +334,22 @@ def _usable_fingerprint(path: Path, raw: RawDataset) -> DatasetFingerprint | Non
     return None
 
 
-def _verify(raw: RawDataset, workers: int, progress: bool) -> None:
-    logger.info("verifying %s (%d cases)", raw.name, len(raw.cases))
-    report = verify_dataset(raw, workers=workers, progress=progress)
-    for warning in report.warnings:
-        logger.warning("%s", warning)
-    report.raise_if_bad()
-
-
-def _make_fingerprint(path: Path, raw: RawDataset, workers: int, progress: bool) -> DatasetFingerprint:
-    _verify(raw, workers, progress)
-    parts = path.parent / ".nnssl_adapt_fingerprint"
-    fingerprint = fingerprint_dataset(raw, workers=workers, progress=progress, parts=parts)
-    fingerprint.save(path)
-    remember_sources(path, raw)
-    shutil.rmtree(parts, ignore_errors=True)
-    return fingerprint
+def _make_fingerprint(
+    path: Path, raw: RawDataset, workers: int, progress: bool, save: bool = True
+) -> DatasetFingerprint:
+    logger.info("verifying and measuring %s (%d cases)", raw.name, len(raw.cases))
+    parts = path.parent / ".nnssl_adapt_fingerprint" if save else None
+    examination = examine_dataset(raw.folder, workers=workers, progress=progress, parts=parts)
+    for finding in examination.verdict.warnings:
+        logger.warning("%s: %s", finding.case, finding.message)
+    examination.verdict.raise_if_bad()
+    made = examination.fingerprint
+    assert made is not None  # there are no errors
+    if parts is not None:
+        made.save(path)
+        remember_sources(path, raw)
+        shutil.rmtree(parts, ignore_errors=True)
+    return made
 
 
 def copy_dataset_json(raw: RawDataset, folder: Path) -> None:

@@ -25,7 +25,8 @@ from nnssl_adapt.data.preprocess import (  # noqa: E402
 from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
 from nnssl_adapt.data.splits import crossval_splits, split_for_fold  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
-from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint, fingerprint_dataset  # noqa: E402
+from nnssl_adapt.data.verifying.examine import fingerprint_dataset  # noqa: E402
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint  # noqa: E402
 
 
 def run_nnunet(dataset: RawDataset, case_number: int, settings: PreprocessSettings) -> tuple[Any, Any, dict[str, Any]]:
@@ -217,8 +218,8 @@ def test_pieces_are_cut_as_by_nnunet() -> None:
 def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor as peer
 
-    import nnssl_adapt.data.verifying.case_measures as measures_module
-    import nnssl_adapt.data.verifying.fingerprint as our_module
+    import nnssl_adapt.data.verifying.examine as our_module
+    import nnssl_adapt.data.verifying.measures as measures_module
 
     make_dataset(tmp_path / "raw", cases=4, channels=2, shape=(14, 20, 17), dtype=dtype, seed=5)
     (tmp_path / "preprocessed").mkdir()
@@ -228,7 +229,7 @@ def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     extractor = peer.DatasetFingerprintExtractor("Dataset991_Tiny", num_processes=1)
     extractor.show_progress_bar = False
     # A hundredth of the usual number of draws, still several of our pieces, to save the peer's time.
-    monkeypatch.setattr(our_module, "_TOTAL_SAMPLES", 10e5)
+    monkeypatch.setattr(our_module, "TOTAL_DRAWS", 10e5)
     monkeypatch.setattr(measures_module, "_DRAWS_AT_ONCE", 60_000)
     extractor.num_foreground_voxels_for_intensitystats = 10e5
     extractor.run()

@@ -127,11 +127,11 @@ def _check(case: SourceCase) -> list[str]:
         geometry = read_geometry(file.source)
         for problem in geometry_problems(reference, geometry):
             raise CaseError(
-                f"{file.source}: {problem} than that of {case.images[0].source}; all files of a case must share one grid: "
+                f"{file.source}: {problem} from that of {case.images[0].source}; all files of a case must share one grid: "
                 "resample it first"
             )
         doubts += [
-            f"{case.identifier}: {file.source}: {doubt} than that of {case.images[0].source}; are they aligned?"
+            f"{case.identifier}: {file.source}: {doubt} from that of {case.images[0].source}; are they aligned?"
             for doubt in geometry_doubts(reference, geometry)
         ]
     return doubts

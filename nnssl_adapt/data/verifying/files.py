@@ -5,23 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases, refuse_unsupported
 from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.verifying.findings import Finding
 from nnssl_adapt.errors import CaseError
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row: an ``error`` prevents training, a ``warning`` may be meant so; ``case`` is ``-`` for the whole dataset."""
-
-    level: str
-    case: str
-    check: str
-    message: str
-    fix: str
 
 
 def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], list[Finding]]:
@@ -35,10 +24,16 @@ def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], l
         listed, findings = _named_cases(folder, description)
     incomplete = {finding.case for finding in findings if finding.level == "error"}
     total = sum(bool(case.images) for case in listed)  # as nnU-Net, which looks at images only
-    if description.num_training not in (None, total):
-        text = f"'numTraining' is {description.num_training}, but there are {total} cases"
-        findings.append(Finding("warning", "-", "numTraining", text, "correct dataset.json (nnU-Net refuses it)"))
+    findings += wrong_count(description, total)
     return [case for case in listed if case.identifier not in incomplete], findings
+
+
+def wrong_count(description: DatasetJson, total: int) -> list[Finding]:
+    """A warning where ``numTraining`` is not ``total``, the number of cases with images."""
+    if description.num_training in (None, total):
+        return []
+    text = f"dataset.json says 'numTraining' {description.num_training}, but there are {total} cases"
+    return [Finding("warning", "-", "numTraining", text, "correct dataset.json (nnU-Net refuses it)")]
 
 
 def _missing_from(case: RawCase, channels: int) -> list[Finding]:

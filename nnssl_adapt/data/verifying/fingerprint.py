@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import MAX_LISTED, RawDataset
+from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.store import RECORDS_FOLDER, describe_source
-from nnssl_adapt.data.verifying.case_measures import MeasuredCase, measure_case, memory_to_measure, merged
+from nnssl_adapt.data.verifying.measures import CaseMeasures, merged
 from nnssl_adapt.errors import DatasetError
 from nnssl_adapt.files import sha256_of, write_json
-from nnssl_adapt.machine.workers import over_cases
 
-_TOTAL_SAMPLES = 10e7
+TOTAL_DRAWS = 10e7
 """Foreground voxels drawn from the whole dataset, in equal parts from each case (nnU-Net's number)."""
 
 
@@ -37,6 +36,20 @@ class DatasetFingerprint:
     shapes_after_crop: tuple[tuple[int, ...], ...]
     intensity: dict[str, dict[str, float]]
     median_relative_size_after_cropping: float
+
+    @classmethod
+    def of(cls, measures: Sequence[CaseMeasures]) -> DatasetFingerprint:
+        """Put together what was measured of all cases; at least one has foreground."""
+        channels = len(measures[0].intensities)
+        return cls(
+            spacings=tuple(case.spacing for case in measures),
+            shapes_after_crop=tuple(case.shape for case in measures),
+            intensity={
+                str(channel): _statistics([case.intensities[channel] for case in measures])
+                for channel in range(channels)
+            },
+            median_relative_size_after_cropping=float(np.median([case.relative_size for case in measures])),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetFingerprint:
@@ -68,48 +81,6 @@ class DatasetFingerprint:
             "foreground_intensity_properties_per_channel": self.intensity,
             "median_relative_size_after_cropping": self.median_relative_size_after_cropping,
         }
-
-
-def fingerprint_dataset(
-    dataset: RawDataset, workers: int = 1, progress: bool | None = None, parts: Path | None = None
-) -> DatasetFingerprint:
-    """Measure a dataset as ``nnUNetv2_extract_fingerprint`` does.
-
-    The same voxels are drawn, so that percentiles, minimum and maximum are equal to nnU-Net's; mean and standard deviation
-    are summed in double precision and agree to 1e-6.
-
-    Args:
-        dataset: what to measure.
-        workers: processes, one case each; no more at a time than memory allows.
-        progress: whether to draw a progress bar.
-        parts: folder where each case's share is kept, so that an interrupted run goes on where it stopped. The caller
-            removes it when the fingerprint is safe.
-
-    Raises:
-        DatasetError: cases can't be read (lists them), or no label file has any foreground.
-    """
-    draws = int(_TOTAL_SAMPLES // len(dataset.cases))
-    tasks = [(case.identifier, (case, draws, parts)) for case in dataset.cases]
-    needs = {case.identifier: memory_to_measure(case, draws) for case in dataset.cases}
-    outcomes = {o.identifier: o for o in over_cases(measure_case, tasks, workers, "Fingerprint", progress, needs)}
-    bad = [f"{o.identifier}: {o.complaint}" for o in outcomes.values() if o.error is not None]
-    if bad:
-        more = f"\n  ... and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-        raise DatasetError(
-            f"{dataset.name}: {len(bad)} cases can't be read:\n  " + "\n  ".join(bad[:MAX_LISTED]) + more
-        )
-    measured: list[MeasuredCase] = [outcomes[case.identifier].value for case in dataset.cases]
-    if not any(len(values) for case in measured for values, _ in case.intensities):
-        raise DatasetError(f"{dataset.name}: no label file has a foreground voxel (value above 0) inside its image")
-    return DatasetFingerprint(
-        spacings=tuple(case.spacing for case in measured),
-        shapes_after_crop=tuple(case.shape for case in measured),
-        intensity={
-            str(channel): _statistics([case.intensities[channel] for case in measured])
-            for channel in range(dataset.num_channels)
-        },
-        median_relative_size_after_cropping=float(np.median([case.relative_size for case in measured])),
-    )
 
 
 # -- whether it still holds ---------------------------------------------------------------------------------------------

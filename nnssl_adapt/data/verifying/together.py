@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nnssl_adapt.data.splits import SPLITS_FILE
-from nnssl_adapt.data.verifying.files import Finding
-from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.data.splits import SPLITS_FILE, read_splits
+from nnssl_adapt.data.verifying.findings import Finding
+from nnssl_adapt.data.verifying.look import CaseLook
+from nnssl_adapt.errors import ConfigurationError, DatasetError
 from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.text import and_more, dimensions
 
 _BIDS_SUBJECT = r"sub-[A-Za-z0-9]+"
 _OUTLIER = 3.0
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one case looks like; spacing in mm (Z, Y, X)."""
-
-    findings: list[Finding]
-    orientation: str | None = None
-    spacing: tuple[float, ...] | None = None
-    digest: str | None = None
-
-
 def compare_cases(
-    folder: Path, seen: Mapping[str, Seen], identifiers: Sequence[str], owner: Callable[[str], str | None]
+    folder: Path, seen: Mapping[str, CaseLook], identifiers: Sequence[str], owner: Callable[[str], str | None]
 ) -> list[Finding]:
     """Everything that only shows when cases are compared.
 
@@ -49,7 +39,7 @@ def compare_cases(
     ]
 
 
-def _orientation_mix(seen: Mapping[str, Seen]) -> list[Finding]:
+def _orientation_mix(seen: Mapping[str, CaseLook]) -> list[Finding]:
     codes = {name: look.orientation for name, look in seen.items() if look.orientation}
     counts = Counter(codes.values())
     if len(counts) < 2:
@@ -57,13 +47,13 @@ def _orientation_mix(seen: Mapping[str, Seen]) -> list[Finding]:
     usual = counts.most_common(1)[0][0]
     shown = ", ".join(f"{code} {count}×" for code, count in counts.most_common())
     others = sorted(name for name, code in codes.items() if code != usual)
-    text = f"images lie in different ways ({shown}; others than {usual}: {_some(others)})"
+    text = f"images lie in different ways ({shown}; others than {usual}: {and_more(others)})"
     return [
         Finding("warning", "-", "orientation", text, f"nnssl-adapt reorient -d ID {usual} makes a copy of one kind")
     ]
 
 
-def _spacing_outliers(seen: Mapping[str, Seen]) -> list[Finding]:
+def _spacing_outliers(seen: Mapping[str, CaseLook]) -> list[Finding]:
     spacings = {name: look.spacing for name, look in seen.items() if look.spacing}
     if len(spacings) < 3:
         return []
@@ -72,19 +62,19 @@ def _spacing_outliers(seen: Mapping[str, Seen]) -> list[Finding]:
     for name, spacing in sorted(spacings.items()):
         ratio = np.asarray(spacing) / median
         if max(ratio.max(), (1 / ratio).max()) >= _OUTLIER:
-            shown, usual = (" × ".join(f"{v:g}" for v in values) for values in (spacing, median))
+            shown, usual = (dimensions(values) for values in (spacing, median))
             text = f"spacing {shown} mm (Z, Y, X), the dataset's median is {usual}"
             findings.append(Finding("warning", name, "spacing", text, "is the header right? Else leave the case out"))
     return findings
 
 
-def _duplicates(seen: Mapping[str, Seen]) -> list[Finding]:
+def _duplicates(seen: Mapping[str, CaseLook]) -> list[Finding]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, look in seen.items():
         if look.digest is not None:
             groups[look.digest].append(name)
     return [
-        Finding("warning", names[0], "duplicates", f"the same image as {_some(names[1:])}", "keep one of them")
+        Finding("warning", names[0], "duplicates", f"the same image as {and_more(names[1:])}", "keep one of them")
         for names in (sorted(group) for group in groups.values())
         if len(names) > 1
     ]
@@ -98,31 +88,29 @@ def _leakage(folder: Path, names: Sequence[str], owner: Callable[[str], str | No
         repeated = sorted(s for s, count in Counter(o for o in owners.values() if o).items() if count > 1)
         if not repeated:
             return []
-        text = f"{len(repeated)} subjects have several cases ({_some(repeated)}), and there is no {SPLITS_FILE}"
+        text = f"{len(repeated)} subjects have several cases ({and_more(repeated)}), and there is no {SPLITS_FILE}"
         fix = f"write {folder / SPLITS_FILE} with each subject on one side of every fold"
         return [Finding("warning", "-", "leakage", text, fix)]
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-        sides = [(set(split["train"]), set(split["val"])) for split in splits]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "correct it, or remove it to get nnU-Net's own folds"
-        return [Finding("error", "-", "folds", f"{path} is no list of train/val folds ({error})", fix)]
+        sides = [(set(split["train"]), set(split["val"])) for split in read_splits(path)]
+    except DatasetError as error:
+        return [Finding("error", "-", "folds", str(error), "correct it, or remove it to get nnU-Net's own folds")]
     findings = []
     for fold, (train, val) in enumerate(sides):
         unknown = sorted((train | val) - set(names))
         if unknown:
-            text = f"{path}: fold {fold} names cases that are missing or incomplete: {_some(unknown)}"
+            text = f"{path}: fold {fold} names cases that are missing or incomplete: {and_more(unknown)}"
             findings.append(Finding("error", "-", "folds", text, "correct it, or remove it to get nnU-Net's own folds"))
         if both := sorted(train & val):
-            text = f"{path}: fold {fold} validates on training cases: {_some(both)}"
-            findings.append(Finding("error", "-", "leakage", text, "take them out of 'train'"))
+            text = f"{path}: fold {fold} validates on training cases: {and_more(both)}"
+            findings.append(Finding("warning", "-", "leakage", text, "take them out of 'train'"))
         sided = [{who for name in side if (who := owners.get(name))} for side in (train - val, val)]
         if shared := sorted(sided[0] & sided[1]):
-            text = f"{path}: fold {fold} has subjects on both sides: {_some(shared)}"
-            findings.append(Finding("error", "-", "leakage", text, "move all cases of a subject to one side"))
+            text = f"{path}: fold {fold} has subjects on both sides: {and_more(shared)}"
+            findings.append(Finding("warning", "-", "leakage", text, "move all cases of a subject to one side"))
     unused = sorted(set(names).difference(*(train | val for train, val in sides)))
     if unused:
-        text = f"{path}: in no fold, so never trained on or validated: {_some(unused)}"
+        text = f"{path}: in no fold, so never trained on or validated: {and_more(unused)}"
         findings.append(Finding("warning", "-", "folds", text, "remove the file to get new folds, or add them to it"))
     return findings
 
@@ -147,7 +135,3 @@ def owner_function(expression: str | None) -> Callable[[str], str | None]:
         return None if match is None else match.group(1) if match.groups() else match.group()
 
     return owner
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -67,7 +67,7 @@ def test_parts_make_the_whole_and_the_last_saves_the_plan(command, nnunet_folder
 )
 def test_wrong_words(command, words, problem, monkeypatch):
     """They are found before any image is read, which may take an hour."""
-    monkeypatch.setattr(make, "verify_dataset", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(make, "examine_dataset", lambda *_, **__: pytest.fail("images were read"))
     code, _, err = command(*words)
     assert code == 1 and problem in err and err.count("\n") == 1
 

@@ -48,3 +48,15 @@ def test_the_result_is_a_copy(value):
     mask = np.full((3, 4, 5), value)
     filled = fill_holes(mask)
     assert np.array_equal(filled, mask) and not np.shares_memory(filled, mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 40)] * 3), points=st.integers(0, 4), seed=st.integers(0, 9999))
+def test_the_box_is_that_of_all_voxels(shape, points, seed):
+    random = np.random.default_rng(seed)
+    channels = [np.zeros(shape, np.float32) for _ in range(2)]
+    for _ in range(points):
+        channels[random.integers(2)][tuple(random.integers(0, n) for n in shape)] = random.choice([-1, np.nan, 5])
+    where = np.argwhere((channels[0] != 0) | (channels[1] != 0))
+    low, high = ((0, 0, 0), shape) if len(where) == 0 else (where.min(0), where.max(0) + 1)
+    assert nonzero_box(channels) == tuple((int(a), int(b)) for a, b in zip(low, high, strict=True))

