@@ -68,7 +68,7 @@ def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Na
     typed = Path(arguments.source).expanduser()
     lies = resolved.archive or (typed if typed.exists() else resolved.model_folder or resolved.weights)
     name = name_in_store(address, arguments.source, lies.absolute())
-    weights = [resolved.weights, *resolved.other_folds]
+    weights = [resolved.weights, *resolved.other_shards, *resolved.other_folds]
     files = files_to_copy(weights, resolved.sidecar, resolved.model_folder, origin.fold is not None)
     about = {
         "source": _pinned(resolved, arguments.source),

@@ -169,12 +169,24 @@ class HubServer:
             def _answer(self) -> None:
                 hub.requests.append((self.command, self.path))
                 parts = [unquote(part) for part in urlsplit(self.path).path.split("/") if part]
-                if parts[:2] == ["api", "models"] and len(parts) >= 4:
+                if parts[:2] == ["api", "models"] and parts[4:] == ["refs"]:
+                    self._refs(f"{parts[2]}/{parts[3]}")
+                elif parts[:2] == ["api", "models"] and len(parts) >= 4:
                     self._list(f"{parts[2]}/{parts[3]}")
                 elif len(parts) >= 5 and parts[2] == "resolve":
                     self._file(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]))
                 else:
                     self._refuse(404, "EntryNotFound")
+
+            def _refs(self, repo_id: str) -> None:
+                repository = hub.repositories.get(repo_id)
+                if repository is None:
+                    return self._refuse(404, "RepoNotFound")
+                branches = [
+                    {"name": name, "ref": f"refs/heads/{name}", "targetCommit": repository.commit}
+                    for name in sorted(repository.branches)
+                ]
+                return self._send_json({"branches": branches, "tags": [], "converts": []})
 
             def _list(self, repo_id: str) -> None:
                 repository = hub.repositories.get(repo_id)

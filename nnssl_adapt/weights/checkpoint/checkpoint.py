@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nnssl_adapt.errors import UnreadableCheckpoint
 from nnssl_adapt.text import and_more, dimensions
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.axes import exchange_axes
@@ -21,7 +22,7 @@ from nnssl_adapt.weights.checkpoint.find_plan import find_plan
 from nnssl_adapt.weights.checkpoint.folds import average_folds
 from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
-from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.checkpoint.weight_file import check_sums, read_shards, read_weight_file
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.registry import family_of_names
 from nnssl_adapt.weights.network.architectures import Architecture
@@ -163,7 +164,7 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     """
     options = options or SourceOptions()
     path = resolved.weights
-    content = read_weight_file(path)
+    content = _read(resolved)
     state = state_dict_of(content, path)
     tensors, family, family_notes = _in_our_names(_all_folds(resolved, state), str(path))
     tensors, stem_notes = choose_stem(tensors, options.stem, str(path))
@@ -188,6 +189,16 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     return checkpoint
 
 
+def _read(resolved: ResolvedSource) -> dict[str, Any]:
+    """The content of the weight file, or of its shards; checksums are compared where no digest was recorded before."""
+    paths = (resolved.weights, *resolved.other_shards)
+    content = read_weight_file(paths[0]) if len(paths) == 1 else read_shards(paths)
+    if resolved.origin.kind in ("file", "folder", "model_folder"):
+        for path in (*paths, *resolved.other_folds):
+            check_sums(path)
+    return content
+
+
 def _all_folds(resolved: ResolvedSource, first: StateDict) -> dict[str, Tensor]:
     """The weights, averaged where several folds are asked for."""
     if not resolved.other_folds:
@@ -201,8 +212,10 @@ def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Ten
     family = family_of_names(tensors)
     if family is None or family.key_map is None:
         return tensors, None, []
+    if family.refusal is not None:
+        raise UnreadableCheckpoint(f"{where} is {family.name}: {family.refusal}")
     names = family.key_map.translate(tensors, where)
-    note = f"a file of {family.name}: its tensors' names were translated"
+    note = f"it is {family.name}: its tensors' names were translated"
     return {names[name]: tensor for name, tensor in tensors.items()}, family, [note]
 
 

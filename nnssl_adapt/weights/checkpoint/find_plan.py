@@ -63,7 +63,7 @@ def find_plan(
         candidates = {"of nnU-Net": nnunet}
     if not candidates:
         plan, axes, notes = _plan_of_tensors(content, resolved, tensors, family)
-        axes = "xyz" if is_lightning else axes
+        axes = "xyz" if is_lightning and family is None else axes
         candidates = {"of the tensors": plan}
     _, plan, corrected, others = reconcile_best(candidates, tensors, where)
     return FoundPlan(plan, (*notes, *map(str, [*errors, *others]), *corrected), axes)
@@ -98,6 +98,10 @@ def _plan_of_tensors(
     try:
         return plan_from_tensors(tensors, str(resolved.weights), trainer, family)
     except AdaptationPlanError as error:
+        if family is not None:
+            raise AdaptationPlanError(
+                f"{resolved.weights} is {family.name}, but incomplete: {error.__cause__}"
+            ) from error
         raise _no_plan(resolved, f", and {error.__cause__ or error}") from error
 
 

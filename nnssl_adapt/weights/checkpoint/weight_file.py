@@ -14,7 +14,7 @@ import re
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,44 @@ WEIGHTS_KEY = "network_weights"
 
 PLAN_KEYS = ("nnssl_adaptation_plan", "adaptation_plan")
 """Where a checkpoint, or the metadata of safetensors (as JSON text), may keep its adaptation plan; the first counts."""
+
+
+def read_shards(paths: Sequence[Path]) -> dict[str, Any]:
+    """Read weights that are spread over several files into one content, as :func:`read_weight_file` gives it.
+
+    Raises UnreadableCheckpoint for a file that can't be read, or a tensor that is in two of them.
+    """
+    joined: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        content = read_weight_file(path)
+        own = content.pop(WEIGHTS_KEY, {})
+        if twice := next((name for name in own if name in tensors), None):
+            raise UnreadableCheckpoint(
+                f"{path} holds {twice!r}, and so does another file of the same network: copy them again"
+            )
+        tensors |= own
+        joined = {**content, **joined}
+    return {**joined, WEIGHTS_KEY: tensors}
+
+
+def check_sums(path: Path) -> None:
+    """Compare a zip's contents (a ``.pth`` since torch 1.6) with its checksums, for files whose digest nobody recorded.
+
+    torch itself never does. Raises UnreadableCheckpoint naming the damaged part. Other formats have no checksums.
+    """
+    if _first_bytes(path)[:2] != b"PK":
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged zip fails in many ways
+        raise _damaged(path, error) from error
+    if damaged is not None:
+        raise UnreadableCheckpoint(
+            f"{path} is damaged: {damaged!r} in it does not agree with its checksum. Copy or download it again",
+            path=path,
+        )
 
 
 def read_weight_file(path: Path) -> dict[str, Any]:

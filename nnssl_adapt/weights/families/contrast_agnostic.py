@@ -39,7 +39,7 @@ def is_contrast_agnostic(topology: Topology) -> bool:
 
 
 CONTRAST_AGNOSTIC = Family(
-    name="contrast-agnostic",
+    name="the contrast-agnostic spinal cord network",
     facts=Facts(
         spacing=(1.0, 1.0, 1.0),
         patch_size=(64, 192, 320),

@@ -75,13 +75,15 @@ class Family:
     """One family of networks, known by the names or by the sizes of its tensors.
 
     Attributes:
-        name: short and plain, for messages.
+        name: for messages, in words that follow "it is": ``a network of nnU-Net version 1``.
         facts: how it was trained.
         key_map: for files with other names than the network has.
         recognises: whether a network without a plan is one of the family.
+        refusal: why its files can't be used, and what can be done; None for those that can.
     """
 
     name: str
     facts: Facts
     key_map: KeyMap | None = None
     recognises: Callable[[Topology], bool] | None = None
+    refusal: str | None = None

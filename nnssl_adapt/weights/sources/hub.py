@@ -104,6 +104,18 @@ class Hub:
             )
         return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
 
+    def branches(self) -> list[str]:
+        """Names of branches and tags; without the network, of those in the cache. Empty when they can't be known."""
+        if self.local_files_only:
+            folder = Path(self.cache_dir or HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "refs"
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        try:
+            with self._our_errors("the list of branches"):
+                refs = HfApi(endpoint=endpoint()).list_repo_refs(self.repo_id)
+        except (Missing, NotCached, SourceUnavailable):
+            return []
+        return [ref.name for ref in [*refs.branches, *refs.tags]]
+
     def unavailable(self, filename: str) -> SourceUnavailable:
         """The error for a file that is not cached and can't be downloaded."""
         return SourceUnavailable(

@@ -26,15 +26,22 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository, and the revision and file that its address names, if any."""
+    """A repository, and the revision and file that its address names, if any.
+
+    ``tree`` is what follows ``tree/``, ``blob/`` or ``resolve/`` in an address, as a whole: a branch may have slashes in its
+    name, so that only the hub knows where it ends. ``revision`` and ``filename`` are what it is without any.
+    """
 
     repo_id: str
     revision: str | None = None
     filename: str | None = None
+    tree: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> HubAddress | None:
-        """Read ``owner/name[@revision]`` or a hub address; None when the text is neither."""
+        """Read ``[hf://]owner/name[@revision]`` or a hub address; None when the text is neither."""
+        if text.startswith("hf://"):
+            return cls._from_url(f"https://{_HUB_HOSTS[0]}/{text.removeprefix('hf://').removeprefix('models/')}")
         if text.startswith(tuple(f"{host}/" for host in _HUB_HOSTS)):
             text = f"https://{text}"
         if "://" in text:
@@ -51,15 +58,28 @@ class HubAddress:
             return None
         name, at, revision = parts[1].partition("@")
         repo_id, rest = f"{parts[0]}/{name}", parts[2:]
-        if not _REPO_ID.fullmatch(repo_id) or (at and (rest or not revision)):
+        if not _REPO_ID.fullmatch(repo_id) or (at and not revision):
             return None
+        if at and rest:  # hf://owner/name@revision/folder/file
+            return cls(repo_id, revision, "/".join(rest))
         if not rest:
             return cls(repo_id, revision or None)
         if len(rest) == 2 and rest[0] == "tree":
             return cls(repo_id, rest[1])
         if len(rest) >= 3 and rest[0] in ("tree", "blob", "resolve"):
-            return cls(repo_id, rest[1], "/".join(rest[2:]))
+            return cls(repo_id, rest[1], "/".join(rest[2:]), "/".join(rest[1:]))
         return None
+
+    def with_branch(self, hub: Hub) -> HubAddress:
+        """The address with the hub's branch or tag that its ``tree`` begins with, where one with slashes does."""
+        if self.tree is None:
+            return self
+        longest = max(
+            (name for name in hub.branches() if f"{self.tree}/".startswith(f"{name}/")), key=len, default=None
+        )
+        if longest is None or longest == self.revision:
+            return self
+        return replace(self, revision=longest, filename=self.tree[len(longest) + 1 :] or None, tree=None)
 
 
 def is_hub_url(text: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from nnssl_adapt.errors import SourceError, SourceNotFound
@@ -26,12 +26,21 @@ MODEL_FILES = ("plans.json", "dataset.json")
 WEIGHT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 """What nnssl and nnU-Net call their checkpoints, the one to prefer first."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".model")
 """Of two files with one stem, the suffix that comes first is taken."""
 
 ARCHIVE_SUFFIX = ".zip"
 
-PREFERRED_NAMES = (*WEIGHT_NAMES, "checkpoint_final.safetensors", "model.safetensors")
+PREFERRED_NAMES = (
+    *(*WEIGHT_NAMES, "checkpoint_final.safetensors", "model.safetensors"),
+    *("model_final_checkpoint.model", "model_best.model", "model_latest.model"),  # nnU-Net version 1
+)
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+"""One of several files that hold one network together (``model-00001-of-00002.safetensors``), as Hugging Face writes them."""
+
+_SHARD_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index\.json")
+"""What names the shard of each tensor. The shards themselves tell as much, so that it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +52,20 @@ class Chosen:
         sidecar: the adaptation plan beside them, or None.
         model_folder: the folder with plans.json and dataset.json, ``""`` if that is the root, or None.
         fold: which fold of a trained model, ``mean`` for several, or None.
+        other_shards: of weights that are spread over several files, all but the first, which is the one of ``weights``.
     """
 
     weights: tuple[str, ...]
     sidecar: str | None = None
     model_folder: str | None = None
     fold: str | None = None
+    other_shards: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every file that is needed, the small ones first."""
         model = () if self.model_folder is None else tuple(join_path(self.model_folder, name) for name in MODEL_FILES)
-        return (*((self.sidecar,) if self.sidecar else ()), *model, *self.weights)
+        return (*((self.sidecar,) if self.sidecar else ()), *model, *self.weights, *self.other_shards)
 
     @property
     def is_archive(self) -> bool:
@@ -120,9 +131,69 @@ def choose_files(names: Iterable[str], where: str, filename: str | None = None, 
         SourceError: a fold is asked for and there are none, or the network is a 2D one.
     """
     visible = sorted(name for name in names if not is_clutter(name))
+    firsts = _without_later_shards(visible)
     if filename is not None:
-        return _choose_named(visible, where, filename.strip("/"), fold)
-    return _choose_unnamed(visible, "", where, fold)
+        chosen = _choose_named(firsts, where, _first_shard(filename.strip("/"), visible), fold)
+    else:
+        chosen = _choose_unnamed(firsts, "", where, fold)
+    return _with_shards(chosen, visible, where)
+
+
+def choose_file(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
+    """One weight file with what belongs to it: its sidecar, its trained model, and its other shards.
+
+    Raises SourceError when a fold is asked for that it does not belong to, SourceNotFound when a shard is missing.
+    """
+    return _with_shards(_choose_single(_first_shard(name, names), names, where, fold), names, where)
+
+
+def is_shard(name: str) -> bool:
+    """Whether it is one of several files that hold a network together, or their index."""
+    return bool(_SHARD.fullmatch(name) or _SHARD_INDEX.fullmatch(name))
+
+
+def _without_later_shards(names: Sequence[str]) -> list[str]:
+    """The names, of each network that is spread over several files only the first file that is there."""
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for name in names:  # sorted
+        match = _SHARD.fullmatch(name)
+        if match is None or (match["stem"], match["count"]) not in seen:
+            kept.append(name)
+        if match is not None:
+            seen.add((match["stem"], match["count"]))
+    return kept
+
+
+def _first_shard(name: str, names: Sequence[str]) -> str:
+    """The first of the shards that a shard or an index of shards belongs to; other names as they are."""
+    if match := _SHARD.fullmatch(name):
+        return f"{match['stem']}-00001-of-{match['count']}.safetensors"
+    if match := _SHARD_INDEX.fullmatch(name):
+        firsts = [
+            other for other in names if other.startswith(f"{match['stem']}-00001-of-") and _SHARD.fullmatch(other)
+        ]
+        return firsts[0] if len(firsts) == 1 else name
+    return name
+
+
+def _with_shards(chosen: Chosen, names: Sequence[str], where: str) -> Chosen:
+    match = _SHARD.fullmatch(chosen.weights[0])
+    if match is None and _SHARD_INDEX.fullmatch(chosen.weights[0]):
+        raise SourceNotFound(
+            f"{where}: {chosen.weights[0]} lists files of which none is there: copy or download them too"
+        )
+    if match is None:
+        return chosen
+    count = int(match["count"])
+    shards = [f"{match['stem']}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, min(count, 10_000) + 1)]
+    missing = [name for name in shards if name not in names]
+    if missing:
+        raise SourceNotFound(
+            f"{where}: {missing[0]} is missing; the network is spread over {count} files, of which "
+            f"{len(shards) - len(missing)} are there: copy or download all of them"
+        )
+    return replace(chosen, weights=(shards[0],), other_shards=tuple(shards[1:]))
 
 
 def _choose_unnamed(names: list[str], root: str, where: str, fold: str | None) -> Chosen:
@@ -132,7 +203,7 @@ def _choose_unnamed(names: list[str], root: str, where: str, fold: str | None) -
         return choose_fold_weights(only_model(models, where), names, where, fold)
     taken = preferred or pick(here)
     if taken is not None:
-        return choose_single(join_path(root, taken), names, where, fold)
+        return _choose_single(join_path(root, taken), names, where, fold)
     weights = [name for name in names if is_weight_name(name)]
     folders = sorted({str(PurePosixPath(name).parent) for name in weights})
     if len(folders) == 1 and folders[0] not in (".", root):
@@ -163,7 +234,7 @@ def _choose_named(names: list[str], where: str, filename: str, fold: str | None)
     if meant:
         return choose_fold_weights(only_model(meant, where), names, where, fold)
     if filename in names:
-        return choose_single(filename, names, where, fold)
+        return _choose_single(filename, names, where, fold)
     if "/" not in filename and any(filename in files for model in models for files in model.folds.values()):
         return choose_fold_weights(only_model(models, where), names, where, fold, filename)
     for model in models:
@@ -175,7 +246,7 @@ def _choose_named(names: list[str], where: str, filename: str, fold: str | None)
         return _choose_unnamed(inside, filename, where, fold)
     fitting = [name for name in names if name.endswith(f"/{filename}")]
     if len(fitting) == 1:
-        return choose_single(fitting[0], names, where, fold)
+        return _choose_single(fitting[0], names, where, fold)
     if fitting:
         raise SourceNotFound(f"{where} has several {filename}: {shown_names(fitting)}; give one in full with --file")
     if not any(is_weight_name(name) for name in names) and any(name.lower().endswith(ARCHIVE_SUFFIX) for name in names):
@@ -185,7 +256,7 @@ def _choose_named(names: list[str], where: str, filename: str, fold: str | None)
     raise SourceNotFound(f"{where} has no {filename}; it holds {shown_names(candidates or names)}{hint}")
 
 
-def choose_single(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
+def _choose_single(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
     """One weight file with what belongs to it; a fold asked for must be that of the trained model it lies in."""
     for model in list_models(names):
         for its_fold, files in model.folds.items():

@@ -10,7 +10,14 @@ from pathlib import Path
 from nnssl_adapt.errors import SourceError, SourceNotFound
 from nnssl_adapt.weights.sources.archive import is_archive, list_archive, unpack
 from nnssl_adapt.weights.sources.digests import Record, file_digest
-from nnssl_adapt.weights.sources.listing import MODEL_FILES, SIDECAR_NAME, choose_files, choose_single
+from nnssl_adapt.weights.sources.listing import (
+    MODEL_FILES,
+    SIDECAR_NAME,
+    WEIGHT_SUFFIXES,
+    choose_file,
+    choose_files,
+    is_shard,
+)
 from nnssl_adapt.weights.sources.offline_store import RECORD_NAME as FETCHED_RECORD
 from nnssl_adapt.weights.sources.resolved import ResolvedSource, SourceOptions, assemble
 
@@ -34,10 +41,12 @@ def _resolve_file(text: str, path: Path, filename: str | None, fold: str | None)
         raise SourceError(f"{text} is a file itself: leave {filename!r} out, or give the folder that holds it")
     root = path.parent
     names = [name for name in (path.name, SIDECAR_NAME) if (root / name).is_file()]
+    if is_shard(path.name):
+        names = _names_below(root, depth=1)
     if _FOLD_FOLDER.fullmatch(whole.parent.name):
         root = whole.parent.parent
         names = _names_below(root, depth=2)
-    chosen = choose_single(path.absolute().relative_to(root.absolute()).as_posix(), names, str(root), fold)
+    chosen = choose_file(path.absolute().relative_to(root.absolute()).as_posix(), names, str(root), fold)
     return assemble(text, "file", root, chosen, file_digest)
 
 
@@ -86,7 +95,7 @@ def resolve_archive(text: str, kind: str, path: Path, options: SourceOptions) ->
         raise SourceError(f"{path} holds another zip, {chosen.weights[0]}: unpack it yourself and give that one")
     record = unpack(path, options.cache)
     if strange := [name for name in chosen.names if name not in record.files]:
-        raise SourceError(f"{path}: {strange[0]} is no weight file (.pth, .safetensors, .pt, .ckpt or .bin)")
+        raise SourceError(f"{path}: {strange[0]} is no weight file ({', '.join(WEIGHT_SUFFIXES)})")
     folder = record.path.parent
     resolved = assemble(
         text, kind, folder, chosen, lambda file: record.check(file, f"delete {folder} and run the same command again")

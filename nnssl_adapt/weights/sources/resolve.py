@@ -33,7 +33,7 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
 
     Args:
         source: a weight file (``.pth``, ``.safetensors``, ``.ckpt``, …), a zip, a folder with one, a trained nnU-Net model
-            folder; a hub id ``owner/name`` or ``owner/name@revision``, or a hub address
+            folder; a hub id ``[hf://]owner/name`` or ``owner/name@revision``, or a hub address
             ``https://huggingface.co/owner/name[/tree/REVISION]``; or the https address of a file or zip, at best with
             ``#sha256=…``. An existing path wins; then the same name below ``$nnssl_pretrained_models``; then caches and
             the network.
@@ -62,7 +62,7 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
     if stored is not None:
         return resolve_path(text, stored[0], replace(options, filename=stored[1]))
     if hub is not None:
-        return _resolve_hub(text, hub, replace(options, filename=options.filename or hub.filename))
+        return _resolve_hub(text, hub, options)
     if "://" in text and not is_hub_url(text):
         if options.revision:
             raise SourceError(
@@ -100,6 +100,8 @@ def _resolve_web(text: str, options: SourceOptions) -> ResolvedSource:
 
 
 def _resolve_hub(text: str, address: HubAddress, options: SourceOptions) -> ResolvedSource:
+    address = address.with_branch(Hub(address.repo_id, None, options.cache_dir, options.local_files_only))
+    options = replace(options, filename=options.filename or address.filename)
     revision, named = options.revision, address.revision
     pinned = revision is not None and _COMMIT.fullmatch(revision) and not _COMMIT.fullmatch(named or "")
     if revision and named and revision != named and not pinned:

@@ -75,7 +75,7 @@ class Origin:
         repo_id: ``owner/name`` on the hub, else None.
         revision: the commit hash that was downloaded, else None. Copies made by ``nnssl-adapt fetch`` remember both.
         filename: the weight file's name.
-        sha256: of the weight file's bytes; of the joined digests where several folds are averaged.
+        sha256: of the weight file's bytes; of the joined digests where several files are averaged or put together.
         fold: of a trained model folder: the fold taken (``0``, ``all``, …) or ``mean``; else None.
     """
 
@@ -107,6 +107,7 @@ class ResolvedSource:
         model_folder: the trained nnU-Net model folder (plans.json, dataset.json) that the weights lie in, or None.
         other_folds: weight files of further folds, to be averaged with ``weights``.
         archive: the zip that the weights were unpacked from, or None.
+        other_shards: of weights that are spread over several files, all but the first, which is ``weights``.
     """
 
     weights: Path
@@ -115,12 +116,13 @@ class ResolvedSource:
     model_folder: Path | None = None
     other_folds: tuple[Path, ...] = ()
     archive: Path | None = None
+    other_shards: tuple[Path, ...] = ()
 
 
 def assemble(text: str, kind: str, root: Path, chosen: Chosen, digest: Callable[[Path], str]) -> ResolvedSource:
     """The chosen files below ``root``, every one checked by ``digest``."""
     digests = {name: digest(root / name) for name in chosen.names}
-    of_weights = [digests[name] for name in chosen.weights]
+    of_weights = [digests[name] for name in (*chosen.weights, *chosen.other_shards)]
     joined = of_weights[0] if len(of_weights) == 1 else hashlib.sha256("".join(of_weights).encode()).hexdigest()
     model = None if chosen.model_folder is None else root / chosen.model_folder
     if kind == "folder" and model is not None:
@@ -132,4 +134,5 @@ def assemble(text: str, kind: str, root: Path, chosen: Chosen, digest: Callable[
         origin=Origin(text, kind, None, None, first.name, joined, chosen.fold),
         model_folder=model,
         other_folds=tuple(others),
+        other_shards=tuple(root / name for name in chosen.other_shards),
     )

@@ -56,6 +56,9 @@ def one_line(caught):
         "{url}/{id}/",
         "{url}/{id}/tree/main",
         "{url}/{id}/blob/main/checkpoint_final.pth",
+        "hf://{id}",
+        "hf://models/{id}@main",
+        "hf://{id}@main/checkpoint_final.pth",
     ],
 )
 def test_every_way_to_name_a_repository_gives_the_same_checkpoint(hub, files, cache, spelling):
@@ -89,6 +92,18 @@ def test_other_addresses_are_refused(address, reason):
     with pytest.raises(SourceError, match=reason) as caught:
         resolve_source(address)
     one_line(caught)
+
+
+@pytest.mark.parametrize("rest", ["", "/checkpoint_final.pth"])
+def test_a_branch_may_have_slashes_in_its_name(hub, files, cache, rest):
+    repository = hub.add(REPOSITORY, files, branches={"main", "feature", "feature/new/plan"})
+    kind = "blob" if rest else "tree"
+    address = f"{hub.url}/{REPOSITORY}/{kind}/feature/new/plan{rest}"
+    resolved = resolve_source(address, SourceOptions(cache_dir=cache))
+    assert (resolved.origin.revision, resolved.origin.filename) == (repository.commit, "checkpoint_final.pth")
+    assert any("feature%2Fnew%2Fplan" in path for _, path in hub.requests)
+    again = resolve_source(address, SourceOptions(cache_dir=cache, local_files_only=True))
+    assert again.origin.revision == repository.commit
 
 
 def test_weights_and_plan_come_from_one_commit(hub, files, cache):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from nnssl_adapt.errors import CheckpointError, UnreadableCheckpoint, UnsafeCheckpoint
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of, unwrap
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
 
@@ -214,3 +215,17 @@ def test_the_networks_name_in_a_lightning_module_is_stripped(tmp_path, name, exp
 def test_two_names_that_become_one_are_refused(tmp_path):
     with pytest.raises(UnreadableCheckpoint, match="with and without"):
         strip_wrappers({"_orig_mod.a": torch.zeros(1), "a": torch.ones(1)}, tmp_path)
+
+
+def test_bytes_that_changed_inside_a_file_are_found_by_its_checksums(tmp_path):
+    """torch reads them without a word: nothing else in the file tells."""
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {"a": torch.arange(1000.0)}}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.arange(1000.0).numpy().tobytes()) + 2000
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert read_weight_file(path)
+    with pytest.raises(UnreadableCheckpoint, match="checksum") as caught:
+        open_checkpoint(path)
+    assert caught.value.path == path
