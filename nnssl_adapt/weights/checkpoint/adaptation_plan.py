@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError
 from nnssl_adapt.text import read_json
@@ -24,9 +24,16 @@ _CONFIGURATIONS = ("onemmiso", "median", "noresample", "3d_fullres")
 """nnssl writes exactly one of the first three; plans made by hand have nnU-Net's name, and sometimes others beside it."""
 
 
+def _number(value: Any) -> Any:
+    """A number; text and truth values, which pydantic would turn into one, are refused."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("expected a number")
+    return value
+
+
 def _whole(value: Any) -> Any:
     """An int given as 32.0 or 32; anything else is left for the validation to name."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() else _number(value)
 
 
 def _words(value: Any) -> Any:
@@ -35,7 +42,8 @@ def _words(value: Any) -> Any:
 
 Voxels = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Patch = tuple[Voxels, Voxels, Voxels]
-Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Millimetres = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Axis = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -84,12 +92,19 @@ class AdaptationPlan(BaseModel):
     citations: tuple[dict[str, Any], ...] = ()
     trainer_name: str | None = None
     supervised: bool = False
-    transpose_forward: tuple[int, int, int] = (0, 1, 2)
+    transpose_forward: tuple[Axis, Axis, Axis] = (0, 1, 2)
     head_names: tuple[str, ...] = ()
     orientation: str | None = None
     channel_names: tuple[str, ...] = ()
     intensity: tuple[dict[str, Any], ...] = ()
     raw: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @field_validator("transpose_forward")
+    @classmethod
+    def _each_axis_once(cls, axes: tuple[int, int, int]) -> tuple[int, int, int]:
+        if sorted(axes) != [0, 1, 2]:
+            raise ValueError("expected each of the axes 0, 1 and 2 once")
+        return axes
 
     @classmethod
     def parse(cls, content: Any, where: str) -> AdaptationPlan:

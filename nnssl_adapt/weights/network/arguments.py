@@ -8,6 +8,7 @@ imported, since a name in a stranger's file could be anything.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "strides": per_stage("strides", stages, _triple),
         blocks_key: per_stage(blocks_key, stages, _positive_int),
         "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, _positive_int),
-        "conv_bias": bool(kwargs.get("conv_bias", False)),
+        "conv_bias": _flag(class_name, "conv_bias", kwargs.get("conv_bias", False)),
     }
     for key in ("norm_op", "dropout_op", "nonlin"):
         spelled[key] = _operation_name(class_name, key, kwargs.get(key))
@@ -153,7 +154,7 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "eva_depth": _positive_int(class_name, "eva_depth", values["eva_depth"]),
         "eva_numheads": heads,
         "init_values": None if init_values is None else _number(class_name, "init_values", init_values),
-        "scale_attn_inner": bool(values["scale_attn_inner"]),
+        "scale_attn_inner": _flag(class_name, "scale_attn_inner", values["scale_attn_inner"]),
     }
     # What is left at its default stays out: stock trainers and older plans then compare equal.
     for key in ("drop_path_rate", "attn_drop_rate", "proj_drop_rate", "mlp_ratio"):
@@ -204,7 +205,18 @@ def _options(class_name: str, key: str, value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected a mapping")
+    for name, entry in value.items():
+        if not isinstance(entry, (bool, int, float, type(None))) or (
+            isinstance(entry, float) and not math.isfinite(entry)
+        ):
+            raise ArchitectureError(f"{class_name}: {key}.{name} is {entry!r}, expected a number or true or false")
     return dict(value)
+
+
+def _flag(class_name: str, key: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool) and value not in (0, 1):
+        raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def _number(class_name: str, key: str, value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -35,21 +36,24 @@ class Record:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files, about = content["files"], content["about"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         if not isinstance(files, dict) or not files or not isinstance(about, dict):
             return None
-        return cls(path, {str(name): str(digest) for name, digest in files.items()}, about)
+        texts = [value for key, value in about.items() if key != "bytes"]
+        if not all(isinstance(text, (str, type(None))) for text in texts) or not all(map(_is_digest, files.values())):
+            return None
+        return cls(path, files, about)
 
     def save(self) -> None:
         write_json(self.path, {"files": dict(self.files), "about": dict(self.about)})
 
-    def check(self, path: Path, mend: str) -> str:
+    def check(self, path: Path, fix: str) -> str:
         """The file's digest if it still is what was recorded.
 
         Args:
             path: one of the files.
-            mend: what to do about a changed one, for the message.
+            fix: what to do about a changed one, for the message.
 
         Raises:
             DigestMismatch: it is not.
@@ -61,9 +65,13 @@ class Record:
         if found != recorded:
             was = f"it was sha256 {recorded[:12]}…" if recorded else "it was not there"
             raise DigestMismatch(
-                f"{path} is not what {self.path.name} beside it recorded: {was}, now {found[:12]}…: {mend}"
+                f"{path} is not what {self.path.name} beside it recorded: {was}, now {found[:12]}…: {fix}"
             )
         return found
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 @contextmanager

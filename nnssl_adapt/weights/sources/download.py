@@ -109,14 +109,14 @@ def download(address: Address, folder: Path, local_files_only: bool = False) -> 
 
 def _from_record(record: Record, address: Address) -> tuple[Path, str]:
     path = record.path.parent / next(iter(record.files))
-    mend = f"delete {record.path.parent} and run the same command again"
-    digest = record.check(path, mend) if path.is_file() else ""
+    fix = f"delete {record.path.parent} and run the same command again"
+    digest = record.check(path, fix) if path.is_file() else ""
     if not digest:
-        raise SourceNotFound(f"{path}, the download of {address}, is gone: {mend}")
+        raise SourceNotFound(f"{path}, the download of {address}, is gone: {fix}")
     if address.sha256 not in (None, digest):
         raise DigestMismatch(
             f"{path}, downloaded earlier from {address}, has sha256 {digest}, and {address.sha256} was asked for: "
-            f"correct what follows #, or {mend}"
+            f"correct what follows #, or {fix}"
         )
     return path, digest
 

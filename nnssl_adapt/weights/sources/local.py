@@ -61,8 +61,8 @@ def _resolve_folder(text: str, folder: Path, options: SourceOptions) -> Resolved
     record = Record.load(folder / FETCHED_RECORD)
     if record is None:
         return assemble(text, "folder", folder, chosen, file_digest)
-    mend = "fetch it again with 'nnssl-adapt fetch … --overwrite'"
-    resolved = assemble(text, "folder", folder, chosen, lambda path: record.check(path, mend))
+    fix = "fetch it again with 'nnssl-adapt fetch … --overwrite'"
+    resolved = assemble(text, "folder", folder, chosen, lambda path: record.check(path, fix))
     about = record.about
     origin = replace(resolved.origin, repo_id=about.get("repo_id"), revision=about.get("revision"))
     return replace(resolved, origin=origin)

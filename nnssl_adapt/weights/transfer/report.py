@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,8 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.files import write_json
+from nnssl_adapt.text import read_json
 from nnssl_adapt.weights.transfer.picture import draw_rows
 from nnssl_adapt.weights.transfer.rows import (
     SourceRow,
@@ -37,7 +39,7 @@ class TransferReport:
     Attributes:
         rows: one a name in the network's state dict.
         source_rows: one a tensor of the checkpoint.
-        notes: what was decided or mended on the way.
+        notes: what was decided or corrected on the way.
         origin: where the weights are from (as :class:`~nnssl_adapt.weights.sources.resolve.Origin`), None from scratch.
         title: the first line of the table.
         warnings: notes that should not be overlooked.
@@ -99,13 +101,13 @@ class TransferReport:
             return cls(
                 rows=tuple(_row(TargetRow, entry) for entry in content["target"]),
                 source_rows=tuple(_row(SourceRow, entry) for entry in content["source"]),
-                notes=tuple(content.get("notes", ())),
-                origin=content.get("origin"),
-                title=content.get("title", ""),
-                warnings=tuple(content.get("warnings", ())),
+                notes=_texts(content.get("notes", ())),
+                origin=None if content.get("origin") is None else dict(content["origin"]),
+                title=str(content.get("title", "")),
+                warnings=_texts(content.get("warnings", ())),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TransferError(f"this is no transfer report: {error!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise TransferError(f"this is no transfer report: {' '.join(repr(error).split())[:300]}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""
@@ -115,10 +117,7 @@ class TransferReport:
     @classmethod
     def load(cls, path: str | Path) -> TransferReport:
         """Read what :meth:`save` wrote. Raises TransferError naming the file when it can't be read or is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TransferError(f"{path} is not readable as JSON: {error}") from error
+        content = read_json(path, TransferError, "transfer report")
         try:
             return cls.from_dict(content)
         except TransferError as error:
@@ -155,13 +154,21 @@ class TransferReport:
         return "\n".join(lines)
 
 
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of texts")
+    return tuple(values)
+
+
 Row = TypeVar("Row", TargetRow, SourceRow)
 
 
 def _row(cls: type[Row], entry: Mapping[str, Any]) -> Row:
-    """A row from JSON, in which shapes are lists."""
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return cls(**values)
+    """A row from JSON, in which shapes are lists. Raises ValueError or TypeError for values of other types."""
+    row: Row = TypeAdapter(cls).validate_python({**entry})
+    if any(n < 0 for value in vars(row).values() if isinstance(value, tuple) for n in value):
+        raise ValueError(f"a shape with a negative number in the row of {row.name!r}")
+    return row
 
 
 # -- the table -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,24 +48,33 @@ class TransferSettings:
         _check_choice("token order", self.token_order, TOKEN_ORDER_CHOICES)
         if isinstance(self.channels, str):
             _check_choice("channel rule", self.channels, CHANNEL_RULES)
+        elif not isinstance(self.channels, (list, tuple)):
+            raise ConfigurationError(
+                f"channels are {_shown(self.channels)}, expected a rule or a list with an entry a channel"
+            )
         else:
             channels = tuple(self.channels)
             bad = [c for c in channels if not _is_channel(c)]
             if bad or not channels or all(channel is None for channel in channels):
                 raise ConfigurationError(
-                    f"channel map {list(self.channels)}: give for each channel of the network the number of a "
+                    f"channel map {_shown(list(self.channels))}: give for each channel of the network the number of a "
                     "pre-training channel (or its name), or None for a new one, and at least one number"
                 )
             object.__setattr__(self, "channels", channels)
-        patterns = (self.waive,) if isinstance(self.waive, str) else tuple(self.waive)
+        patterns = (self.waive,) if isinstance(self.waive, str) else self.waive
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigurationError(f"waivers are {_shown(patterns)}, expected patterns of tensors' names")
+        patterns = tuple(patterns)
         object.__setattr__(self, "waive", patterns)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TransferSettings:
         """What :meth:`to_dict` gave, also after a way through JSON; missing entries have their defaults."""
-        unknown = sorted(set(content) - set(cls.__dataclass_fields__))
+        if not isinstance(content, Mapping):
+            raise ConfigurationError(f"the transfer settings are {_shown(content)}, expected a mapping")
+        unknown = sorted(map(str, set(content) - set(cls.__dataclass_fields__)))
         if unknown:
-            raise ConfigurationError(f"unknown transfer setting {', '.join(unknown)}")
+            raise ConfigurationError(f"unknown transfer setting {_shown(', '.join(unknown))}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return cls(**values)
 
@@ -134,4 +144,9 @@ def _is_channel(entry: Any) -> bool:
 
 def _check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigurationError(f"unknown {what} {value!r}: {', '.join(choices)}")
+        raise ConfigurationError(f"unknown {what} {_shown(value)}: {', '.join(choices)}")
+
+
+def _shown(value: Any) -> str:
+    """A value of a plan that somebody may have edited, in one short line."""
+    return textwrap.shorten(repr(value), 100, placeholder=" …") if len(repr(value)) > 100 else repr(value)

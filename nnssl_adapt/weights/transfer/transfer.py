@@ -287,7 +287,7 @@ class _Transfer:
         for pattern in self.settings.waive:
             if not fnmatch.filter(everything, pattern):
                 raise TransferError(
-                    f"the waiver {pattern!r} fits no tensor of the network or of {self.checkpoint.origin}: mend its "
+                    f"the waiver {pattern!r} fits no tensor of the network or of {self.checkpoint.origin}: correct its "
                     "spelling, or leave it out"
                 )
 
