@@ -31,9 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", dest="name", default="pretrained", help="short name of the pre-training (default: pretrained)"
     )
     parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
-    parser.add_argument(
-        "--restart", action="store_true", help="train anew although there is an earlier run (it is set aside)"
-    )
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
     add_training_flags(parser)
     add_run_flags(parser)
@@ -77,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         resume=False if arguments.restart else "auto",
         save_probabilities=arguments.npz,
         deadline=deadline,
+        accept_changed=tuple(arguments.accept_changed),
     )
     if arguments.num_gpus > 1:
         return _train_in_processes(request, arguments.num_gpus, arguments.verbose)

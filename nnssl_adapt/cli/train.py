@@ -70,6 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--restart", action="store_true", help="train anew although there is an earlier run (it is set aside)"
+    )
+    parser.add_argument(
+        "--accept-changed",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="splits|data",
+        help="go on or validate although the cases of the fold (splits), or their preprocessed voxels (data), have changed",
+    )
+    parser.add_argument(
         "-num_gpus", type=int, default=1, help="train with so many processes on this machine, a GPU each (default 1)"
     )
     parser.add_argument(
@@ -162,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> int:
         source_options=source_options(arguments),
         workers=arguments.workers,
         trackers=tuple(arguments.track),
-        resume="auto" if arguments.resume == "auto" else arguments.resume is not None,
+        resume=False if arguments.restart else "auto" if arguments.resume == "auto" else arguments.resume is not None,
         validate_only=arguments.val,
         checkpoint_for_validation="best" if arguments.val_best else "final",
         save_probabilities=arguments.npz,
@@ -170,6 +181,7 @@ def _train(arguments: argparse.Namespace) -> int:
         results=arguments.results,
         splits=arguments.splits,
         deadline=deadline,
+        accept_changed=tuple(arguments.accept_changed),
     )
     return carry_out(request, plan=plan)
 

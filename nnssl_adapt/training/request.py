@@ -43,6 +43,7 @@ class TrainingRequest:
         results: folder instead of ``nnUNet_results``.
         splits: file instead of the dataset's ``splits_final.json``.
         deadline: when to have stopped.
+        accept_changed: what may have changed since the run stopped.
     """
 
     dataset: str
@@ -63,6 +64,7 @@ class TrainingRequest:
     results: str | None = None
     splits: str | None = None
     deadline: Deadline | None = None
+    accept_changed: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -78,6 +80,7 @@ class TrainingRequest:
                 **content,
                 "recipe": Recipe.from_dict(content["recipe"], str(path)),
                 "trackers": tuple(content["trackers"]),
+                "accept_changed": tuple(content["accept_changed"]),
                 "deadline": None if deadline is None else Deadline(**deadline),
             }
         )
@@ -113,4 +116,5 @@ class TrainingRequest:
             checkpoint_for_validation=self.checkpoint_for_validation,
             save_probabilities=self.save_probabilities,
             deadline=ranks.from_main(self.deadline),
+            accept_changed=self.accept_changed,
         )

@@ -14,15 +14,20 @@ from torch import nn
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
+from nnssl_adapt.planning.content import pretrain_info, provenance
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preflight import find_other_orientations
 from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.folder import source_of
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.network.architectures import build_network
 from nnssl_adapt.weights.transfer.rows import FRESH, REST, percent
 from nnssl_adapt.weights.transfer.transfer import TransferReport, scratch_report, transfer_weights
 
 logger = logging.getLogger(__name__)
+
+AT_TRAINING = "training"
+"""Value of ``given`` in a plan's ``nnssl_adapt`` entries: the weights were named by the training's command."""
 
 
 def freezing_warnings(recipe: Recipe, report: TransferReport) -> list[str]:
@@ -67,10 +72,14 @@ class StartingWeights:
 
     Attributes:
         report: what became of every tensor.
+        plan: the run's, which names the weights.
+        weights: what they are: source, revision, SHA-256, licence, …; None for random ones.
         citations: of the weights' authors, as ``{type, name, apa_citations | bibtex_citations}``.
     """
 
     report: TransferReport
+    plan: FinetunePlan
+    weights: dict[str, Any] | None = None
     citations: tuple[dict[str, Any], ...] = ()
 
 
@@ -91,16 +100,44 @@ def fill_with_starting_weights(
         TransferError: they don't fit.
     """
     if from_scratch:
-        return StartingWeights(scratch_report(network))
+        return StartingWeights(scratch_report(network), plan)
     found = find_checkpoint(plan, checkpoint, options)
-    if "source" not in plan.provenance:  # nobody has compared the plan with the weights yet
+    if not source_of(plan):  # nobody has compared the plan with the weights yet
         _compare_axes(plan, found)
     settings = plan.transfer_settings.to_dict()
     channel_names = tuple(plan.dataset_json.channel_names.values())
     report = transfer_weights(
         found, network, head_names=plan.labels.head_names, channel_names=channel_names, **settings
     )
-    return StartingWeights(report, found.citations)
+    return StartingWeights(report, naming_weights(plan, found), described_weights(found), found.citations)
+
+
+def described_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What weights are, for the records of a run: where they are from, their digest, licence and trainer."""
+    return {**checkpoint.origin.to_dict(), "licence": checkpoint.licence, "trainer_name": checkpoint.trainer_name}
+
+
+def naming_weights(plan: FinetunePlan, checkpoint: Checkpoint) -> FinetunePlan:
+    """The plan, naming the weights that were given to the training where it names none itself, as nnU-Net's don't."""
+    if source_of(plan):
+        return plan
+    source = {**checkpoint.origin.to_dict(), "licence": checkpoint.licence}
+    ours = {
+        **provenance(checkpoint, plan.transfer_settings),
+        **plan.provenance,
+        "source": source,
+        "given": AT_TRAINING,
+    }
+    content = {**plan.content, "pretrain_info": pretrain_info(checkpoint), "nnssl_adapt": ours}
+    return FinetunePlan(content, plan.configuration, plan.path)
+
+
+def naming_the_same(plan: FinetunePlan, recorded: FinetunePlan | None) -> FinetunePlan:
+    """The plan, naming the weights that an earlier run's copy of it names, where it names none itself."""
+    if source_of(plan) or recorded is None or not source_of(recorded):
+        return plan
+    content = {**plan.content, "pretrain_info": recorded.pretrain_info, "nnssl_adapt": recorded.provenance}
+    return FinetunePlan(content, plan.configuration, plan.path)
 
 
 def describe_citations(citations: Sequence[Mapping[str, Any]]) -> str:

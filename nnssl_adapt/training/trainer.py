@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import nn
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.errors import ConfigurationError, NothingToResume
+from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
 from nnssl_adapt.inference.convolutions import cudnn_benchmark
@@ -22,14 +22,11 @@ from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.machine.lock import only_run_in
 from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death, seeds_for
+from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
-from nnssl_adapt.training.optimise.adapters import add_adapters
-from nnssl_adapt.training.optimise.ema import WeightAverage
 from nnssl_adapt.training.optimise.losses import build_loss
-from nnssl_adapt.training.optimise.network_options import to_device
-from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer, grad_scaler
+from nnssl_adapt.training.optimise.optimizer import autocast_dtype
 from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors
 from nnssl_adapt.training.progress.display import log_epoch, log_file
 from nnssl_adapt.training.progress.history import History
@@ -42,12 +39,10 @@ from nnssl_adapt.training.run.checkpointing import (
     LATEST,
     CheckpointWriter,
     TrainingState,
-    check_resumable,
     load_checkpoint,
     predicting_weights,
-    remove_unfinished,
-    restore,
 )
+from nnssl_adapt.training.run.comparison import check_validation, checked_acceptance
 from nnssl_adapt.training.run.deadline import Deadline
 from nnssl_adapt.training.run.folder import RunFolder
 from nnssl_adapt.training.run.identity import RunIdentity, cases_of_fold
@@ -60,19 +55,12 @@ from nnssl_adapt.training.setup import (
     restored_random_state,
     without_pretraining,
 )
-from nnssl_adapt.training.starting_weights import (
-    build_initial_network,
-    describe_citations,
-    fill_with_starting_weights,
-    freezing_warnings,
-)
+from nnssl_adapt.training.start import RunStart, new_network
+from nnssl_adapt.training.starting_weights import describe_citations
 from nnssl_adapt.training.validation import FoldValidation
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_INITIAL_WEIGHTS = 10
-"""First counter of a random seed, beside those of :mod:`nnssl_adapt.training.batches.patches` and the loop's."""
 
 
 class PretrainedTrainer:
@@ -126,15 +114,26 @@ class PretrainedTrainer:
         self.recipe.check_against(plan.architecture, self.device.type)
         self.plan = adapted_plan(plan, self.recipe)
         self.ranks.samples(self.plan.batch_size)  # refuses more ranks than samples
-        self.labels: LabelScheme = self.plan.labels
-        self.file_ending = self.plan.dataset_json.file_ending
+        dataset = self.plan.dataset_json
+        self.labels = LabelScheme.from_dataset_json(dataset.raw)
+        self.file_ending = dataset.file_ending
         self.store = CaseStore(self.plan.store_folder)
         self.fold, self.training_cases, self.validation_cases = cases_of_fold(
             self.plan, self.store, fold, self.file_ending, splits_file
         )
         self.checkpoint = checkpoint
         self.source_options = dict(source_options or {})
-        self.citations: tuple[dict[str, Any], ...] = tuple(self.plan.pretrain_info.get("citations") or ())
+        self.identity = RunIdentity(
+            plan=self.plan,
+            dataset=dataset,
+            fold=self.fold,
+            training_cases=tuple(self.training_cases),
+            validation_cases=tuple(self.validation_cases),
+            recipe=self.recipe,
+            version=package_version(),
+            stored=self.store.digests([*self.training_cases, *self.validation_cases]),
+            citations=tuple(self.plan.pretrain_info.get("citations") or ()),
+        )
         if workers is None:
             workers = default_workers(self.device.type, self.ranks.local_size, batch_bytes(self.plan, self.recipe))
         self.workers = int(workers)
@@ -144,7 +143,9 @@ class PretrainedTrainer:
         self.folder = RunFolder.of(self.plan, self.recipe.trainer_name, self.fold, results_folder)
         self.progress = progress
         self.trackers = check_trackers(trackers) if self.ranks.is_main else ()
+        self.accept_changed: frozenset[str] = frozenset()
         self._tracked = Trackers()
+        self._trained_here = False
         self.summary: Summary | None = None
         self.history = History()
         strides = self.plan.architecture.strides if self.recipe.deep_supervision else None
@@ -164,6 +165,7 @@ class PretrainedTrainer:
         checkpoint_for_validation: Literal["final", "best"] = "final",
         save_probabilities: bool = False,
         deadline: Deadline | None = None,
+        accept_changed: Collection[str] = (),
     ) -> ModelFolder:
         """Train, then predict and judge the fold's validation cases. Returns the model folder.
 
@@ -176,17 +178,20 @@ class PretrainedTrainer:
             checkpoint_for_validation: ``final`` or ``best``.
             save_probabilities: of the validation cases, as nnU-Net's ``.npz``.
             deadline: when to have stopped; see :func:`~nnssl_adapt.training.run.deadline.find_deadline`.
+            accept_changed: what may have changed since the checkpoint was written: ``splits`` (other cases), ``data`` (cases
+                that were preprocessed again).
 
         Raises:
             TrainingStopped: a signal asked for it, or the deadline is near; what there is is saved.
             NothingToResume: ``resume`` or ``validate_only``, and there is no checkpoint.
-            ConfigurationError: the checkpoint is of another network or optimiser; other folds have another network; the
-                plan names no weights.
+            ConfigurationError: going on would make another model than the checkpoint's (other cases, data, labels, network,
+                …); other folds have another network; the plan names no weights.
             SourceError, TransferError: the pre-trained weights are missing, or don't fit.
             NonFiniteLoss: the loss was NaN or infinite too often in a row.
             TrainingError: a worker died, the memory is too small, or another process trains this fold.
             OutputError: files can't be written.
         """
+        self.accept_changed = checked_acceptance(accept_changed)
         if validate_only:
             self.folder.require_checkpoint(BEST if checkpoint_for_validation == "best" else FINAL)
         make_folder(self.folder.path)
@@ -206,16 +211,17 @@ class PretrainedTrainer:
 
     def _train_if_needed(self, resume: bool, stop: StopRequest) -> nn.Module | None:
         """The trained network if it is nowhere on disk, else None."""
-        if resume and self.folder.checkpoint(FINAL):
-            self._refuse_longer_training()
-            logger.info("%s is trained already", self.folder.path)
+        begun = self._start().begin(self.identity, resume)
+        if begun is None:
             return None
-        state = self._resumed_state() if resume else self._fresh_state()
+        state, self.identity = begun.state, begun.identity
+        self.plan, self.history = self.identity.plan, state.history
         self._describe(state, stop)
         self._train(state, stop)
+        self._trained_here = True
         if self.checkpointing:
             return None
-        network = self._new_network()
+        network = new_network(self.identity)
         network.load_state_dict(predicting_weights(state))
         return network
 
@@ -232,7 +238,7 @@ class PretrainedTrainer:
             epoch_ended=self._show,
             progress=self.progress and self.ranks.is_main,
         )
-        folder, identity = self.folder.path, self._identity
+        folder, identity = self.folder.path, self.identity
         names, settings = self.labels.class_names, self.recipe.to_dict()
         self._picture = ProgressPicture(folder / "progress.png", names)
         with (
@@ -253,62 +259,17 @@ class PretrainedTrainer:
 
     # -- before it ---------------------------------------------------------------------------------------------------
 
-    def _fresh_state(self) -> TrainingState:
-        """Start anew: pre-trained weights into a new network, and the model folder's files. An earlier run is set aside."""
-        network = self._new_network()
-        start = fill_with_starting_weights(
-            network, self.plan, self.checkpoint, self.recipe.from_scratch, self.source_options
+    def _start(self) -> RunStart:
+        return RunStart(
+            folder=self.folder,
+            device=self.device,
+            autocast_dtype=self.autocast_dtype,
+            checkpoint=self.checkpoint,
+            source_options=self.source_options,
+            accept_changed=self.accept_changed,
+            checkpointing=self.checkpointing,
+            is_main=self.ranks.is_main,
         )
-        self.citations = start.citations
-        for warning in freezing_warnings(self.recipe, start.report):
-            logger.warning("%s", warning)
-        if self.ranks.is_main:
-            self.folder.set_earlier_run_aside(for_checkpoints=self.checkpointing)
-            remove_unfinished(self.folder.path)
-            self.folder.write_model_files(self.plan)
-            start.report.save(self.folder.path / "transfer_report.json")
-        logger.info("%s", start.report)
-        return self._state_of(network)
-
-    def _resumed_state(self) -> TrainingState:
-        path = self.folder.checkpoint(LATEST)
-        if path is None:
-            raise NothingToResume(
-                f"{self.folder.path} has no {LATEST} to go on from: leave --c out to train from the start (a run writes "
-                f"its first one after {self.recipe.checkpoint_every} epochs or {self.recipe.checkpoint_minutes:g} minutes)"
-            )
-        content = load_checkpoint(path)
-        check_resumable(path, content, self._identity)
-        state = self._state_of(self._new_network())
-        restore(state, content, self.recipe)
-        self.citations = tuple(content["nnssl_adapt"].get("citations", self.citations))
-        if self.ranks.is_main:
-            remove_unfinished(self.folder.path)
-            self.folder.write_model_files(self.plan)
-        self.history = state.history
-        logger.info("going on from %s: epoch %d after %d steps", path, state.epoch + 1, state.iteration)
-        return state
-
-    def _refuse_longer_training(self) -> None:
-        done = int(load_checkpoint(self.folder.path / FINAL)["current_epoch"])
-        if done < self.recipe.epochs:
-            raise ConfigurationError(
-                f"{self.folder.path} was finished after {done} epochs and can't be prolonged to {self.recipe.epochs} (the "
-                "optimiser's state is not kept): train anew without --c, or validate with --val"
-            )
-
-    def _new_network(self) -> nn.Module:
-        seed = seeds_for(self.recipe.seed, _INITIAL_WEIGHTS)[0]
-        return build_initial_network(self.plan, self.labels.num_heads, seed)
-
-    def _state_of(self, network: nn.Module) -> TrainingState:
-        torch.manual_seed(seeds_for(self.recipe.seed, _INITIAL_WEIGHTS, 1)[0])
-        add_adapters(network, self.recipe)
-        network = to_device(network, self.recipe, self.device)
-        scaler = grad_scaler() if self.autocast_dtype is torch.float16 else None
-        decay = self.recipe.ema_decay
-        average = None if decay is None else WeightAverage(network, decay)
-        return TrainingState(network, build_optimizer(network, self.recipe, self.device), scaler, average)
 
     def _batches_from(self, state: TrainingState) -> Generator[Batch]:
         return batches_of_fold(
@@ -320,20 +281,6 @@ class PretrainedTrainer:
             self.ranks,
             self.workers,
             pin_memory=self.device.type == "cuda",
-        )
-
-    @property
-    def _identity(self) -> RunIdentity:
-        return RunIdentity(
-            configuration=self.plan.configuration,
-            fold=self.fold,
-            architecture=self.plan.architecture,
-            patch_size=self.plan.patch_size,
-            num_channels=self.plan.num_channels,
-            num_heads=self.labels.num_heads,
-            recipe=self.recipe,
-            version=package_version(),
-            citations=self.citations,
         )
 
     def _describe(self, state: TrainingState, stop: StopRequest) -> None:
@@ -348,20 +295,19 @@ class PretrainedTrainer:
             self.workers,
             self.folder.path,
         )
-        for line in (describe_citations(self.citations), stop.describe()):
+        for line in (describe_citations(self.identity.citations), stop.describe()):
             if line:
                 logger.info("%s", line)
         content = {
             "nnssl_adapt": package_version(),
             "plans": self.plan.plans_name,
             "plans_file": str(self.plan.plans_file),
-            "pretrained_weights": None if self.recipe.from_scratch else self.plan.provenance.get("source"),
-            "citations": list(self.citations),
+            "pretrained_weights": self.identity.weights,
+            "citations": list(self.identity.citations),
             "fold": self.fold,
-            "training_cases": list(self.training_cases),
-            "validation_cases": list(self.validation_cases),
+            **self.identity.to_dict(),
             "recipe": self.recipe.to_dict(),
-            "network": self._identity.network,
+            "network": self.identity.network,
             "parameters": parameters,
             "patch_size": list(self.plan.patch_size),
             "batch_size": self.plan.batch_size,
@@ -383,6 +329,8 @@ class PretrainedTrainer:
             model = ModelFolder.open(self.folder.model)
             path = model.checkpoint_path(self.fold, which)
             weights = model.load_weights(self.fold, which)
+            if network is None and not self._trained_here:
+                check_validation(path, load_checkpoint(path), self.identity, self.accept_changed)
             network = model.build_network()
             model.load_into(network, weights, path)
             plan, mirror_axes, weights_id = model.plan, weights.mirror_axes, sha256_of(path)

@@ -72,7 +72,10 @@ class FoldValidation:
         """
         stop.begin()
         make_folder(self.output)
-        done = self.ranks.from_main(self._done(weights_id))
+        done = self._done(weights_id)
+        if self.ranks.is_main:  # before the others hear of it and begin to write
+            self._remove_others(done)
+        done = self.ranks.from_main(done)
         stopped = not self._predict_share(network, mirror_axes, weights_id, done, stop)
         self.ranks.barrier()
         # Agreed only here, and not case by case: a signal and a deadline reach all ranks, which then meet within a tile.
@@ -154,6 +157,16 @@ class FoldValidation:
             labels = logits_to_segmentation(logits, case.properties, self.plan, self.labels)
         geometry = ImageGeometry.from_properties(case.properties, labels.shape)
         write_labels(self.output / f"{identifier}{self.file_ending}", labels, geometry)
+
+    def _remove_others(self, done: Sequence[str]) -> None:
+        """Remove what earlier calls wrote of other cases or with other weights: it must not be taken for this model's."""
+        endings = (self.file_ending, ".npz", ".pkl")
+        for path in self.output.iterdir():
+            ending = next((ending for ending in endings if path.name.endswith(ending)), None)
+            if ending is not None and path.name.removesuffix(ending) not in done:
+                path.unlink(missing_ok=True)
+        if len(done) < len(self.cases):
+            (self.output / "summary.json").unlink(missing_ok=True)
 
     # -- what is done ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 import copy
 
+from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.training.run.identity import RunIdentity
 from nnssl_adapt.weights.network.architectures import Architecture
 
 DATASET = "Dataset991_Tiny"
@@ -84,3 +86,14 @@ def changed(plan, **entries):
     content = copy.deepcopy(plan.content)
     content["configurations"]["3d_fullres"].update(entries)
     return FinetunePlan(content, plan.configuration, plan.path)
+
+
+def identity_of(architecture, recipe, patch=PATCH, labels=None, channels=("T1",), cases=(("a", "b"), ("c",)), **more):
+    """What a run of fold 0 is made of; ``cases`` for training and for validation."""
+    dataset = {
+        "channel_names": {str(number): name for number, name in enumerate(channels)},
+        "labels": labels or {"background": 0, "liver": 1, "lesion": 2},
+        "file_ending": ".nii.gz",
+    }
+    plan = FinetunePlan(plan_content(architecture, len(channels), patch))
+    return RunIdentity(plan, DatasetJson.from_content(dataset), 0, *cases, recipe, "0", **more)

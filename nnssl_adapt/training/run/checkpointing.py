@@ -40,12 +40,6 @@ logger = logging.getLogger(__name__)
 
 LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 
-_FIXED = ("optimizer", "lora_rank", "lora_alpha")
-"""Fields of the recipe that a checkpoint's content depends on."""
-
-_SAFE_TO_CHANGE = ("name", "trainer_name", "checkpoint_every", "checkpoint_minutes", "non_finite_limit")
-
-
 _LARGER_WITH_OPTIMISER = 4
 """How many times as much a checkpoint may hold that can be resumed from: weights, their average, and Adam's two moments."""
 
@@ -112,7 +106,7 @@ def take_snapshot(state: TrainingState, run: RunIdentity, resumable: bool) -> di
     return {
         "network_weights": weights,
         "trainer_name": run.stock_trainer,
-        "init_args": {"configuration": run.configuration, "fold": run.fold},
+        "init_args": {"configuration": run.plan.configuration, "fold": run.fold},
         "inference_allowed_mirroring_axes": tuple(run.recipe.mirror_axes) or None,
         "current_epoch": state.epoch,
         "_best_ema": state.best_ema,
@@ -123,6 +117,7 @@ def take_snapshot(state: TrainingState, run: RunIdentity, resumable: bool) -> di
             "version": run.version,
             "recipe": run.recipe.to_dict(),
             "network": run.network,
+            "identity": run.to_dict(),
             "citations": list(run.citations),
             "iteration": state.iteration,
             "losses": list(state.losses),
@@ -290,35 +285,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_resumable(path: Path, content: Mapping[str, Any], run: RunIdentity) -> None:
-    """Raise ConfigurationError, with all reasons, when going on from a checkpoint would make no sense.
-
-    Other changes of the recipe (learning rate, seed, …) are allowed, and logged.
-    """
-    ours = content["nnssl_adapt"]
-    # Recipe()'s are the fields that the version which wrote it had not yet.
-    old, new = {**Recipe().to_dict(), **ours["recipe"]}, run.recipe.to_dict()
-    reasons = []
-    if ours["network"] != run.network:
-        reasons.append("it has another network (architecture, patch of a transformer, channels or classes)")
-    if content["init_args"]["fold"] != run.fold:
-        reasons.append(f"it is of fold {content['init_args']['fold']}")
-    reasons += [f"its {name} was {old[name]}, now {new[name]}" for name in _FIXED if old[name] != new[name]]
-    if not ours["resumable"]:
-        reasons.append("it has no optimiser state")
-    if content["current_epoch"] > run.recipe.epochs:
-        reasons.append(
-            f"it has done {content['current_epoch']} epochs, more than the {run.recipe.epochs} of the recipe"
-        )
-    if reasons:
-        raise ConfigurationError(
-            f"can't go on from {path}: {'; '.join(reasons)}. Train anew, without --c, or change it back"
-        )
-    for name, value in new.items():
-        if name not in _SAFE_TO_CHANGE and old[name] != value:
-            logger.warning("resuming with another %s than before: %s instead of %s", name, value, old[name])
-
-
 def restore(state: TrainingState, content: Mapping[str, Any], recipe: Recipe) -> None:
     """Put ``state`` where a checkpoint was written: changes its network, average, optimiser, scaler and counters.
 
@@ -332,7 +298,8 @@ def restore(state: TrainingState, content: Mapping[str, Any], recipe: Recipe) ->
         else:  # the recipe averages only from here on
             state.average = WeightAverage(state.network, state.average.decay)
     try:
-        load_optimizer_state(state.optimizer, content["optimizer_state"])
+        if content["optimizer_state"] is not None:  # a finished run's is not kept
+            load_optimizer_state(state.optimizer, content["optimizer_state"])
     except ValueError as error:
         raise ConfigurationError(
             f"the checkpoint's optimiser has other groups of weights ({error}): freeze, rates by depth and the like can't "
@@ -346,3 +313,22 @@ def restore(state: TrainingState, content: Mapping[str, Any], recipe: Recipe) ->
     state.iteration = min(int(ours["iteration"]), recipe.iterations_per_epoch)
     state.losses = list(ours["losses"])
     state.non_finite_in_a_row = int(ours["non_finite_in_a_row"])
+
+
+def describe_extension(path: Path, state: TrainingState, recipe: Recipe) -> None:
+    """Warn of what a finished run lacks, now that it is to go on for more epochs than it had."""
+    missing = ["the optimiser's state (momentum), which starts from zero"]
+    if state.average is not None:
+        missing.append("the weights beside their average, which is what training goes on from")
+    if has_adapters(state.network):
+        missing.append("the adapters, which were merged into the weights: new ones are added")
+    logger.warning(
+        "%s is of a finished run of %d epochs, which now gets %d. It doesn't hold %s. The learning rate is that of epoch %d "
+        "of %d in the longer schedule",
+        path,
+        state.epoch,
+        recipe.epochs,
+        "; nor ".join(missing),
+        state.epoch + 1,
+        recipe.epochs,
+    )

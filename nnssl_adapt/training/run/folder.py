@@ -37,6 +37,11 @@ _OF_ONE_RUN = (
 )
 
 
+def source_of(plan: FinetunePlan) -> dict[str, Any]:
+    """What a plan records of the weights that it starts from; empty where it names none."""
+    return dict(plan.provenance.get("source", {}))
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """``<results>/<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>``.
@@ -107,10 +112,7 @@ class RunFolder:
     def write_model_files(self, plan: FinetunePlan) -> None:
         """Write plans.json, dataset.json and dataset_fingerprint.json, which prediction and nnU-Net look for, and, where it
         has no trainer that builds the network, one for it.
-
-        Raises ConfigurationError if other folds in this folder have another network or patch.
         """
-        self._refuse_other_network(plan)
         write_json(self.model / "plans.json", plan.content)
         for name in ("dataset.json", "dataset_fingerprint.json"):
             source = plan.dataset_folder / name
@@ -119,7 +121,8 @@ class RunFolder:
                     temporary.write_bytes(source.read_bytes())
         write_trainer_class(self.model, plan.architecture)
 
-    def _refuse_other_network(self, plan: FinetunePlan) -> None:
+    def refuse_other_model(self, plan: FinetunePlan) -> None:
+        """Raise ConfigurationError if other folds in this folder have another network, patch, data or starting weights."""
         path = self.model / "plans.json"
         others = [
             fold for fold in self.model.glob("fold_*") if fold != self.path and any(fold.glob("checkpoint_*.pth"))
@@ -135,6 +138,17 @@ class RunFolder:
                     f"{self.model} has {others[0].name} trained with another {what}{shown}. Give this run a folder of its "
                     "own with --set trainer_name=NAME"
                 )
+        there, here = (str(source_of(content).get("sha256") or "") for content in (old, plan))
+        if there and here and there != here:
+            raise ConfigurationError(
+                f"{self.model} has {others[0].name} trained from other weights: SHA-256 {there[:12]}… there, {here[:12]}… now. "
+                "Give this run a folder of its own with --set trainer_name=NAME"
+            )
+
+    def recorded_plan(self, configuration: str) -> FinetunePlan | None:
+        """The plan that an earlier run of this folder was trained with, if there is one."""
+        path = self.model / "plans.json"
+        return FinetunePlan.load(path, configuration) if path.is_file() else None
 
     def write_debug(self, content: dict[str, Any], device: torch.device) -> None:
         """Write debug.json: what was run, with which versions, where."""

@@ -1,56 +1,87 @@
-"""What a run is made of: its cases, its network, its recipe."""
+"""What a run is made of: its cases and their data, labels, channels, network, recipe and starting weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.splits import load_or_make_splits, load_splits, split_for_fold
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.inference.trainer_class import trainer_for_nnunet
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.recipe.recipe import Recipe
-from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a checkpoint belongs to; a run only goes on from a checkpoint of its own.
+    """What a run is made of. A run only goes on from a checkpoint that was made of the same.
 
     Attributes:
-        configuration: of the plan, ``3d_fullres``.
+        plan: of the run, with the recipe's patch and batch.
+        dataset: its labels and channels.
         fold: number or ``all``.
-        architecture: of the network.
-        patch_size: voxels (Z, Y, X).
-        num_channels: of the images.
-        num_heads: output channels.
+        training_cases: identifiers.
+        validation_cases: identifiers.
         recipe: of the run.
         version: of this package.
-        citations: of the weights it started from.
+        stored: digest of each case's stored voxels.
+        seen_before: cases that it was trained on before the splits were changed.
+        weights: what the weights that it started from are, as :class:`~nnssl_adapt.weights.sources.resolved.Origin`; None for
+            random ones.
+        citations: of those weights.
     """
 
-    configuration: str
+    plan: FinetunePlan
+    dataset: DatasetJson
     fold: int | str
-    architecture: Architecture
-    patch_size: tuple[int, int, int]
-    num_channels: int
-    num_heads: int
+    training_cases: tuple[str, ...]
+    validation_cases: tuple[str, ...]
     recipe: Recipe
     version: str
+    stored: Mapping[str, str] = field(default_factory=dict)
+    seen_before: tuple[str, ...] = ()
+    weights: Mapping[str, Any] | None = None
     citations: tuple[dict[str, Any], ...] = ()
 
     @property
     def network(self) -> dict[str, Any]:
-        """The network as plain values; equal for equal networks."""
-        plans = self.architecture.to_plans_dict(self.patch_size)
-        return {"architecture": plans, "num_channels": self.num_channels, "num_heads": self.num_heads}
+        """The network as plain values; equal for equal networks. A CNN's don't depend on the patch."""
+        return {
+            "architecture": self.plan.architecture.to_plans_dict(self.plan.patch_size),
+            "num_channels": self.plan.num_channels,
+            "num_heads": LabelScheme.from_dataset_json(self.dataset.raw).num_heads,
+        }
 
     @property
     def stock_trainer(self) -> str:
         """The trainer class with which released nnU-Net builds this network."""
-        return trainer_for_nnunet(self.architecture)
+        return trainer_for_nnunet(self.plan.architecture)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides which model comes out, beside network and recipe, as plain values for a checkpoint or JSON."""
+        return {
+            "training_cases": list(self.training_cases),
+            "validation_cases": list(self.validation_cases),
+            "seen_before": list(self.seen_before),
+            "preprocessing": self.plan.settings.to_dict(),
+            "stored": dict(self.stored),
+            **described_dataset(self.dataset),
+            "weights": None if self.weights is None else dict(self.weights),
+        }
+
+
+def described_dataset(dataset: DatasetJson) -> dict[str, Any]:
+    """Label names and values, their order where they are regions, and channel names."""
+    return {
+        "labels": dict(dataset.labels),
+        "regions_class_order": dataset.regions_class_order,
+        "channels": [name for _, name in sorted(dataset.channel_names.items(), key=lambda item: int(item[0]))],
+    }
 
 
 def cases_of_fold(

@@ -18,6 +18,7 @@ from support.training_runs import Killed, assert_same_training, at, fold_of, int
 from nnssl_adapt.errors import ConfigurationError, NothingToResume, TrainingStopped, UnreadableCheckpoint
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import validation
+from nnssl_adapt.training.run.checkpointing import load_checkpoint
 from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.network.architectures import Architecture
 
@@ -141,8 +142,6 @@ def test_a_finished_run_is_only_validated(plan, recipe, monkeypatch):
     monkeypatch.setattr(PretrainedTrainer, "_train", None)
     trainer_of(plan, recipe).run(resume=True)
     assert (fold_of(model) / "checkpoint_final.pth").stat().st_mtime_ns == before
-    with pytest.raises(ConfigurationError, match="finished after 2 epochs and can't be prolonged to 5"):
-        trainer_of(plan, recipe.override(epochs=5)).run(resume=True)
 
 
 @pytest.fixture
@@ -169,15 +168,122 @@ def test_validating_what_is_not_finished(plan, recipe, stopped):
 def test_resuming_what_makes_no_sense(plan, recipe, stopped):
     wider = Architecture("ResidualEncoderUNet", {**CNN.kwargs, "features_per_stage": [4, 6, 10]})
     other = changed(plan, architecture=wider.to_plans_dict(PATCH))
-    with pytest.raises(ConfigurationError, match=r"another network.*; its optimizer was sgd, now adamw.*without --c"):
+    with pytest.raises(ConfigurationError) as refused:
         trainer_of(other, recipe.override(optimizer="adamw")).run(resume=True)
-    with pytest.raises(ConfigurationError, match="has another network"):
-        trainer_of(other, recipe).run(resume=True)
+    network, optimizer = refused.value.mistakes
+    assert "features_per_stage [4, 6, 8] then, [4, 6, 10] now" in network
+    assert optimizer == "optimizer: sgd then, adamw now"
+    assert refused.value.path == trainer_of(plan, recipe).folder.path / "checkpoint_latest.pth"
+    assert "--restart" in str(refused.value)
 
 
 def test_resuming_with_another_learning_rate_says_so(plan, recipe, stopped, package_log):
     trainer_of(plan, recipe.override(learning_rate=0.005)).run(resume=True)
     assert "another learning_rate than before: 0.005 instead of 0.01" in package_log.text
+
+
+@pytest.fixture
+def split_of(plan):
+    """Call it with training and validation cases: they become fold 0."""
+
+    def write(training, validation):
+        names = [{"train": [f"case_{n:02d}" for n in training], "val": [f"case_{n:02d}" for n in validation]}]
+        (plan.dataset_folder / "splits_final.json").write_text(json.dumps(names))
+
+    return write
+
+
+def without_identity(path):
+    """What versions before wrote: the checkpoint itself doesn't say what its run was made of."""
+    content = torch.load(path, weights_only=True)
+    del content["nnssl_adapt"]["identity"]
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["checkpoint", "debug.json"])
+def test_other_cases_make_another_model(plan, recipe, split_of, older, package_log):
+    split_of((0, 1, 2), (3, 4))
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, step=4)
+        with pytest.raises(TrainingStopped):
+            trainer_of(plan, recipe).run()
+    if older:
+        without_identity(trainer_of(plan, recipe).folder.path / "checkpoint_latest.pth")
+    split_of((2, 3, 4), (0, 1))
+    with pytest.raises(ConfigurationError) as refused:
+        trainer_of(plan, recipe).run(resume=True)
+    assert refused.value.mistakes == (
+        "training cases: case_00, case_01, case_02 then, case_02, case_03, case_04 now",
+        "validation cases: case_03, case_04 then, case_00, case_01 now",
+    )
+    assert "--accept-changed splits" in str(refused.value)
+    package_log.clear()
+    model = trainer_of(plan, recipe).run(resume=True, accept_changed=["splits"])
+    assert "accepted as changed: training cases" in package_log.text
+    identity = torch.load(fold_of(model) / "checkpoint_final.pth", weights_only=True)["nnssl_adapt"]["identity"]
+    assert identity["training_cases"] == ["case_02", "case_03", "case_04"]
+    assert identity["seen_before"] == ["case_00", "case_01"]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["checkpoint", "debug.json"])
+def test_validation_is_of_cases_that_the_model_has_not_seen(plan, recipe, split_of, older):
+    split_of((0, 1, 2), (3, 4))
+    model = trainer_of(plan, recipe).run()
+    if older:
+        without_identity(fold_of(model) / "checkpoint_final.pth")
+    done = {path.name for path in (fold_of(model) / "validation").iterdir()}
+    assert done == {"case_03.nii.gz", "case_04.nii.gz", "summary.json"}
+    split_of((2, 3, 4), (0, 1))
+    for how in ({"validate_only": True}, {"resume": True}):
+        with pytest.raises(ConfigurationError) as refused:
+            trainer_of(plan, recipe).run(**how)
+        (mistake,) = refused.value.mistakes
+        assert "case_00, case_01" in mistake
+    assert {path.name for path in (fold_of(model) / "validation").iterdir()} == done
+    trainer_of(plan, recipe).run(validate_only=True, accept_changed=["splits"])
+    left = {path.name for path in (fold_of(model) / "validation").iterdir()}
+    assert left == {"case_00.nii.gz", "case_01.nii.gz", "summary.json"}
+
+
+def test_fewer_validation_cases_are_only_mentioned(plan, recipe, split_of, package_log):
+    split_of((0, 1, 2), (3, 4))
+    trainer_of(plan, recipe).run()
+    split_of((0, 1, 2), (4,))
+    package_log.clear()
+    trainer_of(plan, recipe).run(validate_only=True)
+    assert "validation cases: case_03, case_04 then, case_04 now" in package_log.text
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["checkpoint", "plans.json"])
+def test_a_plan_of_the_same_name_that_was_made_again(plan, recipe, stopped, older):
+    if older:
+        without_identity(trainer_of(plan, recipe).folder.path / "checkpoint_latest.pth")
+    other = changed(plan, spacing=[2.0, 2.0, 2.0], normalization_schemes=["NoNormalization"])
+    with pytest.raises(ConfigurationError) as refused:
+        trainer_of(other, recipe).run(resume=True, accept_changed=["splits", "data"])
+    assert set(refused.value.mistakes) == {
+        "spacing (mm): [2.0, 1.0, 1.3] then, [2.0, 2.0, 2.0] now",
+        'normalisation: ["ZScoreNormalization"] then, ["NoNormalization"] now',
+    }
+    assert "--accept-changed" not in str(refused.value)
+
+
+def test_a_finished_run_gets_more_epochs(plan, recipe, package_log):
+    """Its weights and figures go on; that its momentum was not kept is said. Stopped in between, it goes on from there."""
+    model = trainer_of(plan, recipe).run()
+    figures = load_checkpoint(fold_of(model) / "checkpoint_final.pth")["logging"]["train_losses"]
+    longer = recipe.override(epochs=4)
+    package_log.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, step=5)
+        with pytest.raises(TrainingStopped, match="in epoch 4 after 2 of 3 steps"):
+            trainer_of(plan, longer).run(resume=True)
+    assert "momentum" in package_log.text and "finished run of 2 epochs" in package_log.text
+    trainer_of(plan, longer).run(resume=True)
+    assert "epoch 4 after 2 steps" in package_log.text
+    content = load_checkpoint(fold_of(model) / "checkpoint_final.pth")
+    assert content["current_epoch"] == 4
+    assert content["logging"]["train_losses"][:2] == figures and len(content["logging"]["train_losses"]) == 4
 
 
 def test_a_damaged_checkpoint_is_no_crash(plan, recipe, stopped):

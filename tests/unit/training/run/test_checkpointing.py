@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from support.tiny_plans import CNN, TRANSFORMER
+from support.tiny_plans import CNN, TRANSFORMER, identity_of
 from support.training_runs import fold_of, interrupt, trainer_of
 
 from nnssl_adapt.errors import NonFiniteLoss, OutputError, TrainingError
@@ -16,7 +16,7 @@ from nnssl_adapt.training.optimise.ema import WeightAverage
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run import checkpointing
 from nnssl_adapt.training.run.background import Background
-from nnssl_adapt.training.run.checkpointing import RunIdentity, TrainingState, copied, load_checkpoint, take_snapshot
+from nnssl_adapt.training.run.checkpointing import TrainingState, copied, load_checkpoint, take_snapshot
 from nnssl_adapt.weights.network.architectures import Architecture
 
 
@@ -55,8 +55,7 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_old_one(plan, recipe,
     ids=["cnn", "other primus", "ResEncL", "PrimusS", "PrimusM spelled out", "PrimusM changed"],
 )
 def test_the_stock_trainer_that_builds_the_same_network(architecture, expected):
-    run = RunIdentity("3d_fullres", 0, architecture, (64, 64, 64), 1, 2, Recipe(), "0")
-    assert run.stock_trainer == expected
+    assert identity_of(architecture, Recipe(), patch=(64, 64, 64)).stock_trainer == expected
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def test_a_snapshot_stays_what_it_was():
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     state = TrainingState(network, optimizer, None, average=WeightAverage(network, 0.9))
-    run = RunIdentity("3d_fullres", 0, CNN, (16, 16, 24), 1, 3, Recipe(ema_decay=0.9), "0")
+    run = identity_of(CNN, Recipe(ema_decay=0.9))
     before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(network.state_dict())
     content = take_snapshot(state, run, resumable=True)
     for _ in range(2):
