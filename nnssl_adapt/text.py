@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,12 @@ def dimensions(numbers: Iterable[float], digits: int = 6) -> str:
 def size_text(size: float) -> str:
     """Bytes as ``1.5 GiB``; below a tenth of one as ``12.0 MiB``."""
     return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean …?)``, or nothing where no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def read_json(path: str | Path, error: type[NnsslAdaptError], what: str = "JSON file", expected: type = dict) -> Any:
