@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nnssl_adapt.sharing.install import install_model
     from nnssl_adapt.sharing.package import make_package
     from nnssl_adapt.sharing.push import push_model
+    from nnssl_adapt.studies.study import Study
     from nnssl_adapt.training.recipe.recipe import Recipe
     from nnssl_adapt.training.trainer import PretrainedTrainer
     from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -41,6 +42,7 @@ _HOME = {
     "Predictor": "nnssl_adapt.inference.predictor",
     "PretrainedTrainer": "nnssl_adapt.training.trainer",
     "Proof": "nnssl_adapt.weights.proof.prove",
+    "Study": "nnssl_adapt.studies.study",
     "Recipe": "nnssl_adapt.training.recipe.recipe",
     "Report": "nnssl_adapt.evaluation.report",
     "TransferReport": "nnssl_adapt.weights.transfer.transfer",
@@ -73,6 +75,7 @@ __all__ = [
     "Proof",
     "Recipe",
     "Report",
+    "Study",
     "TransferReport",
     "TransferSettings",
     "build_network",

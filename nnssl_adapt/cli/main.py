@@ -27,6 +27,7 @@ from nnssl_adapt.cli import (
     push,
     reorient,
     report,
+    study,
     train,
     verify,
 )
@@ -47,6 +48,7 @@ _COMMANDS = {
     "find-best": (find_best, "compare trained models and ensembles, and say how to predict with the best"),
     "ensemble": (ensemble, "average the probabilities that several models saved"),
     "postprocess": (postprocess, "keep only the largest component where that helps"),
+    "study": (study, "compare ways to train: weights, spacings, schedules, amounts of data"),
     "report": (report, "one HTML page about a trained model"),
     "package": (package, "a release package of a trained model, for SCT and nnU-Net"),
     "push": (push, "upload a trained model to the Hugging Face hub"),

@@ -27,8 +27,8 @@ _SHARED = ("spacing", "spacing_mm", "normalization", "recipe", "trainer", "set")
 """Fields of an arm that may stand beside ``arms`` as well, for all of them."""
 
 
-def read_study_file(source: str | Path) -> StudySpec:
-    """Read a study: the name of one in ``configs/studies`` or a YAML file.
+def read_study_file(source: str | Path, **changes: Any) -> StudySpec:
+    """Read a study: the name of one in ``configs/studies`` or a YAML file; ``changes`` replace entries.
 
     Raises ConfigurationError: it is not there, or every mistake in it at once (``.mistakes``).
     """
@@ -39,7 +39,7 @@ def read_study_file(source: str | Path) -> StudySpec:
         raise ConfigurationError(
             f"{path} is not a readable YAML file: {' '.join(str(error).split())}", path=path
         ) from error
-    return study_from(content, path)
+    return study_from(content, path, **changes)
 
 
 def study_from(content: Any, file: Path | None = None, **changes: Any) -> StudySpec:

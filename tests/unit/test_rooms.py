@@ -25,6 +25,7 @@ ROOMS = [
     "training",
     "sharing",
     "cluster",
+    "studies",
     "demo",
     "cli",
     "train",

@@ -1,0 +1,46 @@
+"""Compare ways to train: weights, spacings, schedules, amounts of data. Running it again goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnssl_adapt.cli.common import EXIT_OK, add_verbose
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "study", help="a study.yaml, or the name of one that comes with the package (weights_vs_scratch, …)"
+    )
+    parser.add_argument("-d", dest="dataset", help="dataset id or name, instead of the file's")
+    parser.add_argument("-device", help="cuda, cpu or mps, instead of the file's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="show the commands of all runs, and do nothing")
+    what.add_argument("--status", action="store_true", help="show how far every run is")
+    what.add_argument("--table", action="store_true", help="write the results so far, without running anything")
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.studies.page import command_line
+    from nnssl_adapt.studies.study import Study
+
+    changes = {"dataset": arguments.dataset, "device": arguments.device}
+    study = Study.load(arguments.study, **{name: value for name, value in changes.items() if value is not None})
+    arguments.how_to_go_on = "run the same command again"
+    if arguments.dry_run:
+        for preparation in study.preparations:
+            print(command_line("preprocess", preparation.words))
+        for one in study.runs:
+            print(command_line("train", one.words))
+        print(
+            f"{len(study.preparations)} plan(s) and {len(study.runs)} run(s); {sum(r.is_done for r in study.runs)} done"
+        )
+        return EXIT_OK
+    if arguments.status:
+        print(study.status())
+        return EXIT_OK
+    if not arguments.table:
+        study.run()
+    print(study)
+    print(f"\npage: {study.save()}\nnumbers: {study.folder / 'study.csv'}")
+    return EXIT_OK
