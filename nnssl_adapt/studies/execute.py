@@ -58,24 +58,26 @@ def _do(words: Sequence[str], log: Path) -> bool:
     with open(log, "ab") as output:
         command = [sys.executable, "-m", "nnssl_adapt.cli.main", *words]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        with _passed_on(process):
+        with _passed_on(process) as signals:
             code = process.wait()
-    if code == _STOPPED or code < 0:
+    if signals or code == _STOPPED:  # a training that was nearly done ends in good order all the same
         raise TrainingStopped(f"the study was stopped while it did '{words[0]}'; run the same command again to go on")
     return code == 0
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the block runs, signals that ask to stop go to ``process`` instead of ending us."""
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While the block runs, signals that ask to stop go to ``process`` instead of ending us; yields those that came."""
+    came: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in wanted}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

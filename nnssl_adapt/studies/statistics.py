@@ -55,8 +55,8 @@ class PairedDifference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval has 0, or is not known: such a difference is no finding."""
-        return not (self.estimate.low > 0 or self.estimate.high < 0)
+        """Whether the interval has 0 or is not known, or the corrected p is 0.05 or more: such a difference is no finding."""
+        return not (self.estimate.low > 0 or self.estimate.high < 0) or not self.p_holm < 0.05
 
 
 def estimate(values: Values, seed: int = 0) -> Estimate:

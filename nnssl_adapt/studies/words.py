@@ -53,9 +53,12 @@ def findings(study: StudySpec, cells: Sequence[Cell]) -> Iterator[str]:
         if math.isnan(gap.low):
             yield f"{where}: {gap.mean:+.4f} {metric} on {gap.cases} case(s), too few for an interval."
         elif cell.difference.within_noise:
-            yield f"{where}: the difference of {gap.mean:+.4f} {metric} is within noise ({_interval(gap, '+')} has 0)."
+            yield (
+                f"{where}: the difference of {gap.mean:+.4f} {metric} ({_interval(gap, '+')}, corrected p "
+                f"{cell.difference.p_holm:.2g}) is within noise."
+            )
         else:
-            yield f"{where}: {gap.mean:+.4f} {metric} ({_interval(gap, '+')})."
+            yield f"{where}: {gap.mean:+.4f} {metric} ({_interval(gap, '+')}, corrected p {cell.difference.p_holm:.2g})."
     if len(study.seeds) == 1:
         yield "One seed: the intervals say nothing about how much another seed would change."
 

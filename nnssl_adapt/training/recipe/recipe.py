@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import yaml
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.text import did_you_mean
 from nnssl_adapt.training.recipe.rules import contradictions, machine_mistakes, range_mistakes
 from nnssl_adapt.training.recipe.trainer_names import resolve
-from nnssl_adapt.training.recipe.values import did_you_mean, raise_if_any, settled
+from nnssl_adapt.training.recipe.values import raise_if_any, settled
 
 if TYPE_CHECKING:
     from nnssl_adapt.weights.network.architectures import Architecture

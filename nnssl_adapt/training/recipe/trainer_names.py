@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.training.recipe.values import did_you_mean
+from nnssl_adapt.text import did_you_mean
 
 Entry = tuple[str, dict[str, Any]]
 

@@ -5,13 +5,13 @@ Fields are described by their type hints alone, so that a new field needs nothin
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.text import did_you_mean
 
 
 def convert(value: Any, wanted: Any) -> Any:
@@ -103,9 +103,3 @@ def raise_if_any(mistakes: list[str], where: str) -> None:
         raise ConfigurationError(f"{where}: {mistakes[0]}", mistakes=mistakes)
     lines = "".join(f"\n  {mistake}" for mistake in mistakes)
     raise ConfigurationError(f"{where}: {len(mistakes)} mistakes{lines}", mistakes=mistakes)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?)``, or nothing where no known word is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
