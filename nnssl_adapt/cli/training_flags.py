@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnssl_adapt.training.recipe.recipe import Recipe
+    from nnssl_adapt.weights.network.architectures import Architecture
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _add(group: argparse._ArgumentGroup, flag: FieldFlag) -> None:
     group.add_argument(flag.flag, **options)
 
 
-def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
+def recipe_from(arguments: argparse.Namespace, architecture: Architecture) -> Recipe:
     """The recipe that the flags ask for: ``-tr`` or ``--recipe``, with single fields overridden.
 
     Without either, the one published for the network's family. nnU-Net's own trainers (``-tr nnUNetTrainer_250epochs``)
@@ -134,7 +135,7 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
 
     Args:
         arguments: with what :func:`add_training_flags` adds, and perhaps ``source``, the weights that were named.
-        is_transformer: of the network; what it can't do is found here, before anything starts.
+        architecture: of the network; what it can't do is found here, before anything starts.
 
     Raises ConfigurationError with all mistakes: of the flags, of ``--set``, and of what the network or device can't do.
     """
@@ -146,7 +147,7 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
 
     mistakes: list[str] = []
     try:
-        recipe = _chosen(arguments, is_transformer)
+        recipe = _chosen(arguments, architecture.is_transformer)
     except ConfigurationError as error:  # the rest is checked all the same
         mistakes, recipe = [str(error)], Recipe()
     changes = changes_from(arguments)
@@ -156,7 +157,7 @@ def recipe_from(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
     except ConfigurationError as error:
         mistakes += error.mistakes
         wanted = as_far_as_readable({**recipe.to_dict(), **read_settings(arguments.settings)[0], **changes})
-    mistakes += machine_mistakes(is_transformer, wanted, arguments.device)
+    mistakes += machine_mistakes(architecture, wanted, arguments.device)
     mistakes += tracker_mistakes(getattr(arguments, "track", ()))
     raise_if_any(mistakes, where)
     return wanted

@@ -7,6 +7,7 @@ know is an alias of a Recipe (:mod:`nnssl_adapt.training.recipe.trainer_names`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from nnssl_adapt.weights.network.architectures import Architecture
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One fine-tuning run's options. All mistakes are found when it is made, and reported in one ConfigurationError.
@@ -35,6 +39,7 @@ class Recipe:
     Attributes:
         name: what the recipe is called in logs.
         trainer_name: first part of the model folder's name (``<trainer_name>__<plans>__3d_fullres``).
+        network: which the recipe is for: a class (``Primus``) or a preset (``PrimusS``), which the plan's must be; None for any.
         from_scratch: start from random weights.
         epochs: epochs in all, warm-ups included.
         iterations_per_epoch: optimiser steps an epoch.
@@ -82,6 +87,7 @@ class Recipe:
 
     name: str = "default"
     trainer_name: str = "PretrainedTrainer"
+    network: str | None = None
     from_scratch: bool = False
     # length
     epochs: int = 1000
@@ -178,10 +184,14 @@ class Recipe:
     def with_settings(self, assignments: Iterable[str], **values: Any) -> Recipe:
         """Return a copy changed by ``field=value`` strings, as ``--set`` takes them, and by ``values``, which win.
 
-        Both at once, since fields are checked against each other.
+        Both at once, since fields are checked against each other. When the number of epochs changes and no stage of the
+        schedule does, the stages keep their share of the epochs; the log says so.
         """
-        fields, mistakes = read_settings(assignments)
-        return _make(self.to_dict(), {**fields, **values}, f"changes to recipe {self.name!r}", mistakes)
+        settings, mistakes = read_settings(assignments)
+        fields: dict[str, Any] = {**settings, **values}
+        if "epochs" in fields and not {"warmup_epochs", "decoder_warmup_epochs"} & fields.keys():
+            fields |= _scaled_stages(self, fields["epochs"])
+        return _make(self.to_dict(), fields, f"changes to recipe {self.name!r}", mistakes)
 
     def check_against(self, architecture: Architecture, device_type: str | None = None) -> None:
         """Raise ConfigurationError for all that this asks for and the network, or this kind of device, can't do.
@@ -190,7 +200,7 @@ class Recipe:
             architecture: of the plan, or of the checkpoint as long as there is no plan.
             device_type: ``cuda``, ``cpu`` or ``mps``; None when it is not known yet.
         """
-        mistakes = list(machine_mistakes(architecture.is_transformer, self, device_type))
+        mistakes = list(machine_mistakes(architecture, self, device_type))
         raise_if_any(mistakes, f"recipe {self.name!r} for {architecture}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,6 +277,24 @@ def as_far_as_readable(content: Mapping[str, Any]) -> SimpleNamespace:
 
 def _defaults() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(Recipe)}
+
+
+def _scaled_stages(recipe: Recipe, epochs: Any) -> dict[str, Any]:
+    """The stages before the highest learning rate, of the same share of another number of epochs (as text or a number)."""
+    readable, _ = settled({"epochs": epochs}, {"epochs": int})
+    wanted = readable.get("epochs", 0)
+    old = {name: getattr(recipe, name) for name in ("decoder_warmup_epochs", "warmup_epochs")}
+    if wanted < 1 or wanted == recipe.epochs or not any(old.values()):
+        return {}
+    new: dict[str, Any] = {name: max(1, round(n * wanted / recipe.epochs)) if n else 0 for name, n in old.items()}
+    while sum(new.values()) >= wanted:  # one epoch at least is left for the rest
+        new[max(new, key=lambda name: new[name])] -= 1
+    words = ", ".join(f"{name} {new[name]} instead of {n}" for name, n in old.items() if n != new[name])
+    if words:
+        logger.info("%d epochs instead of %d: %s, their share (--warmup changes it)", wanted, recipe.epochs, words)
+    if not new["decoder_warmup_epochs"]:
+        new["decoder_warmup_learning_rate"] = None
+    return new
 
 
 def read_settings(assignments: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -6,10 +6,16 @@ The rules look at anything that has a recipe's fields, so that what can be read 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from nnssl_adapt.weights.network.architectures import CLASSES, PRESETS, Architecture
+
+_SIZES = ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size")
+"""What the letter in a Primus's name stands for."""
 
 
 def range_mistakes(recipe: Any) -> Iterable[str]:
@@ -27,6 +33,8 @@ def range_mistakes(recipe: Any) -> Iterable[str]:
         yield f"warmup_fraction: expected a number above 0 and up to 1, got {recipe.warmup_fraction}"
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
         yield f"ema_decay: expected a number between 0 and 1 (0.999, say), or none, got {recipe.ema_decay}"
+    if recipe.network is not None and recipe.network not in (*PRESETS, *CLASSES):
+        yield f"network: expected one of {', '.join((*CLASSES, *PRESETS))} or none, got {recipe.network!r}"
     if recipe.batch_size is not None and recipe.batch_size < 1:
         yield f"batch_size: expected at least 1, got {recipe.batch_size}"
     if recipe.patch_size is not None and min(recipe.patch_size) < 1:
@@ -106,8 +114,14 @@ def contradictions(recipe: Any) -> Iterable[str]:
         yield "lora_rank and from_scratch: random weights would stay random; drop one of them"
 
 
-def machine_mistakes(is_transformer: bool, recipe: Any, device_type: str | None = None) -> Iterable[str]:
+def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str | None = None) -> Iterable[str]:
     """What the network, the device or the installation can't do of ``recipe``, which may be anything with its fields."""
+    is_transformer = architecture.is_transformer
+    if recipe.network is not None and not is_network(architecture, recipe.network):
+        yield (
+            f"trainer name {recipe.trainer_name}: it stands for a {recipe.network}, and this network is {architecture}; take a "
+            "trainer name for any network (PretrainedTrainer, nnUNetTrainer), or a plan with that network"
+        )
     if recipe.lora_rank > 0 and not is_transformer:
         yield (
             "lora_rank: adapters go into a transformer's attention, and this network is a CNN; "
@@ -124,3 +138,14 @@ def machine_mistakes(is_transformer: bool, recipe: Any, device_type: str | None 
         yield f"precision: fp16 needs a CUDA device, not {device_type}; use auto or fp32"
     if recipe.compile == "on" and device_type == "mps":
         yield "compile: not on mps; use auto or off"
+
+
+def is_network(architecture: Architecture, name: str) -> bool:
+    """Whether a network is of a class (``Primus``), or has the size of a preset (``PrimusS``)."""
+    if name == architecture.class_name or name not in PRESETS:
+        return name == architecture.class_name
+    named = Architecture.named(name)
+    what = _SIZES if named.is_transformer else ("features_per_stage", "n_blocks_per_stage", "strides")
+    return named.class_name == architecture.class_name and all(
+        json.dumps(named.kwargs.get(key)) == json.dumps(architecture.kwargs.get(key)) for key in what
+    )

@@ -16,6 +16,7 @@ from nnssl_adapt.text import did_you_mean
 Entry = tuple[str, dict[str, Any]]
 
 _NO_MIRRORING: dict[str, Any] = {"mirror_axes": ()}
+_ANY_NETWORK: dict[str, Any] = {"network": None}
 _FOR_150: dict[str, Any] = {"epochs": 150, "warmup_epochs": 15}
 _FOR_300: dict[str, Any] = {"epochs": 300, "warmup_epochs": 15}
 _SMALLER: dict[str, Any] = {"learning_rate": 3e-5, "weight_decay": 5e-2}
@@ -32,11 +33,11 @@ TRAINER_ALIASES: dict[str, Entry] = {
     "PretrainedTrainer_150ep_50i": ("short", {"iterations_per_epoch": 50}),
     "PretrainedTrainer_100ep_50i": ("short", {"epochs": 100, "warmup_epochs": 10, "iterations_per_epoch": 50}),
     # AdamW with the figures of Primus, whatever the network.
-    "PretrainedTrainer_adam_150ep": ("primus", _FOR_150),
-    "PretrainedTrainer_adam_150ep_nomirroring": ("primus", {**_FOR_150, **_NO_MIRRORING}),
+    "PretrainedTrainer_adam_150ep": ("primus", {**_ANY_NETWORK, **_FOR_150}),
+    "PretrainedTrainer_adam_150ep_nomirroring": ("primus", {**_ANY_NETWORK, **_FOR_150, **_NO_MIRRORING}),
     # nnU-Net's trainer of this name runs SGD at 1e-3. Ours is the Adam of the two above. Its folder has one underscore less,
     # since two separate the trainer's name from the plan's.
-    "PretrainedTrainer_adam__nomirroring": ("primus", _NO_MIRRORING),
+    "PretrainedTrainer_adam__nomirroring": ("primus", {**_ANY_NETWORK, **_NO_MIRRORING}),
     "DynamicPretrainedTrainer": ("default", {}),
     "DynamicPretrainedTrainer_nomirroring": ("default", _NO_MIRRORING),
     # AdamW again, but weight decay and clipping are those of the CNNs.
@@ -50,7 +51,10 @@ TRAINER_ALIASES: dict[str, Entry] = {
     "PretrainedTrainer_Primusx_150ep": ("primus", _FOR_150),
     "PretrainedTrainer_Primusx_300ep": ("primus", _FOR_300),
     "PretrainedTrainer_Primusx_smallerlr": ("primus", _SMALLER),
-    "PretrainedTrainer_Primusx_150ep_lr3e4": ("primus", {"epochs": 150, "warmup_epochs": 50, "learning_rate": 3e-4}),
+    "PretrainedTrainer_Primusx_150ep_lr3e4": (
+        "primus",
+        {"epochs": 150, "warmup_epochs": 50, "learning_rate": 3e-4},
+    ),
     "PretrainedTrainer_Primusx_150ep_small_debug": (
         "primus",
         {**_FOR_150, "patch_size": (48, 48, 48), "batch_size": 2},
@@ -78,7 +82,10 @@ TRAINER_ALIASES: dict[str, Entry] = {
 }
 """Fine-tuning: the recipe, and the fields that differ. The model folder has the trainer's name."""
 
-_PRIMUS_SCRATCH: Entry = ("primus", {"learning_rate": 3e-4})
+
+def _primus_scratch(preset: str) -> Entry:
+    return "primus", {"learning_rate": 3e-4, "network": preset}
+
 
 STOCK_ALIASES: dict[str, Entry] = {
     "nnUNetTrainer": ("from_scratch", {"deep_supervision": True}),
@@ -92,10 +99,10 @@ STOCK_ALIASES: dict[str, Entry] = {
         "from_scratch",
         {"deep_supervision": True, "optimizer": "adam", "betas": (0.9, 0.999)},
     ),
-    "nnUNet_Primus_S_Trainer": _PRIMUS_SCRATCH,
-    "nnUNet_Primus_B_Trainer": _PRIMUS_SCRATCH,
-    "nnUNet_Primus_M_Trainer": _PRIMUS_SCRATCH,
-    "nnUNet_Primus_L_Trainer": _PRIMUS_SCRATCH,
+    "nnUNet_Primus_S_Trainer": _primus_scratch("PrimusS"),
+    "nnUNet_Primus_B_Trainer": _primus_scratch("PrimusB"),
+    "nnUNet_Primus_M_Trainer": _primus_scratch("PrimusM"),
+    "nnUNet_Primus_L_Trainer": _primus_scratch("PrimusL"),
 }
 """nnU-Net's own trainers: random weights, or the schedule that ``-pretrained_weights`` are fine-tuned on.
 
@@ -123,7 +130,7 @@ def resolve(trainer_name: str, pretrained: bool = False) -> Entry:
         raise ConfigurationError(_unknown(trainer_name))
     config, changes = stock
     name = f"PretrainedTrainer_as_{trainer_name}" + ("" if pretrained else "_from_scratch")
-    return config, {**changes, "from_scratch": not pretrained, "trainer_name": name}
+    return config, {**changes, "name": trainer_name, "from_scratch": not pretrained, "trainer_name": name}
 
 
 def _of_length(trainer_name: str) -> Entry | None:

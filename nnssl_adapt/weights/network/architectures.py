@@ -40,6 +40,9 @@ _NETWORKS = {
 }
 """Modules of the networks. Primus brings timm and torchvision with it, seconds that nobody waits for who does not use it."""
 
+CLASSES = tuple(_NETWORKS)
+"""Classes of networks that can be built."""
+
 _RES_ENC_L = {
     "n_stages": 6,
     "features_per_stage": [32, 64, 128, 256, 320, 320],

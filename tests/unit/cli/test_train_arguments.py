@@ -5,6 +5,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+from support.tiny_plans import CNN, TRANSFORMER
 
 from nnssl_adapt.cli import finetune, main, train
 from nnssl_adapt.cli.common import checked_workers, run_command, source_options
@@ -124,16 +125,14 @@ def test_flags_override_the_recipe():
         "--warmup",
         "3",
     )
-    recipe = recipe_from(parse("-d", "1", "-f", "all", *words), is_transformer=False)
+    recipe = recipe_from(parse("-d", "1", "-f", "all", *words), CNN)
     assert (recipe.epochs, recipe.learning_rate, recipe.patch_size) == (30, 5e-4, (16, 24, 32))
     assert (recipe.weight_decay, recipe.warmup_epochs, recipe.optimizer) == (1e-3, 3, "sgd")
 
 
 def test_without_a_choice_the_networks_family_decides():
-    assert recipe_from(parse("-d", "1", "-f", "0"), is_transformer=True).optimizer == "adamw"
-    assert (
-        recipe_from(parse("-d", "1", "-f", "0", "-tr", "PretrainedTrainer_150ep"), is_transformer=False).epochs == 150
-    )
+    assert recipe_from(parse("-d", "1", "-f", "0"), TRANSFORMER).optimizer == "adamw"
+    assert recipe_from(parse("-d", "1", "-f", "0", "-tr", "PretrainedTrainer_150ep"), CNN).epochs == 150
 
 
 @pytest.mark.parametrize(
@@ -148,12 +147,12 @@ def test_without_a_choice_the_networks_family_decides():
 )
 def test_wrong_recipes(words, message):
     with pytest.raises(ConfigurationError, match=message):
-        recipe_from(parse("-d", "1", "-f", "0", *words), is_transformer=False)
+        recipe_from(parse("-d", "1", "-f", "0", *words), CNN)
 
 
 def test_all_mistakes_at_once():
     with pytest.raises(ConfigurationError, match="(?s)epochs.*learning_rate"):
-        recipe_from(parse("-d", "1", "-f", "0", "--epochs", "0", "--lr", "-1"), is_transformer=False)
+        recipe_from(parse("-d", "1", "-f", "0", "--epochs", "0", "--lr", "-1"), CNN)
 
 
 def test_every_command_explains_itself(capsys):
@@ -168,11 +167,11 @@ def test_finetune_shares_the_training_flags():
     parser = argparse.ArgumentParser()
     finetune.add_arguments(parser)
     arguments = parser.parse_args(["-d", "41", "-pc", "x", "--epochs", "2", "--warmup", "0"])
-    assert recipe_from(arguments, is_transformer=False).epochs == 2
+    assert recipe_from(arguments, CNN).epochs == 2
 
 
 def test_settings_and_flags_are_checked_together():
-    recipe = recipe_from(parse("-d", "1", "-f", "0", "--set", "epochs=9", "--warmup", "2"), is_transformer=False)
+    recipe = recipe_from(parse("-d", "1", "-f", "0", "--set", "epochs=9", "--warmup", "2"), CNN)
     assert (recipe.epochs, recipe.warmup_epochs) == (9, 2)
 
 

@@ -4,18 +4,20 @@ import argparse
 import dataclasses
 
 import pytest
+from support.tiny_plans import CNN, TRANSFORMER
 
 from nnssl_adapt.cli import finetune, train
 from nnssl_adapt.cli.training_flags import FIELD_FLAGS, add_training_flags, recipe_from
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.recipe.recipe import Recipe, configs_folder, recipe_names
+from nnssl_adapt.weights.network.architectures import Architecture
 
 
-def asked(*words, is_transformer=False, source=None):
+def asked(*words, architecture=CNN, source=None):
     parser = argparse.ArgumentParser()
     add_training_flags(parser)
     parser.set_defaults(source=source)
-    return recipe_from(parser.parse_args(["-device", "cpu", *words]), is_transformer)
+    return recipe_from(parser.parse_args(["-device", "cpu", *words]), architecture)
 
 
 EXAMPLES = {  # flag: (what is typed after it, the field's value)
@@ -59,11 +61,12 @@ def test_every_flag_is_tried_and_stands_for_a_field_of_its_own():
 def test_a_flag_changes_its_field_and_no_other(flag, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # peft is there or not
     words, value = EXAMPLES[flag.flag]
-    is_transformer = flag.field == "lora_rank"
-    before = asked(is_transformer=is_transformer)
-    after = asked(flag.flag, *words, is_transformer=is_transformer)
+    architecture = TRANSFORMER if flag.field == "lora_rank" else CNN
+    before = asked(architecture=architecture)
+    after = asked(flag.flag, *words, architecture=architecture)
     assert getattr(after, flag.field) == value != getattr(before, flag.field)
-    assert after == dataclasses.replace(before, **{flag.field: value})
+    scaled = {"warmup_epochs": 4} if flag.field == "epochs" else {}  # 50 of 1000, of 70
+    assert after == dataclasses.replace(before, **{flag.field: value}, **scaled)
 
 
 def test_flags_that_may_go_without_a_value():
@@ -104,22 +107,64 @@ def test_mistakes_of_flags_settings_network_and_device_come_together():
 
 
 @pytest.mark.parametrize(
-    ("words", "is_transformer", "message"),
+    ("words", "architecture", "message"),
     [
-        (("--lora", "8"), False, "this network is a CNN"),
-        (("--recipe", "lora"), False, "this network is a CNN"),
-        (("--deep-supervision",), True, "a transformer has a single output"),
-        (("-tr", "nnUNetTrainer"), True, "a transformer has a single output"),
-        (("--set", "compile=on", "--device", "mps"), False, "not on mps"),
-        (("--from_scratch", "--freeze", "encoder"), False, "random weights would stay random"),
-        (("--from_scratch", "--recipe", "linear_probe"), False, "random weights would stay random"),
-        (("--recipe", "frozen_encoder", "--encoder-lr", "1e-5"), False, "freeze encoder and encoder_learning_rate"),
-        (("--set", "compile=off", "--warmup", "1000"), False, "warmup_epochs: expected fewer than epochs"),
+        (("--lora", "8"), CNN, "this network is a CNN"),
+        (("--recipe", "lora"), CNN, "this network is a CNN"),
+        (("--deep-supervision",), TRANSFORMER, "a transformer has a single output"),
+        (("-tr", "nnUNetTrainer"), TRANSFORMER, "a transformer has a single output"),
+        (("--set", "compile=on", "--device", "mps"), CNN, "not on mps"),
+        (("--from_scratch", "--freeze", "encoder"), CNN, "random weights would stay random"),
+        (("--from_scratch", "--recipe", "linear_probe"), CNN, "random weights would stay random"),
+        (("--recipe", "frozen_encoder", "--encoder-lr", "1e-5"), CNN, "freeze encoder and encoder_learning_rate"),
+        (("--set", "compile=off", "--warmup", "1000"), CNN, "warmup_epochs: expected fewer than epochs"),
     ],
 )
-def test_what_does_not_go_together(words, is_transformer, message):
+def test_what_does_not_go_together(words, architecture, message):
     with pytest.raises(ConfigurationError, match=message):
-        asked(*words, is_transformer=is_transformer)
+        asked(*words, architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("words", "architecture", "good"),
+    [
+        (("-tr", "nnUNet_Primus_S_Trainer"), CNN, False),
+        (("-tr", "nnUNet_Primus_S_Trainer"), Architecture.named("PrimusM"), False),
+        (("-tr", "nnUNet_Primus_S_Trainer"), Architecture.named("PrimusS", drop_path_rate=0.1), True),
+        (("-tr", "PretrainedTrainer_Primus_150ep"), CNN, False),
+        (("-tr", "PretrainedTrainer_Primus_frozenEnc_lr_7e5_wd_3e5"), CNN, False),
+        (("-tr", "PretrainedTrainer_Primusx"), TRANSFORMER, True),
+        (("--recipe", "primus"), CNN, False),
+        (("-tr", "PretrainedTrainer_adam_150ep"), CNN, True),
+    ],
+)
+def test_a_name_that_stands_for_a_network_gets_it_or_is_refused(words, architecture, good):
+    if good:
+        asked(*words, architecture=architecture)
+        return
+    with pytest.raises(ConfigurationError) as refused:
+        asked(*words, architecture=architecture)
+    (mistake,) = refused.value.mistakes
+    assert "Primus" in mistake and str(architecture) in mistake
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        (("--epochs", "100"), (0, 5)),
+        (("--epochs", "2"), (0, 1)),
+        (("--epochs", "1"), (0, 0)),
+        (("--set", "epochs=100"), (0, 5)),
+        (("--epochs", "100", "--warmup", "50"), (0, 50)),
+        (("--recipe", "sawtooth", "--epochs", "2"), (0, 1)),
+        (("--recipe", "sawtooth", "--epochs", "3"), (1, 1)),
+        (("-tr", "PretrainedTrainer_Primus_sawtooth", "--epochs", "1"), (0, 0)),
+    ],
+)
+def test_stages_keep_their_share_of_the_epochs(words, stages):
+    architecture = TRANSFORMER if "Primus" in words[1] else CNN
+    recipe = asked(*words, architecture=architecture)
+    assert (recipe.decoder_warmup_epochs, recipe.warmup_epochs) == stages
 
 
 def test_nnunets_own_trainers_fine_tune_weights_that_are_named():
@@ -154,4 +199,4 @@ def test_a_recipes_file_is_headed_by_the_command_that_runs_it(name, monkeypatch)
         "0",
         "PLANS",
     )
-    assert recipe_from(arguments, is_transformer=name in ("primus", "lora")) == Recipe.load(name)
+    assert recipe_from(arguments, TRANSFORMER if name in ("primus", "lora") else CNN) == Recipe.load(name)
