@@ -259,9 +259,12 @@ def commands(model: ModelFolder, folds: Sequence[FoldResult], recipe: dict[str, 
     plan = model.plan
     dataset = plan.dataset_name[7:10].lstrip("0") or plan.dataset_name
     trainer, plans_name, configuration = (model.path.name.split("__", 1)[0], plan.plans_name, plan.configuration)
-    lines = []
+    lines, weights = [], ""
     source = plan.provenance.get("source", {})
-    if source:
+    if source and plan.provenance.get("given") == "training":  # the plan was made without them
+        name = f"{source['repo_id']}@{source['revision']}" if source.get("repo_id") else str(source.get("source"))
+        weights = f" -pretrained_weights {shlex.quote(name)}"
+    elif source:
         name = f"{source['repo_id']}@{source['revision']}" if source.get("repo_id") else str(source.get("source"))
         mode = str(plan.provenance.get("spacing_mode"))
         how = "--keep-topology" if mode == "base_plans" else f"-am {mode}"
@@ -273,7 +276,8 @@ def commands(model: ModelFolder, folds: Sequence[FoldResult], recipe: dict[str, 
         )
     for fold in folds:
         how = "--recipe recipe.yaml" if recipe is not None else f"-tr {trainer}"
-        lines.append(f"nnUNetv2_train_pretrained -d {dataset} -c {configuration} -f {fold.name} -p {plans_name} {how}")
+        words = f"-d {dataset} -c {configuration} -f {fold.name} -p {plans_name}{weights} {how}"
+        lines.append(f"nnUNetv2_train_pretrained {words}")
     lines.append(f"nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {shlex.quote(str(model.path))}")
     return lines
 

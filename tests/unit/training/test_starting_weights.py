@@ -11,12 +11,15 @@ from support.model_folders import write_model_folder
 from support.synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFound
+from nnssl_adapt.evaluation.report import commands
+from nnssl_adapt.evaluation.report_content import gather_folds
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
 from nnssl_adapt.training import starting_weights
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
+from nnssl_adapt.training.run.folder import RunFolder
 from nnssl_adapt.training.starting_weights import (
     build_initial_network,
     describe_citations,
@@ -207,6 +210,29 @@ def test_options_go_before_what_the_plan_records(plan, monkeypatch):
     find_checkpoint(FinetunePlan(content), options={"fold": "mean", "cache_dir": "/here"})
     ((_, options),) = opened
     assert options == {"revision": None, "fold": "mean", "stem": "2", "cache_dir": "/here"}
+
+
+def test_weights_given_to_the_training_are_on_record(plan, weights):
+    """As for a plan of nnU-Net's: what was loaded is named by the model, its checkpoint, debug.json and the report's commands."""
+    content = {key: value for key, value in plan.content.items() if key not in ("pretrain_info", "nnssl_adapt")}
+    bare = FinetunePlan(content, plan.configuration, plan.path)
+    preprocess_dataset(bare, workers=1, progress=False)
+    recipe = Recipe(trainer_name="Given", epochs=1, iterations_per_epoch=1, validation_iterations=1, warmup_epochs=0)
+    checkpoint = open_checkpoint(weights)
+    model = PretrainedTrainer(bare, recipe=recipe, device="cpu", workers=0, checkpoint=str(weights)).run()
+    source = model.plan.provenance["source"]
+    assert source == {**checkpoint.origin.to_dict(), "licence": checkpoint.licence}
+    assert model.plan.pretrain_info["citations"] == list(checkpoint.citations)
+    identity = load_checkpoint(model.path / "fold_0/checkpoint_final.pth")["nnssl_adapt"]["identity"]
+    debug = json.loads((model.path / "fold_0/debug.json").read_text())
+    assert identity["weights"] == debug["pretrained_weights"]
+    assert identity["weights"]["sha256"] == checkpoint.origin.sha256
+    again = next(line for line in commands(model, gather_folds(model), None) if "train" in line)
+    assert f"-pretrained_weights {weights}" in again
+    with pytest.raises(ConfigurationError, match="other weights"):  # another fold of this model, from others
+        other = {**source, "sha256": "0" * 64}
+        aside = {**model.plan.content, "nnssl_adapt": {**model.plan.provenance, "source": other}}
+        RunFolder(model.path, 1).refuse_other_model(FinetunePlan(aside))
 
 
 def report_of(**fates):
