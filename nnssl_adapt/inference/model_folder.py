@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
-from nnssl_adapt.inference.trainer_class import architecture_of_stock_trainer
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
 
 Fold = int | Literal["all"]
@@ -234,7 +234,7 @@ class ModelFolder:
         planned = self.plan.architecture
         for fold in self.folds if not planned.is_transformer else ():
             trainer = self.load_weights(fold, self._checkpoints(fold)[0]).trainer_name
-            return architecture_of_stock_trainer(trainer) or planned
+            return architecture_of_trainer(trainer) or planned
         return planned
 
     def build_network(self, empty: bool = False) -> nn.Module:
@@ -248,7 +248,8 @@ class ModelFolder:
         with without_memory():
             network = build_network(*arguments)
         # Transformers compute some of their tensors when they are built, and don't save them.
-        if len(network.state_dict()) < len(list(network.parameters())) + len(list(network.buffers())):
+        saved = network.state_dict()
+        if any(name not in saved for name, _ in network.named_buffers()):
             return build_network(*arguments)
         return network.to_empty(device="cpu")
 

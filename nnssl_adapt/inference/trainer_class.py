@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnssl_adapt.files import write_text
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import Architecture
 
 TRAINER_FILE = "trainer_class.py"
@@ -16,7 +17,6 @@ PRIMUS_FROM_PLANS = "nnsslAdaptPrimusFromPlansTrainer"
 """Name of the class in that file: unlike any of nnU-Net's, which are looked for first."""
 
 STOCK_TRAINER = "nnUNetTrainer"
-STOCK_PRIMUS_TRAINERS = {f"Primus{size}": f"nnUNet_Primus_{size}_Trainer" for size in "SBML"}
 
 _CLASS = f'''"""The trainer that released nnU-Net needs in order to build this model's network, a Primus of its own size.
 
@@ -56,8 +56,9 @@ def trainer_for_nnunet(architecture: Architecture) -> str:
     """Name of the trainer class with which nnU-Net builds this network: its own, or :data:`PRIMUS_FROM_PLANS`."""
     if not architecture.is_transformer:
         return STOCK_TRAINER
-    for preset, trainer in STOCK_PRIMUS_TRAINERS.items():
-        if dict(architecture.kwargs) == dict(Architecture.named(preset).kwargs):
+    for preset, trainer in PRIMUS_TRAINERS.items():
+        known = Architecture.named(preset)
+        if (architecture.class_name, dict(architecture.kwargs)) == (known.class_name, dict(known.kwargs)):
             return trainer
     return PRIMUS_FROM_PLANS
 
@@ -73,11 +74,3 @@ def write_trainer_class(model_folder: str | Path, architecture: Architecture) ->
     path = Path(model_folder) / TRAINER_FILE
     write_text(path, _CLASS)
     return path
-
-
-def architecture_of_stock_trainer(trainer_name: str) -> Architecture | None:
-    """The Primus that a trainer of nnU-Net's builds whatever its plans say; None for all that follow the plans."""
-    for preset, trainer in STOCK_PRIMUS_TRAINERS.items():
-        if trainer_name == trainer or trainer_name.startswith(f"{trainer}_"):
-            return Architecture.named(preset)
-    return None

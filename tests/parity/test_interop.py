@@ -175,10 +175,11 @@ def test_nnunet_predicts_with_a_primus_that_none_of_its_trainers_builds(world, t
     check_same_labels(model, world, tmp_path)
 
 
-def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path):
+@pytest.mark.parametrize("preset", ["PrimusS", "PrimusV2S", "PrimusV3S"])
+def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path, preset):
     """Whose plans know nothing of it."""
-    architecture = Architecture.named("PrimusS")
-    model = primus_folder(tmp_path, architecture, "nnUNet_Primus_S_Trainer", planned=ARCHITECTURE)
+    architecture = Architecture.named(preset)
+    model = primus_folder(tmp_path, architecture, trainer_for_nnunet(architecture), planned=ARCHITECTURE)
     by_nnunets_predictor(model, world.images, tmp_path / "theirs")
     check_same_labels(model, world, tmp_path)
 

@@ -121,18 +121,18 @@ def _nnunet_plan(content: Mapping[str, Any], resolved: ResolvedSource) -> Adapta
     """From the model folder's files, else from the copies that nnU-Net's trainer keeps in the checkpoint; or None."""
     init_args = content.get("init_args")
     arguments: Mapping[str, Any] = init_args if isinstance(init_args, Mapping) else {}
-    configuration = arguments.get("configuration")
+    configuration, trainer = arguments.get("configuration"), content.get("trainer_name")
     folder = resolved.model_folder
     if folder is not None:
         named = configuration if isinstance(configuration, str) else configuration_of_folder(folder.name)
         path = folder / "dataset.json"
         dataset = read_json(path, ModelFolderError, "dataset.json") if path.is_file() else None
         plans = read_json(folder / "plans.json", ModelFolderError, "plans file")
-        return plan_from_nnunet(plans, dataset, named, str(folder))
+        return plan_from_nnunet(plans, dataset, named, str(folder), trainer or folder.name.partition("__")[0])
     plans, dataset_json = arguments.get("plans"), arguments.get("dataset_json")
     # nnssl's trainers keep a plan there too, with another layout and without a description of the network.
-    if not trained_by_nnunet(content.get("trainer_name")) or not isinstance(plans, Mapping):
+    if not trained_by_nnunet(trainer) or not isinstance(plans, Mapping):
         return None
     named = configuration if isinstance(configuration, str) else None
     known = dataset_json if isinstance(dataset_json, Mapping) else None
-    return plan_from_nnunet(plans, known, named, str(resolved.weights))
+    return plan_from_nnunet(plans, known, named, str(resolved.weights), trainer)

@@ -13,7 +13,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError, DatasetJsonError
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan, first_problem, in_one_line
 from nnssl_adapt.weights.families.family import Facts, Family
-from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION, trained_by_nnunet
+from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION, architecture_of_trainer, trained_by_nnunet
 from nnssl_adapt.weights.families.registry import family_of_size
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.network_parts import Tensors
@@ -28,7 +28,11 @@ _AXES_OF_LETTERS = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
 
 
 def plan_from_nnunet(
-    plans: Mapping[str, Any], dataset_json: Mapping[str, Any] | None, configuration: str | None, where: str
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any] | None,
+    configuration: str | None,
+    where: str,
+    trainer_name: str | None = None,
 ) -> AdaptationPlan:
     """The plan of a network that nnU-Net trained, from the content of its plans.json and dataset.json.
 
@@ -37,6 +41,7 @@ def plan_from_nnunet(
         dataset_json: names channels and labels, and the orientation (``image_orientation``); None when it is lost.
         configuration: that the network was trained in; None is ``3d_fullres``, or the only one there is.
         where: the file or folder, for messages.
+        trainer_name: of the trainer; some build a network of their own (Primus), whatever the plans say.
 
     Raises AdaptationPlanError when something is missing or the network is 2D or the second of a cascade, DatasetJsonError
     when the labels make no sense.
@@ -44,7 +49,7 @@ def plan_from_nnunet(
     name, settings = _configuration(plans, configuration, where)
     _refuse_other_networks(name, settings, where)
     try:
-        architecture = _architecture(settings)
+        architecture = architecture_of_trainer(trainer_name) or _architecture(settings)
     except (ArchitectureError, TypeError, ValueError, KeyError) as error:
         raise AdaptationPlanError(f"{where}, configuration {name}: {in_one_line(error)}") from error
     fields: dict[str, Any] = {

@@ -36,9 +36,9 @@ Shape = tuple[int, int, int]
 _NETWORKS = {
     "ResidualEncoderUNet": "dynamic_network_architectures.architectures.unet",
     "PlainConvUNet": "dynamic_network_architectures.architectures.unet",
-    "Primus": "dynamic_network_architectures.architectures.primus",
+    **dict.fromkeys(("Primus", "PrimusV2", "PrimusV3"), "dynamic_network_architectures.architectures.primus"),
 }
-"""Modules of the networks. Primus brings timm and torchvision with it, seconds that nobody waits for who does not use it."""
+"""Modules of the networks. Primus brings timm and torchvision with it, which takes seconds: it is imported where it is built."""
 
 CLASSES = tuple(_NETWORKS)
 """Classes of networks that can be built."""
@@ -71,14 +71,18 @@ def _primus(embed_dim: int, depth: int, heads: int) -> dict[str, Any]:
     }
 
 
+_PRIMUS_SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
+"""Width, blocks and attention heads of the published networks. V2 and V3 have other tokenizers (several convolutions)."""
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "ResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
     # Pre-trained without skip connections; its encoder is ResEnc-L's, and fine-tuning adds the skips.
     "NoSkipResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
-    "PrimusS": ("Primus", _primus(396, 12, 6)),
-    "PrimusB": ("Primus", _primus(792, 12, 12)),
-    "PrimusM": ("Primus", _primus(864, 16, 12)),
-    "PrimusL": ("Primus", _primus(1056, 24, 16)),
+    **{
+        f"Primus{version}{letter}": (f"Primus{version}", _primus(*size))
+        for version in ("", "V2", "V3")
+        for letter, size in _PRIMUS_SIZES.items()
+    },
 }
 
 
@@ -87,7 +91,7 @@ class Architecture:
     """A network up to its number of channels, classes and its patch.
 
     Attributes:
-        class_name: ``ResidualEncoderUNet``, ``PlainConvUNet`` or ``Primus``.
+        class_name: ``ResidualEncoderUNet``, ``PlainConvUNet``, ``Primus``, ``PrimusV2`` or ``PrimusV3``.
         kwargs: its arguments, spelled out stage by stage and plain enough for JSON; classes are dotted names.
             Triples are in array order (Z, Y, X).
         preset: the name it is known by (``ResEncL``, ``PrimusM``, …), if any.
@@ -163,7 +167,7 @@ class Architecture:
 
     @property
     def is_transformer(self) -> bool:
-        return self.class_name == "Primus"
+        return self.class_name.startswith("Primus")
 
     @property
     def strides(self) -> tuple[Shape, ...]:

@@ -145,12 +145,15 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"{class_name}: embed_dim {width} must be a multiple of 6 × eva_numheads ({heads}), "
             "so that each head holds sine-cosine pairs of three axes"
         )
+    patch = _triple(class_name, "patch_embed_size", values["patch_embed_size"])
+    if class_name != "Primus" and patch != [8, 8, 8]:
+        raise ArchitectureError(f"{class_name}: patch_embed_size is {patch}, and its tokenizer always makes steps of 8")
     init_values = values["init_values"]
     if isinstance(init_values, (list, tuple)):  # nnFoundationViT's plan has [0.1]
         init_values = init_values[0] if init_values else None
     spelled = {
         "embed_dim": width,
-        "patch_embed_size": _triple(class_name, "patch_embed_size", values["patch_embed_size"]),
+        "patch_embed_size": patch,
         "eva_depth": _positive_int(class_name, "eva_depth", values["eva_depth"]),
         "eva_numheads": heads,
         "init_values": None if init_values is None else _number(class_name, "init_values", init_values),

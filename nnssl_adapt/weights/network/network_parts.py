@@ -58,6 +58,9 @@ class NetworkParts:
             by_identity.setdefault(id(tensor), (tensor, []))[1].append(name)
         tensors = tuple(TargetTensor(tuple(names), tensor) for tensor, names in by_identity.values())
         in_proj = tuple(getattr(network, "keys_to_in_proj", ()))
+        # The tokenizer of PrimusV2 and V3 has a second way for the image, which the network does not name.
+        beside = [f"{stem}.stem.blocks.0.skip.0.{layer}" for layer in ("conv", "all_modules.0")]
+        in_proj += tuple(module for module in beside if any(f"{module}.weight" in t.names for t in tensors))
         return cls(tensors, encoder, stem, in_proj, getattr(network, "key_to_lpe", None))
 
     def is_in_proj(self, tensor: TargetTensor) -> bool:

@@ -66,13 +66,13 @@ def read_topology(tensors: Tensors, hints: Mapping[str, Any] | None = None) -> T
 
     Raises ArchitectureError saying what is missing, when the tensors are neither a U-Net's nor a Primus's.
     """
+    projections = [name for name in tensors if re.fullmatch(r"(?:.+\.)?down_projection\.(?:final_)?proj\.weight", name)]
+    if projections:
+        name = min(projections, key=_is_copy)
+        return _read_primus(tensors, name.rpartition("down_projection.")[0].rstrip("."), hints or {})
     found = {match[1] or "" for match in map(_FIRST.fullmatch, tensors) if match}
     if found:
         return read_unet(tensors, min(found, key=_is_copy), hints or {})
-    projections = [name for name in tensors if re.fullmatch(r"(?:.+\.)?down_projection\.proj\.weight", name)]
-    if projections:
-        name = min(projections, key=_is_copy)
-        return _read_primus(tensors, name.removesuffix("down_projection.proj.weight").rstrip("."), hints or {})
     raise ArchitectureError(
         "its tensors are neither a U-Net's (encoder.stages…) nor a Primus's (down_projection, eva…)"
     )
@@ -212,12 +212,8 @@ def _decoder(
 
 def _read_primus(tensors: Tensors, root: str, hints: Mapping[str, Any]) -> Topology:
     """A Primus under ``root`` (a level deeper than the file in some families)."""
-    projection = tuple(tensors[join_name(root, "down_projection.proj.weight")].shape)
-    if len(projection) != 5:
-        raise ArchitectureError(
-            f"down_projection.proj.weight has {len(projection)} axes, expected 5 (out, in, Z, Y, X)"
-        )
-    encoder, width = join_name(root, "eva"), max(projection[0], 1)
+    class_name, width, channels, patch = _tokenizer(tensors, join_name(root, "down_projection"))
+    encoder = join_name(root, "eva")
     inside = {rest: tuple(t.shape) for name, t in tensors.items() if (rest := below(name, encoder)) is not None}
     blocks = {int(match[1]) for match in map(_BLOCK.fullmatch, inside) if match}
     _check_counted("the transformer's blocks", blocks)
@@ -227,7 +223,7 @@ def _read_primus(tensors: Tensors, root: str, hints: Mapping[str, Any]) -> Topol
     kwargs = {key: hints[key] for key in ("drop_path_rate", "attn_drop_rate", "proj_drop_rate") if key in hints}
     kwargs |= {
         "embed_dim": width,
-        "patch_embed_size": list(projection[2:]),
+        "patch_embed_size": patch,
         "eva_depth": len(blocks),
         "eva_numheads": heads,
         "init_values": (hints.get("init_values") or 0.1) if "blocks.0.gamma_1" in inside else None,
@@ -239,7 +235,23 @@ def _read_primus(tensors: Tensors, root: str, hints: Mapping[str, Any]) -> Topol
     if "pos_embed" not in inside:
         kwargs["use_abs_pos_embed"] = False
     kwargs |= {key: hints[key] for key in ("use_rot_pos_emb", "rope_kwargs") if key in hints}
-    return Topology(Architecture("Primus", kwargs), encoder, projection[1], None, guessed)
+    return Topology(Architecture(class_name, kwargs), encoder, channels, None, guessed)
+
+
+def _tokenizer(tensors: Tensors, prefix: str) -> tuple[str, int, int, list[int]]:
+    """(class, width, image channels, patch of a token) of a Primus by what makes its tokens: one convolution, or several."""
+    final = next((n for n in ("proj", "final_proj") if join_name(prefix, f"{n}.weight") in tensors), "proj")
+    first = "proj.weight" if final == "proj" else "stem.blocks.0.conv1.conv.weight"
+    shapes = [
+        tuple(tensors[name].shape) for n in (f"{final}.weight", first) if (name := join_name(prefix, n)) in tensors
+    ]
+    if len(shapes) < 2 or any(len(shape) != 5 for shape in shapes):
+        raise ArchitectureError(f"{prefix}.{first} is missing or has other than 5 axes (out, in, Z, Y, X)")
+    (width, *_), (_, channels, *kernel) = shapes
+    if final == "proj":
+        return "Primus", max(width, 1), channels, kernel
+    version = "PrimusV3" if join_name(prefix, "proj_to_tokens.0.weight") in tensors else "PrimusV2"
+    return version, max(width, 1), channels, [8, 8, 8]
 
 
 def _attention_heads(width: int, hints: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:

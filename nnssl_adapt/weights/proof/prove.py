@@ -325,7 +325,7 @@ def _transformers(
 ) -> tuple[Features, Features]:
     """Patch embedding, positions and blocks of both, everything in its place in space (1, C, Z, Y, X)."""
     target: Any = network
-    kernel = tuple(target.down_projection.proj.weight.shape[2:])
+    kernel = _steps(target)
     if kernel != checkpoint.architecture.total_stride:
         notes.append(f"the patch embedding is {list(kernel)}, was {list(checkpoint.architecture.total_stride)}")
         return {}, {}
@@ -347,6 +347,13 @@ def _transformers(
         notes.append(f"{min(depth, there)} blocks compared: the pre-trained encoder has {depth}, the network {there}")
         common = [name for name in common if name != "last norm"]
     return {name: truth[name] for name in common}, {name: found[name] for name in common}
+
+
+def _steps(network: Any) -> Shape:
+    """Voxels (Z, Y, X) that one token stands for."""
+    proj = getattr(network.down_projection, "proj", None)  # PrimusV2 and V3 have several convolutions instead
+    z, y, x = (8, 8, 8) if proj is None else (int(n) for n in proj.weight.shape[2:])
+    return z, y, x
 
 
 def _grid_of(network: Any, settings: TransferSettings) -> Shape:

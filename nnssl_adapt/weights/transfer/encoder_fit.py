@@ -34,7 +34,7 @@ from nnssl_adapt.weights.transfer.rules import (
     unused_channels,
 )
 from nnssl_adapt.weights.transfer.settings import TransferSettings
-from nnssl_adapt.weights.transfer.token_order import ASSUMED, TokenOrder, file_order, network_order
+from nnssl_adapt.weights.transfer.token_order import ASSUMED, BY_NNUNET, TokenOrder, file_order, network_order
 
 _ROTATED = ("attn.q_proj.weight", "attn.q_proj.bias", "attn.k_proj.weight", "attn.k_proj.bias")
 
@@ -80,7 +80,12 @@ class EncoderFit:
         file, reason = file_order(self.checkpoint, self.settings.token_order)
         self.order = TokenOrder(file, network_order(network), reason)
         self.notes.append(str(self.order))
-        if reason.startswith(ASSUMED):
+        if BY_NNUNET in reason:
+            self.warnings.append(
+                "nnU-Net's Primus flattened its tokens in hwd order when its dynamic-network-architectures was older than 0.4.3 "
+                "(June 2025), in whd order since: whd is taken. If this model was trained before, say --token-order hwd"
+            )
+        elif reason.startswith(ASSUMED):
             self.warnings.append(
                 "nothing says how this transformer was pre-trained, and its tokens are taken to be in whd order: if it was by "
                 "Models Genesis or Volume Fusion, say --token-order hwd, or its positions arrive with two axes exchanged"
@@ -171,9 +176,8 @@ class EncoderFit:
         elif self._is_rotated(target):
             value, before = tensor_ops.swap_rotary_axes(value, self.heads), ("rotary axes exchanged (token order)",)
         elif self.parts.is_in_proj(target):
-            role = Role(
-                "convolution" if self.order is None else "patch embedding", channels=self.settings.channel_numbers
-            )
+            is_patch = "down_projection.proj.weight" in target.names
+            role = Role("patch embedding" if is_patch else "convolution", channels=self.settings.channel_numbers)
         fitted = fit(value, target.tensor, role)
         if self.order is not None and role.features == 0 and _has_other_width(value, target.tensor):
             self._warn_of_widths()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
 from nnssl_adapt.weights.transfer.token_order_measured import measure_order
 
 _PROBE_GRID = (2, 3, 4)
@@ -54,13 +55,13 @@ class _Probed(Exception):
 
 def network_order(network: nn.Module) -> str:
     """Token order of a Primus network, found by passing a tiny random image through its patch embedding."""
-    try:
-        weight = network.get_parameter("down_projection.proj.weight")
-    except AttributeError as error:
-        raise TransferError(
-            f"{type(network).__name__} has no patch embedding of one convolution: only Primus can take these weights"
-        ) from error
-    size = [steps * width for steps, width in zip(_PROBE_GRID, weight.shape[2:], strict=True)]
+    tokenizer = getattr(network, "down_projection", None)
+    weight = next(tokenizer.parameters(), None) if isinstance(tokenizer, nn.Module) else None
+    if not isinstance(tokenizer, nn.Module) or weight is None or weight.ndim != 5:
+        raise TransferError(f"{type(network).__name__} has no tokenizer: only Primus can take these weights")
+    # The tokenizers of PrimusV2 and V3 make steps of 8 in several convolutions.
+    steps = weight.shape[2:] if "proj.weight" in tokenizer.state_dict() else (8, 8, 8)
+    size = [count * width for count, width in zip(_PROBE_GRID, steps, strict=True)]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight)
     seen: dict[str, Tensor] = {}
@@ -118,6 +119,7 @@ def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
     return measured.order, f"{measured}, which outweighs that {reason} and would be {known}"
 
 
+BY_NNUNET = "it was trained by nnU-Net"
 ASSUMED = "assumed"
 """What the reason begins with where nothing in the file or its name tells."""
 
@@ -141,6 +143,11 @@ def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
 
 def _order_of_name(name: str) -> tuple[str, str] | None:
     """Of a trainer or a repository."""
+    known = architecture_of_trainer(name)
+    if known is not None and known.class_name != "Primus":
+        return "whd", f"{name} trains a {known.class_name}, which is younger than the other order"
+    if known is not None:
+        return "whd", f"{ASSUMED}: {BY_NNUNET}, with dynamic-network-architectures 0.4.3 (June 2025) or later"
     if _SIMMIM.search(name):
         return "whd", f"{name} is SimMIM"
     return ("hwd", f"{name} trains nnssl's EvaMAE") if _EVA_MAE.search(name) else None

@@ -7,10 +7,10 @@ from support.model_folders import ARCHITECTURE
 
 from nnssl_adapt.inference.trainer_class import (
     PRIMUS_FROM_PLANS,
-    architecture_of_stock_trainer,
     trainer_for_nnunet,
     write_trainer_class,
 )
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
 from nnssl_adapt.weights.network.architectures import Architecture
 
 
@@ -20,6 +20,8 @@ from nnssl_adapt.weights.network.architectures import Architecture
         (ARCHITECTURE, "nnUNetTrainer"),
         (Architecture.named("ResEncL"), "nnUNetTrainer"),
         (Architecture.named("PrimusB"), "nnUNet_Primus_B_Trainer"),
+        (Architecture.named("PrimusV2B"), "nnUNet_PrimusV2B_Trainer"),
+        (Architecture.named("PrimusV3L"), "nnUNet_PrimusV3L_Trainer"),
         (Architecture.named("PrimusM", eva_depth=3), PRIMUS_FROM_PLANS),
         (Architecture.named("PrimusM", patch_embed_size=[8, 4, 8]), PRIMUS_FROM_PLANS),
     ],
@@ -45,9 +47,11 @@ def test_a_class_is_written_only_where_no_trainer_builds_the_network(tmp_path, a
         ("nnUNet_Primus_L_Trainer", "PrimusL"),
         ("nnUNet_Primus_M_Trainer_BS8", "PrimusM"),
         ("nnUNet_Primus_M_Trainerx", None),
+        ("nnUNet_PrimusV2S_Trainer", "PrimusV2S"),
+        ("nnUNet_PrimusV3M_Trainer", "PrimusV3M"),
         ("nnUNetTrainer", None),
         (PRIMUS_FROM_PLANS, None),
     ],
 )
 def test_trainers_that_build_a_primus_whatever_the_plans_say(trainer, preset):
-    assert architecture_of_stock_trainer(trainer) == (Architecture.named(preset) if preset else None)
+    assert architecture_of_trainer(trainer) == (Architecture.named(preset) if preset else None)
