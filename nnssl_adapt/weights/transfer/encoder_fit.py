@@ -62,13 +62,19 @@ class EncoderFit:
         is_transformer = parts.positions is not None
         if is_transformer:
             self._prepare_transformer(network)
-        if is_transformer != checkpoint.architecture.is_transformer or not self._has_anything():
+        other_kind = is_transformer != checkpoint.architecture.is_transformer or self._has_other_tokenizer(network)
+        if other_kind or not self._has_anything():
             self.problems.append(
                 f"it is a {type(network).__name__}, the checkpoint a {checkpoint.architecture.class_name}"
             )
             return
         self._check_channels()
         self._compare_strides(network)
+
+    def _has_other_tokenizer(self, network: nn.Module) -> bool:
+        """Whether of two transformers one makes its tokens by one convolution, the other (PrimusV2, V3) by several."""
+        names = {type(network).__name__, self.checkpoint.architecture.class_name}
+        return self.parts.positions is not None and len({name[:8] for name in names if name.startswith("Primus")}) > 1
 
     def _has_anything(self) -> bool:
         inside = [target for target in self.parts.tensors if target.below(self.parts.encoder)]

@@ -378,7 +378,7 @@ def test_a_transformer_of_another_width_is_an_error(tmp_path):
 
 def test_a_transformer_with_another_stem_is_an_error(tmp_path):
     deeper = PrimusV2(1, 24, (8, 8, 8), 3, eva_depth=2, eva_numheads=2, input_shape=(16, 24, 32))
-    refused(opened(tmp_path, "Primus"), deeper, "only Primus can take")
+    refused(opened(tmp_path, "Primus"), deeper, "it is a PrimusV2, the checkpoint a Primus")
 
 
 def test_weights_that_diverged_are_an_error(tmp_path):
