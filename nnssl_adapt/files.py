@@ -62,15 +62,16 @@ def make_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, ending: str | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
-    The temporary name keeps the suffix (``.nii.gz``, ``.b2nd``), since writers choose the format by it.
+    The temporary name keeps the whole name, since writers choose the format by its ending (``.nii.gz``, ``.b2nd``). Some find
+    one anywhere in a name: with ``ending``, the temporary name has only that.
     """
     path = Path(path)
     make_folder(path.parent)
     with explain_write_errors(path):
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix="-" + path.name, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=ending or "-" + path.name, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:

@@ -6,25 +6,19 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, count_channels
+from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, READERS, SIMPLE_ITK, count_channels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.paths import find_dataset_name, raw_folder
 
-if TYPE_CHECKING:
-    pass
-
 MAX_LISTED = 20
 """How many bad files one error message names."""
-
-_READERS_LIKE_OURS = ("None", "SimpleITKIO", "NibabelIO")
-"""Image readers of nnU-Net that give the array SimpleITK gives; the others turn images to another orientation."""
 
 
 class DatasetJson(BaseModel):
@@ -48,6 +42,12 @@ class DatasetJson(BaseModel):
     dataset: dict[str, Any] | None = None
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def image_reader(self) -> str | None:
+        """The reader that the file asks for; None where it leaves the choice."""
+        asked = self.overwrite_image_reader_writer
+        return None if asked in (None, "None") else asked
 
     @property
     def raw(self) -> dict[str, Any]:
@@ -102,11 +102,19 @@ def _explained(detail: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RawCase:
-    """The files of one case: an image file for each channel, in order, and the label file (None when predicting)."""
+    """The files of one case.
+
+    Attributes:
+        identifier: its name.
+        images: a file for each channel, in order, or one 4D file.
+        label: None when predicting.
+        reader: nnU-Net's name of the reader for all of them, one of :data:`nnssl_adapt.data.images.READERS`.
+    """
 
     identifier: str
     images: tuple[Path, ...]
     label: Path | None = None
+    reader: str = SIMPLE_ITK
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -133,7 +141,7 @@ class RawDataset:
             DatasetNotFound: no such dataset; names those that exist.
             DatasetJsonError: dataset.json is missing or wrong.
             CaseError: channel or label files are missing (lists them).
-            DatasetError: a kind of dataset that is not supported yet (2D pictures, reorienting readers).
+            DatasetError: a kind of dataset that is not supported yet (2D pictures, other image readers).
         """
         folder = _dataset_folder(dataset)
         path = folder / "dataset.json"
@@ -147,7 +155,12 @@ class RawDataset:
         else:
             cases = _training_cases(folder, description.file_ending)
             _refuse_incomplete(cases, channels, folder, description.file_ending)
-        return cls(folder=folder, json=description, labels=labels, cases=cases)
+        opened = cls(folder=folder, json=description, labels=labels, cases=cases)
+        return opened if description.image_reader is None else opened.read_with(description.image_reader)
+
+    def read_with(self, reader: str) -> RawDataset:
+        """The same dataset, its images read as nnU-Net's ``reader`` does."""
+        return replace(self, cases=tuple(replace(case, reader=reader) for case in self.cases))
 
     @property
     def name(self) -> str:
@@ -204,17 +217,17 @@ def _dataset_folder(dataset: int | str | Path) -> Path:
 
 
 def refuse_unsupported(description: DatasetJson, path: Path) -> None:
-    """Raise DatasetError for kinds of datasets that are not supported: 2D pictures, reorienting readers."""
+    """Raise DatasetError for kinds of datasets that are not supported: 2D pictures, other image readers."""
     if description.file_ending.lower().endswith(FLAT_IMAGE_ENDINGS):
         raise DatasetError(
             f"{path}: 'file_ending' {description.file_ending!r}: 2D pictures are not supported yet; 3D formats are .nii.gz, "
             ".nii, .nrrd, .mha"
         )
-    reader = description.overwrite_image_reader_writer
-    if reader is not None and reader not in _READERS_LIKE_OURS:
+    if description.image_reader not in (None, *READERS):
         raise DatasetError(
-            f"{path}: 'overwrite_image_reader_writer' {reader!r} is not supported yet; "
-            f"expected one of {', '.join(_READERS_LIKE_OURS)} or no such key"
+            f"{path}: 'overwrite_image_reader_writer' {description.image_reader!r} is not supported; expected one of "
+            f"{', '.join(READERS)} or no such key",
+            path=path,
         )
 
 
@@ -290,7 +303,7 @@ def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> 
         len(case.images) == 1
         and channels > 1
         and case.images[0].is_file()
-        and count_channels(case.images[0]) == channels
+        and count_channels(case.images[0], case.reader) == channels
     ):
         return []  # one 4D file with all channels, which nnU-Net's reader takes as well
     if file_ending is None:

@@ -2,20 +2,27 @@
 
 SimpleITK reads a truncated ``.nii`` or ``.nii.gz`` without complaint and fills the rest with zeros or noise (seen with
 SimpleITK 2.5). Here the bytes are unpacked once, with gzip's own checksum, and compared with what the header announces.
+They come piece by piece, small enough for the processor's cache: whoever converts or checks them need not go through main
+memory again, and the file's content is never held as a whole.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 from isal import igzip_lib, isal_zlib
 
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+
 _HEADER_BYTES = 348
 _GZIP_MAGIC = b"\x1f\x8b"
+_PIECE_BYTES = 1 << 17
 
 # NIfTI-1 "datatype" codes of scalar voxels. Colour, complex and long-double voxels are left to SimpleITK.
 _DTYPES = {
@@ -39,71 +46,142 @@ class IncompleteFile(Exception):
     """The file ends early or its checksum is wrong."""
 
 
-def read_nifti_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Read the voxels of a ``.nii`` or ``.nii.gz`` file.
+@dataclass(frozen=True)
+class NiftiVoxels:
+    """The voxels of one file, still to be read.
+
+    Attributes:
+        dtype: of the pieces: the file's own type, or float32 where the header asks for scaling (float64 of float64).
+        shape: array shape, slowest axis first.
+        pieces: the voxels in file order, in flat arrays that can be read once. Reading raises :class:`IncompleteFile` when
+            bytes are missing or damaged.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Iterator[np.ndarray]
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name is one of a NIfTI file, ``.NII.GZ`` included."""
+    return path.name.lower().endswith(NIFTI_ENDINGS)
+
+
+def open_nifti(path: Path, shape: tuple[int, ...]) -> NiftiVoxels | None:
+    """Open a ``.nii`` or ``.nii.gz`` file for reading.
 
     Args:
         path: the file.
         shape: array shape (slowest axis first) that SimpleITK found in the header.
 
     Returns:
-        Array of ``shape`` in the file's own type, or float32 where the header asks for scaling (float64 of float64);
-        None for a kind of file that only SimpleITK knows (NIfTI-2, a separate ``.img``, colour voxels, ...). Equal to
-        what SimpleITK reads.
+        The voxels, equal to what SimpleITK reads; None for a kind of file that only SimpleITK knows (NIfTI-2, a separate
+        ``.img``, colour voxels, ...).
 
     Raises:
-        IncompleteFile: bytes are missing or damaged.
+        IncompleteFile: there is not even a header.
     """
-    content = _unpacked(path)
-    if len(content) < _HEADER_BYTES:
-        raise IncompleteFile(f"only {len(content)} bytes")
-    order = _byte_order(content)
-    if order is None or content[344:348] != b"n+1\0":
+    stream = _unpacked(path)
+    head = b""
+    while len(head) < _HEADER_BYTES:
+        piece = next(stream, None)
+        if piece is None:
+            raise IncompleteFile(f"only {len(head)} bytes")
+        head += piece
+    order = _byte_order(head)
+    if order is None or head[344:348] != b"n+1\0":
         return None
-    (code,) = struct.unpack_from(order + "h", content, 70)
-    (offset,) = struct.unpack_from(order + "f", content, 108)
-    slope, intercept = struct.unpack_from(order + "2f", content, 112)
+    (code,) = struct.unpack_from(order + "h", head, 70)
+    (offset,) = struct.unpack_from(order + "f", head, 108)
+    slope, intercept = struct.unpack_from(order + "2f", head, 112)
     if code not in _DTYPES or not np.isfinite([offset, slope, intercept]).all():
         return None
-    dtype = np.dtype(order + _DTYPES[code])
+    stored = np.dtype(order + _DTYPES[code])
     count = int(np.prod(shape))
-    if _announced_voxels(content, order) != count:
+    if _announced_voxels(head, order) != count:
         return None
-    expected = int(offset) + count * dtype.itemsize
-    if len(content) < expected:
-        raise IncompleteFile(f"{len(content)} of {expected} bytes")
-    voxels = np.frombuffer(content, dtype, count=count, offset=int(offset)).reshape(shape)
     slope = slope or 1.0  # the standard has slope 0 switch off the intercept too; ITK does not
-    return voxels if (slope, intercept) == (1.0, 0.0) else _scaled(voxels, slope, intercept)
+    pieces = _numbers(head, stream, int(offset), stored, count)
+    if (slope, intercept) == (1.0, 0.0):
+        return NiftiVoxels(stored, shape, pieces)
+    scaled = np.dtype(np.float64 if stored.itemsize == 8 and stored.kind == "f" else np.float32)
+    return NiftiVoxels(scaled, shape, _scaled(pieces, scaled, slope, intercept))
 
 
-def _scaled(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """``voxels · slope + intercept`` as ITK rounds it, a slice at a time, so that float64 never fills the memory."""
-    scaled = np.empty(
-        voxels.shape, np.float64 if voxels.dtype.itemsize == 8 and voxels.dtype.kind == "f" else np.float32
-    )
-    for source, target in zip(voxels, scaled, strict=True):
-        target[...] = source.astype(scaled.dtype).astype(np.float64) * slope + intercept
-    return scaled
+def read_nifti_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """All voxels that :func:`open_nifti` gives, in one array of ``shape``; None and IncompleteFile as there."""
+    voxels = open_nifti(path, shape)
+    if voxels is None:
+        return None
+    result = np.empty(int(np.prod(shape)), voxels.dtype)
+    start = 0
+    for piece in voxels.pieces:
+        result[start : start + len(piece)] = piece
+        start += len(piece)
+    return result.reshape(shape)
 
 
-def _unpacked(path: Path) -> bytes:
-    content = path.read_bytes()
-    if not content.startswith(_GZIP_MAGIC):
-        return content
-    parts = []
-    while content:  # a gzip file may have several members (bgzip, concatenated files)
-        decoder = isal_zlib.decompressobj(wbits=31)
-        try:
-            parts.append(decoder.decompress(content))
-        except _DAMAGED_GZIP as error:
-            raise IncompleteFile(f"damaged gzip data: {error}") from None
-        if not decoder.eof:
-            raise IncompleteFile("the gzip data end early")
-        content = decoder.unused_data.lstrip(b"\0")  # tape-style padding is legal
-        if not content.startswith(_GZIP_MAGIC):
+def _numbers(head: bytes, stream: Iterator[bytes], offset: int, stored: np.dtype, count: int) -> Iterator[np.ndarray]:
+    """``count`` numbers from byte ``offset`` on. The rest of the file is read too, since its checksum comes last."""
+    have, expected, rest = 0, offset + count * stored.itemsize, b""
+    position, piece = 0, head
+    while True:
+        start, stop = max(offset - position, 0), min(expected - position, len(piece))
+        position += len(piece)
+        if stop > start:
+            part = rest + piece[start:stop] if rest else piece[start:stop]
+            whole = len(part) // stored.itemsize
+            rest = part[whole * stored.itemsize :]
+            have += whole
+            yield np.frombuffer(part, stored, count=whole)
+        following = next(stream, None)
+        if following is None:
             break
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        piece = following
+    if have < count:
+        raise IncompleteFile(f"{position} of {expected} bytes")
+
+
+def _scaled(pieces: Iterator[np.ndarray], kind: np.dtype, slope: float, intercept: float) -> Iterator[np.ndarray]:
+    """``voxels · slope + intercept`` as ITK rounds it."""
+    for piece in pieces:
+        yield (piece.astype(kind).astype(np.float64) * slope + intercept).astype(kind)
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """The content of a file, unpacked if it is gzip's, in pieces."""
+    with open(path, "rb") as stream:
+        first = stream.read(_PIECE_BYTES)
+        if first.startswith(_GZIP_MAGIC):
+            yield from _unzipped(first, stream)
+            return
+        while first:
+            yield first
+            first = stream.read(_PIECE_BYTES)
+
+
+def _unzipped(packed: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+    while True:  # a gzip file may have several members (bgzip, concatenated files)
+        decoder = isal_zlib.decompressobj(wbits=31)
+        while not decoder.eof:
+            if not packed:
+                raise IncompleteFile("the gzip data end early")
+            try:
+                piece = decoder.decompress(packed)
+            except _DAMAGED_GZIP as error:
+                raise IncompleteFile(f"damaged gzip data: {error}") from None
+            if piece:
+                yield piece
+            if not decoder.eof:
+                packed = stream.read(_PIECE_BYTES)
+        packed = decoder.unused_data.lstrip(b"\0")  # tape-style padding is legal
+        while len(packed) < len(_GZIP_MAGIC):
+            more = stream.read(_PIECE_BYTES)
+            if not more:
+                return
+            packed = (packed + more).lstrip(b"\0")
+        if not packed.startswith(_GZIP_MAGIC):
+            return
 
 
 def _byte_order(content: bytes) -> str | None:

@@ -154,7 +154,7 @@ def preprocess_case(case: RawCase, settings: PreprocessSettings, label_scheme: L
             the labels have values that dataset.json does not have; another number of channels than planned.
     """
     # One after the other, and neither whole image nor whole labels wait in memory for what follows.
-    image, geometry = read_image(case.images)
+    image, geometry = read_image(case.images, case.reader)
     try:
         cropped = _crop_image(image, settings)
     except CaseError as error:
@@ -170,7 +170,7 @@ def preprocess_case(case: RawCase, settings: PreprocessSettings, label_scheme: L
 
 def _checked_labels(case: RawCase, geometry: ImageGeometry, label_scheme: LabelScheme) -> np.ndarray:
     assert case.label is not None
-    labels, label_geometry = read_labels(case.label)
+    labels, label_geometry = read_labels(case.label, case.reader)
     for problem in geometry_problems(geometry, label_geometry):
         raise CaseError(f"{case.label}: {problem} from that of {case.images[0]}; labels must lie on the image's grid")
     unknown = label_problem(case.label, distinct_values(labels), label_scheme.values_in_files)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
-from nnssl_adapt.data.images import read_geometry
+from nnssl_adapt.data.images import SIMPLE_ITK, read_geometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import PreprocessSettings, digest_of, preprocess_case
 from nnssl_adapt.data.store import CaseStore, describe_source
@@ -95,7 +95,10 @@ def preprocess_cases(
         "settings": settings.to_dict(),
         "classes": [list(entry) if isinstance(entry, tuple) else entry for entry in dataset.labels.sampled_classes],
     }
-    digest = digest_of({key: purpose[key] for key in ("settings", "classes")})
+    readers = sorted({case.reader for case in dataset.cases} - {SIMPLE_ITK})
+    if readers:  # left out otherwise, so that older stores stay valid
+        purpose["readers"] = readers
+    digest = digest_of({key: purpose[key] for key in purpose if key != "dataset"})
     store.begin({**purpose, "settings_digest": settings.digest(), "digest": digest})
     _remove_strangers(store, dataset)
     needs = {case.identifier: memory_needed(case, settings) for case in dataset.cases}
@@ -134,7 +137,7 @@ def memory_needed(case: RawCase, settings: PreprocessSettings) -> int:
     were cropped and noise could not be compressed.
     """
     try:
-        geometry = read_geometry(case.images[0])
+        geometry = read_geometry(case.images[0], case.reader)
     except CaseError:
         return 0
     channels = len(settings.normalization_schemes)

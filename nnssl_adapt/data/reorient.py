@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
-from nnssl_adapt.data.nifti import IncompleteFile, read_nifti_voxels
+from nnssl_adapt.data.nifti import IncompleteFile, is_nifti, read_nifti_voxels
 from nnssl_adapt.data.splits import SPLITS_FILE
-from nnssl_adapt.errors import CaseError, DatasetError, OutputError, PreprocessingError
+from nnssl_adapt.data.voxels import write_image_file
+from nnssl_adapt.errors import CaseError, DatasetError, PreprocessingError
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, orientation_code
 from nnssl_adapt.machine.workers import over_cases
@@ -31,7 +33,6 @@ _OURS = "nnssl_adapt"
 _RECORDS = ".nnssl_adapt"
 _MARKER = "reorientation.json"
 _ID_STEP = 500
-_NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 
 def reorient_dataset(raw: RawDataset, code: str, workers: int = 2, progress: bool = False) -> RawDataset:
@@ -138,12 +139,8 @@ def reorient_file(copy: FileCopy, code: str) -> None:
     for key in image.GetMetaDataKeys():
         if key == "descrip":  # ITK fills in the rest of the header from the new geometry
             turned.SetMetaData(key, image.GetMetaData(key))
-    with atomic_path(copy.target) as temporary:
-        try:
-            sitk.WriteImage(turned, str(temporary), True)
-        except RuntimeError as error:
-            raise OutputError(f"can't write {copy.target}: {str(error).strip().splitlines()[-1]}") from error
-        _refuse_bad_copy(temporary, copy, turned, code)
+    _refuse_other_orientation(copy, turned, code)
+    write_image_file(turned, copy.target)
     write_json(copy.record, copy.state(code))
 
 
@@ -152,7 +149,7 @@ def _read(path: Path) -> sitk.Image:
     read_geometry(path)  # says what is wrong with a file that is none, and with flat or odd images
     try:
         image = sitk.ReadImage(str(path))
-        if path.name.lower().endswith(_NIFTI_ENDINGS):
+        if is_nifti(path):
             read_nifti_voxels(path, tuple(image.GetSize()[::-1]))
     except IncompleteFile as error:
         raise CaseError(f"{path} is truncated or damaged ({error}): copy or download it again") from None
@@ -161,17 +158,11 @@ def _read(path: Path) -> sitk.Image:
     return image
 
 
-def _refuse_bad_copy(written: Path, copy: FileCopy, turned: sitk.Image, code: str) -> None:
-    """On a full disk ITK writes half a file and says nothing."""
-    if copy.target.name.lower().endswith(_NIFTI_ENDINGS):
-        try:
-            read_nifti_voxels(written, tuple(turned.GetSize()[::-1]))
-        except IncompleteFile as error:
-            raise OutputError(f"{copy.target} could not be written whole ({error}): is the disk full?") from error
-    direction = read_geometry(written).direction
-    if not is_oriented(direction, code):
+def _refuse_other_orientation(copy: FileCopy, turned: sitk.Image, code: str) -> None:
+    direction = np.asarray(turned.GetDirection()).reshape(turned.GetDimension(), -1)[:3, :3].ravel()
+    if not is_oriented(direction.tolist(), code):
         raise CaseError(
-            f"{copy.source} became {orientation_code(direction)} instead of {code}; please report this image"
+            f"{copy.source} became {orientation_code(direction.tolist())} instead of {code}; please report this image"
         )
 
 

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 
 from nnssl_adapt.data.convert.cases import SourceFile, Target, ending_of, some
 from nnssl_adapt.data.images import distinct_values, read_image, read_labels, write_labels
+from nnssl_adapt.data.voxels import write_image_file
 from nnssl_adapt.errors import CaseError, OutputError
 from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, explain_write_errors, make_folder
 
@@ -26,12 +27,12 @@ def bring(file: SourceFile, target: Target) -> None:
         read_image([file.source])  # a truncated 4D file would otherwise be filled up with zeros
         image = sitk.ReadImage(str(file.source))
         for number, place in enumerate(places):
-            _write(image[..., number], place)
+            write_image_file(image[..., number], place)
     elif file.renumbered:
         _renumber(file, places[0])
     elif ending_of(file.source) != ending_of(places[0]):
         read_image([file.source])
-        _write(sitk.ReadImage(str(file.source)), places[0])
+        write_image_file(sitk.ReadImage(str(file.source)), places[0])
     elif target.link is None:
         if file.targets[0].startswith("images"):
             read_image([file.source])  # what is damaged should not be found out in training
@@ -58,19 +59,6 @@ def _is_4d(path: Path) -> bool:
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     return bool(reader.GetDimension() == 4)
-
-
-def _write(image: sitk.Image, place: Path) -> None:
-    """On a full disk ITK writes as much of a NIfTI file as fits, and says nothing: so it is read again."""
-    with atomic_path(place) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), True)
-        except RuntimeError as error:
-            raise OutputError(f"can't write {place}: {str(error).strip().splitlines()[-1]}") from error
-        try:
-            read_image([temporary])
-        except CaseError as error:
-            raise OutputError(f"{place} could not be written whole: is the disk full?") from error
 
 
 def _link(source: Path, place: Path, kind: str) -> None:

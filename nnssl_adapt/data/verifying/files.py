@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases, refuse_unsupported
@@ -22,6 +23,7 @@ def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], l
         findings = [finding for case in listed for finding in _missing_from(case, channels)]
     else:
         listed, findings = _named_cases(folder, description)
+    listed = tuple(replace(case, reader=description.image_reader or case.reader) for case in listed)
     incomplete = {finding.case for finding in findings if finding.level == "error"}
     total = sum(bool(case.images) for case in listed)  # as nnU-Net, which looks at images only
     findings += wrong_count(description, total)

@@ -11,8 +11,7 @@ import SimpleITK as sitk
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import ImageGeometry, geometry_doubts, geometry_problems
 from nnssl_adapt.data.verifying.findings import Finding
-from nnssl_adapt.errors import OutputError
-from nnssl_adapt.files import atomic_path
+from nnssl_adapt.data.voxels import write_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +74,7 @@ def copy_header(image: Path, label: Path) -> None:
 
     A link is replaced by a file of its own, so that its source stays as it is. Raises OutputError.
     """
-    voxels = sitk.ReadImage(str(label))
-    before = sitk.GetArrayFromImage(voxels)
     reference = sitk.ReadImage(str(image))
-    fixed = sitk.GetImageFromArray(before)
+    fixed = sitk.GetImageFromArray(sitk.GetArrayFromImage(sitk.ReadImage(str(label))))
     fixed.CopyInformation(reference)
-    with atomic_path(label) as temporary:
-        try:
-            sitk.WriteImage(fixed, str(temporary), True)
-            after = sitk.GetArrayFromImage(sitk.ReadImage(str(temporary)))
-        except RuntimeError as error:
-            raise OutputError(f"can't write {label}: {str(error).strip().splitlines()[-1]}") from error
-        if after.dtype != before.dtype or not np.array_equal(after, before):
-            raise OutputError(f"{label} could not be written whole: is the disk full?")
+    write_image_file(fixed, label)

@@ -13,7 +13,7 @@ import numpy as np
 from isal import isal_zlib
 
 from nnssl_adapt.data.dataset import RawCase
-from nnssl_adapt.data.images import ImageGeometry, distinct_values, read_image, read_labels
+from nnssl_adapt.data.images import ImageGeometry, OpenImage, distinct_values, read_labels
 from nnssl_adapt.data.labels import label_problem
 from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.data.verifying.findings import Finding
@@ -102,7 +102,7 @@ def look_at_case(case: RawCase, request: LookRequest, parts: Path | None = None)
         sources = [describe_source(path) for path in case.files]
     except OSError:  # a link that leads nowhere: there is nothing to compare it with next time
         return _seen(case, request)
-    made_of = json.dumps({"request": asdict(request), "sources": sources})
+    made_of = json.dumps({"request": asdict(request), "reader": case.reader, "sources": sources})
     path = parts / f"{case.identifier}.npz"
     look = CaseLook.load(path, made_of)
     if look is None:
@@ -140,17 +140,20 @@ class _Reading:
         self.findings += compare_grids(self.case, path, self.reference, geometry, tolerance, fix)
 
     def _read_image(self, path: Path) -> ImageGeometry:
-        voxels, geometry = read_image([path])
+        opened = OpenImage.open(path, self.case.reader)
+        geometry = opened.geometry
+        voxels = np.empty((opened.channels or 1, *geometry.size), np.float32)
+        extremes = opened.read(voxels)
         if self.digest is not None:
             self.digest = isal_zlib.crc32(voxels.data, isal_zlib.crc32(str(voxels.shape).encode(), self.digest))
-        if voxels.min() == voxels.max():
-            text = f"{path} is {voxels.flat[0]:g} everywhere"
+        if extremes.low == extremes.high:
+            text = f"{path} is {extremes.low:g} everywhere"
             self._warn("constant", text, "is this the right image?")
         self.channels += list(voxels)
         return geometry
 
     def _read_labels(self, path: Path) -> ImageGeometry:
-        labels, geometry = read_labels(path)
+        labels, geometry = read_labels(path, self.case.reader)
         values = distinct_values(labels)
         if values == [0]:
             fix = "fine if there is nothing to segment; else the wrong file"

@@ -9,6 +9,7 @@ import SimpleITK as sitk
 from support.synthetic import write_image
 
 from nnssl_adapt.data.images import (
+    READERS,
     ImageGeometry,
     count_channels,
     distinct_values,
@@ -249,8 +250,48 @@ def test_geometry_survives_nnunets_properties(tmp_path: Path) -> None:
     assert properties["spacing"] == list(SPACING)
     assert properties["sitk_stuff"]["spacing"] == SPACING[::-1]
     assert ImageGeometry.from_properties(properties, SHAPE) == geometry
-    with pytest.raises(CaseError, match="SimpleITK"):
-        ImageGeometry.from_properties({"spacing": [1, 1, 1], "nibabel_stuff": {}}, SHAPE)
+    for stuff in ({}, {"nibabel_stuff": {}}, {"nibabel_stuff": {"original_affine": [1, 2]}}):
+        with pytest.raises(CaseError, match="preprocess it again"):
+            ImageGeometry.from_properties({"spacing": [1, 1, 1], **stuff}, SHAPE)
+
+
+def test_a_sheared_affine_is_told_as_that(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    affine[0, 1] = 0.4
+    nibabel.save(nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), affine), str(tmp_path / "a.nii.gz"))
+    with pytest.raises(CaseError, match="sheared.*NibabelIO"):
+        read_image([tmp_path / "a.nii.gz"])
+    image, geometry = read_image([tmp_path / "a.nii.gz"], "NibabelIO")
+    assert image.shape == (1, 5, 4, 3) and geometry.spacing == pytest.approx((3, np.hypot(2, 0.4), 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["c.nii.nii.gz", "c.hdr.nii.gz", "c.nia.nii.gz", "c.img.nii", "c.NII.GZ", "c.nii.GZ", "c.nii.gz.nii.gz"]
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_only_the_ending_of_a_name_says_what_a_file_is(tmp_path: Path, name: str, reader: str) -> None:
+    labels = np.random.default_rng(1).integers(0, 3, SHAPE).astype(np.int16)
+    write_image(tmp_path / "plain.nii.gz", labels.astype(np.uint8), SPACING)
+    _, geometry = read_labels(tmp_path / "plain.nii.gz", reader)
+    expected = read_labels(tmp_path / "plain.nii.gz", reader)[0]
+    write_labels(tmp_path / name, expected[0], geometry)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "plain.nii.gz"])
+    again, same = read_labels(tmp_path / name, reader)
+    np.testing.assert_array_equal(again, expected)
+    assert same.spacing == pytest.approx(geometry.spacing) and same.reader == reader
+
+
+@pytest.mark.parametrize("reader", READERS[1:])
+def test_what_nibabel_cannot_read_is_one_case_error(tmp_path: Path, reader: str) -> None:
+    write_image(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 99, (9, 12, 11)).astype(np.int16), SPACING)
+    content = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "half.nii.gz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.nii.gz").write_text("no image")
+    (tmp_path / "empty.nii").write_bytes(b"")
+    for name in ("half.nii.gz", "text.nii.gz", "empty.nii", "gone.nii.gz", "a.nrrd"):
+        with pytest.raises(CaseError, match=name):
+            read_image([tmp_path / name], reader)
 
 
 def test_distinct_values() -> None:

@@ -105,7 +105,7 @@ DEFECTS: dict[str, Callable[[Path], object]] = {
     ),
     "another count": lambda root: with_json(root, numTraining=9),
     "pictures": lambda root: with_json(root, file_ending=".png"),
-    "unknown reader": lambda root: with_json(root, overwrite_image_reader_writer="NibabelIOWithReorient"),
+    "unknown reader": lambda root: with_json(root, overwrite_image_reader_writer="NaturalImage2DIO"),
     "gap in labels": lambda root: with_json(root, labels={"background": 0, "core": 1, "rim": 3}),
     "unknown case in a fold": lambda root: (root / "splits_final.json").write_text(
         json.dumps([{"train": ["case_00", "case_01"], "val": ["case_99"]}])
