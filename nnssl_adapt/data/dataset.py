@@ -159,7 +159,9 @@ class RawDataset:
         return opened if description.image_reader is None else opened.read_with(description.image_reader)
 
     def read_with(self, reader: str) -> RawDataset:
-        """The same dataset, its images read as nnU-Net's ``reader`` does."""
+        """The same dataset, its images read as nnU-Net's ``reader`` does. Raises DatasetError for readers that are not here."""
+        if reader not in READERS:
+            raise DatasetError(f"images can't be read as nnU-Net's {reader!r}; expected one of {', '.join(READERS)}")
         return replace(self, cases=tuple(replace(case, reader=reader) for case in self.cases))
 
     @property

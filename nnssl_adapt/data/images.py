@@ -7,7 +7,7 @@ order; origin and direction stay in ITK's (x, y, z), since nothing but writing u
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nnssl_adapt.data.nibabel_io import Affines
 from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS as FLAT_IMAGE_ENDINGS
 from nnssl_adapt.data.voxels import (
     Extremes,
+    ShearedAffine,
     fill_floats,
     fill_labels,
     open_image,
@@ -162,6 +163,22 @@ def read_geometry(path: str | Path, reader: str = SIMPLE_ITK) -> ImageGeometry:
 def count_channels(path: str | Path, reader: str = SIMPLE_ITK) -> int:
     """Return the number of channels in one file: 1 for a 3D image, the length of the fourth axis of a 4D one."""
     return OpenImage.open(Path(path), reader).channels or 1
+
+
+def reader_for(paths: Iterable[str | Path]) -> str:
+    """A reader that can read all these files on the axes that they are stored in: SimpleITK, or nibabel for sheared affines.
+
+    For files whose reader nobody names, such as segmentations that are compared. Files that neither can read are left to
+    whoever reads them to complain about.
+    """
+    for path in map(Path, paths):
+        try:
+            open_image(path)
+        except ShearedAffine:
+            return NIBABEL
+        except CaseError:
+            continue
+    return SIMPLE_ITK
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ _PIECE = 1 << 18
 """Voxels converted and checked at a time, in the processor's cache."""
 
 
+class ShearedAffine(CaseError):
+    """The image's axes are not at right angles, which SimpleITK can't read and nibabel can."""
+
+
 @dataclass(frozen=True)
 class Extremes:
     """The least and the largest value of an image."""
@@ -199,7 +203,7 @@ def explain_read_errors(path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "orthonormal" in str(error):
-            raise CaseError(
+            raise ShearedAffine(
                 f"{path}: its axes are not at right angles (a sheared affine), which SimpleITK can't read: correct or "
                 "resample the file, or set 'overwrite_image_reader_writer': 'NibabelIO' in dataset.json, which keeps "
                 "such grids",

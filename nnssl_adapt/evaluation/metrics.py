@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import MAX_LISTED
-from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
+from nnssl_adapt.data.images import (
+    distinct_values,
+    geometry_doubts,
+    geometry_problems,
+    read_geometry,
+    read_labels,
+    reader_for,
+)
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.measures import Judging, add_measures
@@ -162,7 +169,7 @@ def evaluate_folder(
 def _memory_for(file: Path) -> int:
     """Bytes that judging a case takes at most, by its header; 0 where there is none to read."""
     try:
-        return _BYTES_PER_VOXEL * math.prod(read_geometry(file).size)
+        return _BYTES_PER_VOXEL * math.prod(read_geometry(file, reader_for([file])).size)
     except CaseError:
         return 0  # it is reported when its turn comes
 
@@ -195,8 +202,9 @@ def evaluate_case(
     Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both); with ``judging`` also
     if their spacings do, or a label is not of the scheme.
     """
-    reference, reference_geometry = read_labels(reference_file)
-    prediction, geometry = read_labels(prediction_file)
+    reader = reader_for((reference_file, prediction_file))
+    reference, reference_geometry = read_labels(reference_file, reader)
+    prediction, geometry = read_labels(prediction_file, reader)
     if prediction.shape != reference.shape:
         raise CaseError(
             f"{prediction_file} has shape {prediction.shape[1:]} (Z, Y, X), its reference {reference_file} has "

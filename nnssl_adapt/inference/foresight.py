@@ -46,7 +46,7 @@ def foresee(
 ) -> Foresight:
     """Foresee one image; ``bytes_per_logit`` is of the sums over tiles."""
     try:
-        geometry = task.loaded[1] if task.loaded is not None else read_geometry(task.files[0])
+        geometry = task.loaded[1] if task.loaded is not None else read_geometry(task.files[0], task.reader)
     except CaseError:
         return Foresight(1, 0)
     shape = network_shape(geometry, plan)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.images import READERS, SIMPLE_ITK
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
@@ -28,9 +29,6 @@ Fold = int | Literal["all"]
 Which = Literal["final", "best"]
 
 _CHECKPOINTS: tuple[Which, ...] = ("final", "best")
-
-_READERS_LIKE_OURS = ("SimpleITKIO", "NibabelIO")
-"""nnU-Net's image readers that give the arrays SimpleITK gives. Others turn images into another orientation first."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,10 @@ class ModelFolder:
         settings = self.plan.settings_of_configuration
         if settings.get("previous_stage") is not None:
             raise ModelFolderError(f"{self.path}: configuration {self.configuration} is a cascade, not supported yet")
-        reader = self.plan.content.get("image_reader_writer", _READERS_LIKE_OURS[0])
-        if reader not in _READERS_LIKE_OURS:
+        if self.image_reader not in READERS:
             raise ModelFolderError(
-                f"{self.path}/plans.json: images of this model are read by nnU-Net's {reader}, which is not supported "
-                f"yet; supported are {', '.join(_READERS_LIKE_OURS)}"
+                f"{self.path}/plans.json: images of this model are read by nnU-Net's {self.image_reader}, which is not "
+                f"supported; supported are {', '.join(READERS)}"
             )
         for key in ("resampling_fn_data", "resampling_fn_probabilities"):
             function = settings.get(key, RESAMPLE)
@@ -125,6 +122,11 @@ class ModelFolder:
     def channel_names(self) -> tuple[str, ...]:
         """Names of the input channels, in order."""
         return tuple(self.dataset.channel_names.values())
+
+    @property
+    def image_reader(self) -> str:
+        """nnU-Net's name of the reader of the model's images."""
+        return str(self.plan.content.get("image_reader_writer", SIMPLE_ITK))
 
     @property
     def file_ending(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl_adapt.data.dataset import RawCase, find_images
-from nnssl_adapt.data.images import ImageGeometry, read_image
+from nnssl_adapt.data.images import SIMPLE_ITK, ImageGeometry, read_image
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.inference.in_memory import checked_array, expected_channels, from_simpleitk
 from nnssl_adapt.inference.model_folder import ModelFolder
@@ -30,18 +30,20 @@ class ImageTask:
         files: of its channels; empty when it is in memory.
         target: the label file to write; None: labels are returned.
         loaded: an image in memory (C, Z, Y, X) and its geometry.
+        reader: of the files, the model's.
     """
 
     identifier: str
     files: tuple[Path, ...]
     target: Path | None
     loaded: tuple[np.ndarray, ImageGeometry] | None = None
+    reader: str = SIMPLE_ITK
 
     def read(self, num_channels: int, expected: str) -> tuple[np.ndarray, ImageGeometry]:
         """The image (C, Z, Y, X) and its geometry. Raises CaseError, with ``expected``, for other channels."""
         if self.loaded is not None:
             return self.loaded
-        image, geometry = read_image(self.files)
+        image, geometry = read_image(self.files, self.reader)
         if len(image) != num_channels:
             raise CaseError(f"{self.files[0]}: got {len(image)} channel(s); {expected}")
         return image, geometry
@@ -113,7 +115,7 @@ def _task(model: ModelFolder, case: RawCase, output: Path | None) -> ImageTask:
         target = output / f"{case.identifier}{model.file_ending}"
     if target is not None and target.resolve() in {path.resolve() for path in case.images}:
         raise ConfigurationError(f"{target} is the image itself: choose another output")
-    return ImageTask(case.identifier, case.images, target)
+    return ImageTask(case.identifier, case.images, target, reader=model.image_reader)
 
 
 def _find_cases(model: ModelFolder, folder: Path) -> tuple[RawCase, ...]:

@@ -63,7 +63,7 @@ def plans_content(
     if choice.spacing is None:
         keep_own_spacing(configuration)
     content: dict[str, Any] = {
-        **dataset_entries(raw, fingerprint, base.image_reader, forward),
+        **dataset_entries(raw, fingerprint, raw.json.image_reader or base.image_reader, forward),
         "plans_name": plans_name or f"ptPlans__{name}____{describe_settings(choice.spacing, schemes)}",
         "configurations": {CONFIGURATION: configuration},
         "experiment_planner_used": "nnssl_adapt",

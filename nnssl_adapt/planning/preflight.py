@@ -80,7 +80,7 @@ def find_other_orientations(raw: RawDataset, wanted: str) -> dict[str, str]:
     others: dict[str, str] = {}
     for case in raw.cases:
         for path in case.files:
-            direction = read_geometry(path).direction
+            direction = read_geometry(path, case.reader).direction
             if not is_oriented(direction, wanted):
                 name = path.relative_to(raw.folder) if path.is_relative_to(raw.folder) else path
                 others[name.as_posix()] = orientation_code(direction)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.images import SIMPLE_ITK
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard, preprocess_cases
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.store import CaseStore
@@ -46,7 +47,7 @@ def preprocess_dataset(
         PlanError: another plan has this plan's name, and ``overwrite`` is off.
         OutputError: the folder can't be written, or the disk is full.
     """
-    raw = RawDataset.open(plan.dataset_name)
+    raw = RawDataset.open(plan.dataset_name).read_with(str(plan.content.get("image_reader_writer", SIMPLE_ITK)))
     _refuse_to_replace_another(plan, overwrite)
     copy_dataset_json(raw, plan.dataset_folder)
     load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import torch
+from support.model_folders import write_model_folder
+from support.nnunet_prediction import predict
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import READERS, ImageGeometry, read_geometry, read_image, read_labels, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_case
+from nnssl_adapt.inference.predictor import Predictor
 
 pytest.importorskip("nnunetv2")
 from support.peer_preprocessing import plans_of, settings
@@ -100,3 +105,28 @@ def test_preprocessed_as_by_nnunet(tmp_path: Path, reader: str) -> None:
     np.testing.assert_allclose(ours.data, data, atol=1e-5)
     np.testing.assert_array_equal(ours.seg, seg)
     assert list(ours.properties["spacing"]) == list(properties["spacing"])
+
+
+@pytest.mark.parametrize("reader", READERS[1:])
+@pytest.mark.parametrize("kind", ["sheared", "micrometres"])
+def test_predicted_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    plans = json.loads((folder / "plans.json").read_text())
+    (folder / "plans.json").write_text(json.dumps({**plans, "image_reader_writer": reader}))
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "a_0000.nii.gz"
+    big = np.random.default_rng(5).normal(100, 30, (30, 26, 24)).astype(np.float32)
+    big[8:20, 6:18, 6:16] += 200
+    image = nibabel.Nifti1Image(big, affine("sheared"))
+    if kind == "micrometres":
+        image = nibabel.Nifti1Image(big, np.diag([1.5, 1.2, 1.8, 1.0]))
+        image.header.set_xyzt_units("micron")
+    nibabel.save(image, str(path))
+    predict(str(folder), str(tmp_path / "images"), str(tmp_path / "theirs"), ["0"])
+    Predictor(folder, folds=(0,), device="cpu", accumulation_dtype=torch.float16).predict(
+        path, tmp_path / "ours" / "a.nii.gz"
+    )
+    one, other = (nibabel.load(str(tmp_path / who / "a.nii.gz")) for who in ("ours", "theirs"))
+    np.testing.assert_array_equal(one.affine, other.affine)
+    differ = (one.get_fdata() != other.get_fdata()).mean()
+    assert differ <= 1e-4 and len(np.unique(other.get_fdata())) > 1
