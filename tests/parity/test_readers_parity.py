@@ -112,7 +112,9 @@ def test_preprocessed_as_by_nnunet(tmp_path: Path, reader: str) -> None:
 def test_predicted_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -> None:
     folder = write_model_folder(tmp_path / "model")
     plans = json.loads((folder / "plans.json").read_text())
-    (folder / "plans.json").write_text(json.dumps({**plans, "image_reader_writer": reader}))
+    (folder / "plans.json").write_text(
+        json.dumps({**plans, "image_reader_writer": reader, "foreground_intensity_properties_per_channel": {"0": {}}})
+    )
     (tmp_path / "images").mkdir()
     path = tmp_path / "images" / "a_0000.nii.gz"
     big = np.random.default_rng(5).normal(100, 30, (30, 26, 24)).astype(np.float32)
