@@ -8,9 +8,8 @@ import pytest
 import SimpleITK as sitk
 from support.synthetic import make_dataset, write_image
 
-import nnssl_adapt.data.verifying.look as look_module
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.images import read_image
+from nnssl_adapt.data.nifti import open_nifti
 from nnssl_adapt.data.verifying.examine import examine_dataset, fingerprint_dataset, verify_dataset
 from nnssl_adapt.data.verifying.look import CaseLook, LookRequest, look_at_case
 from nnssl_adapt.errors import DatasetError
@@ -111,13 +110,13 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = make_dataset(tmp_path, cases=2, channels=2, shape=SHAPE)
     read: list[Path] = []
 
-    def noting(paths, *more):
-        read.extend(paths)
-        return read_image(paths, *more)
+    def noting(path, shape):
+        read.append(path)
+        return open_nifti(path, shape)
 
-    monkeypatch.setattr(look_module, "read_image", noting)
+    monkeypatch.setattr("nnssl_adapt.data.voxels.open_nifti", noting)
     assert examine_dataset(root).fingerprint is not None
-    assert sorted(read) == sorted((root / "imagesTr").iterdir())
+    assert sorted(read) == sorted(root.glob("*Tr/*"))
 
 
 def test_what_was_seen_is_kept_with_what_was_asked(tmp_path: Path) -> None:
