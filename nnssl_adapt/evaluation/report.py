@@ -118,21 +118,21 @@ def _header(model: ModelFolder, folds: Sequence[FoldResult], cases: Sequence[Cas
 def _origin(model: ModelFolder, folds: Sequence[FoldResult]) -> Iterator[str]:
     yield html.heading("What was fine-tuned, from what")
     plan = model.plan
-    source = plan.provenance.get("source", {})
+    source = plan.provenance.source
     rows = [
         ("network", str(plan.architecture)),
         ("patch, batch", f"{_by(plan.patch_size)} voxels, {plan.batch_size}"),
         ("spacing", "each image's own" if plan.spacing is None else f"{_by(plan.spacing)} mm"),
-        ("spacing mode", str(plan.provenance.get("spacing_mode", NOT_KNOWN))),
+        ("spacing mode", plan.provenance.spacing_mode or NOT_KNOWN),
         ("channels", ", ".join(model.channel_names)),
         ("classes", ", ".join(model.labels.class_names)),
     ]
     if source:
-        revision = f" at revision {source['revision']}" if source.get("revision") else ""
-        name = source.get("repo_id") or Path(str(source.get("source"))).name
-        rows.insert(0, ("pre-trained weights", f"{name}{revision}, {source.get('filename')}"))
-        rows.insert(1, ("their SHA-256", str(source.get("sha256"))))
-        rows.insert(2, ("their licence", str(source.get("licence") or "see where they were published")))
+        revision = f" at revision {source.revision}" if source.revision else ""
+        name = source.repo_id or Path(source.source or NOT_KNOWN).name
+        rows.insert(0, ("pre-trained weights", f"{name}{revision}, {source.filename}"))
+        rows.insert(1, ("their SHA-256", source.sha256 or NOT_KNOWN))
+        rows.insert(2, ("their licence", source.licence or "see where they were published"))
     elif not plan.pretrain_info:
         rows.insert(0, ("pre-trained weights", "none named in the plan"))
     yield html.table(("", ""), rows, numbers_from=2)
@@ -260,13 +260,13 @@ def commands(model: ModelFolder, folds: Sequence[FoldResult], recipe: dict[str, 
     dataset = plan.dataset_name[7:10].lstrip("0") or plan.dataset_name
     trainer, plans_name, configuration = (model.path.name.split("__", 1)[0], plan.plans_name, plan.configuration)
     lines, weights = [], ""
-    source = plan.provenance.get("source", {})
-    if source and plan.provenance.get("given") == "training":  # the plan was made without them
-        name = f"{source['repo_id']}@{source['revision']}" if source.get("repo_id") else str(source.get("source"))
+    source, mode = plan.provenance.source, plan.provenance.spacing_mode
+    name = ""
+    if source is not None:
+        name = f"{source.repo_id}@{source.revision}" if source.repo_id else source.source or "WEIGHTS"
+    if name and plan.provenance.given == "training":  # the plan was made without them
         weights = f" -pretrained_weights {shlex.quote(name)}"
-    elif source:
-        name = f"{source['repo_id']}@{source['revision']}" if source.get("repo_id") else str(source.get("source"))
-        mode = str(plan.provenance.get("spacing_mode"))
+    elif name:
         how = "--keep-topology" if mode == "base_plans" else f"-am {mode}"
         if mode == "fixed" and plan.spacing is not None:
             backward = [plan.spacing[axis] for axis in plan.transpose_backward]

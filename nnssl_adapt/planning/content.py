@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nnssl_adapt.planning.normalization import (
 )
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture
@@ -77,15 +78,15 @@ def plans_content(
             settings,
         ),
         "pretrain_info": pretrain_info(checkpoint),
-        "nnssl_adapt": {
-            **provenance(checkpoint, settings),
-            "spacing_mode": choice.mode,
-            "architecture_preset": architecture.preset,
-        },
     }
     configuration["data_identifier"], digest = data_identifier(FinetunePlan(content))
-    content["nnssl_adapt"]["preprocessing_digest"] = digest
-    return content
+    provenance = replace(
+        Provenance.of(checkpoint, settings),
+        spacing_mode=choice.mode,
+        architecture_preset=architecture.preset,
+        preprocessing_digest=digest,
+    )
+    return {**content, KEY: provenance.to_dict()}
 
 
 def dataset_entries(
@@ -155,18 +156,6 @@ def data_identifier(plan: FinetunePlan) -> tuple[str, str]:
     return f"nnssl_adapt__{readable}__{digest[:8]}", digest
 
 
-def provenance(checkpoint: Checkpoint, settings: TransferSettings) -> dict[str, Any]:
-    """Our own entries of a plans file: which weights, opened how, fitted how."""
-    return {
-        "version": package_version(),
-        "source": checkpoint.origin.to_dict(),
-        "source_choices": dict(checkpoint.choices),
-        "transfer": settings.to_dict(),
-        "trainer_name": checkpoint.trainer_name,
-        "orientation": checkpoint.plan.orientation,
-    }
-
-
 def pretrain_info(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries that nnU-Net's own nnssl integration reads. The path is a hint; the digest decides."""
     plan = checkpoint.plan
@@ -213,11 +202,3 @@ def resampled_median_shape(
         for shape, own in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
     ]
     return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]
-
-
-def package_version() -> str:
-    """Version of the installed nnssl-adapt, or ``unknown`` in a bare source tree."""
-    try:
-        return version("nnssl-adapt")
-    except PackageNotFoundError:
-        return "unknown"

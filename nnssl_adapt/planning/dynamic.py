@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import PlanError
-from nnssl_adapt.planning.content import data_identifier, pretrain_info, provenance
+from nnssl_adapt.planning.content import data_identifier, pretrain_info
 from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
@@ -44,23 +46,18 @@ def dynamic_content(
         configurations={CONFIGURATION: chosen},
         experiment_planner_used="nnssl_adapt",
         pretrain_info=pretrain_info(checkpoint),
-        nnssl_adapt={
-            **provenance(checkpoint, settings),
-            "spacing_mode": SPACING_MODE,
-            **_described(base),
-            "architecture_preset": base.provenance.get("architecture_preset"),
-        },
     )
     chosen["data_identifier"], digest = data_identifier(FinetunePlan(content))
-    content["nnssl_adapt"]["preprocessing_digest"] = digest
-    return content
-
-
-def _described(base: FinetunePlan) -> dict[str, Any]:
-    """Whose network it is. A plan made here exists in no file and has no name."""
-    if base.plans_name != PLANNED_HERE:
-        return {"base_plans": base.plans_name}
-    return {"base_plans": None, "topology": {"planned_by": "nnssl_adapt", "preset": base.provenance["preset"]}}
+    planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
+    provenance = replace(
+        Provenance.of(checkpoint, settings),
+        spacing_mode=SPACING_MODE,
+        base_plans=None if planned_here else base.plans_name,
+        topology={"planned_by": "nnssl_adapt", "preset": base.provenance.preset} if planned_here else None,
+        architecture_preset=base.provenance.architecture_preset,
+        preprocessing_digest=digest,
+    )
+    return {**content, KEY: provenance.to_dict()}
 
 
 _REPLACED = ("plans_name", "configurations", "experiment_planner_used", "pretrain_info", "nnssl_adapt")

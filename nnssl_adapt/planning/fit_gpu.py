@@ -21,6 +21,7 @@ from nnssl_adapt.planning.memory import (
     largest_fit,
 )
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.provenance import KEY
 from nnssl_adapt.weights.network.architectures import Architecture
 
 logger = logging.getLogger(__name__)
@@ -110,5 +111,5 @@ def fit_plan(
         "batch_before": plan.batch_size,
         "reason": reason,
     }
-    content["nnssl_adapt"] = {**content.get("nnssl_adapt", {}), "fit_gpu": record}
+    content[KEY] = {**content.get(KEY, {}), "fit_gpu": record}
     return FinetunePlan(content, plan.configuration, plan.path)

@@ -15,6 +15,7 @@ from nnssl_adapt.planning.base_plans import BasePlans
 from nnssl_adapt.planning.content import configuration_entries, dataset_entries, resampled_median_shape
 from nnssl_adapt.planning.normalization import normalization_of_data
 from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
+from nnssl_adapt.planning.provenance import KEY
 from nnssl_adapt.planning.topology import NNUNET_PRESETS, needs_low_resolution, plan_network
 from nnssl_adapt.weights.network.architectures import Architecture
 
@@ -69,6 +70,6 @@ def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -
             "configurations": {CONFIGURATION: configuration},
             "label_manager": "LabelManager",
             "foreground_intensity_properties_per_channel": copy.deepcopy(fingerprint.intensity),
-            "nnssl_adapt": {"preset": preset},
+            KEY: {"preset": preset},
         }
     )

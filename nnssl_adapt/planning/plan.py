@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.plans_json import read_plans, refuse_ignored_keys
+from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
@@ -130,8 +132,9 @@ class FinetunePlan:
 
     @property
     def architecture(self) -> Architecture:
-        preset = self.provenance.get("architecture_preset")
-        return Architecture.from_plans_dict(self.settings_of_configuration["architecture"], preset)
+        return Architecture.from_plans_dict(
+            self.settings_of_configuration["architecture"], self.provenance.architecture_preset
+        )
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -188,12 +191,12 @@ class FinetunePlan:
         """How logits go back to the image's own grid."""
         return _rule(self.settings_of_configuration.get("resampling_fn_probabilities_kwargs"), order=1)
 
-    @property
+    @cached_property
     def dataset_json(self) -> DatasetJson:
         """The copy of ``dataset.json`` that lies beside the plan."""
         return DatasetJson.load(self.dataset_folder / "dataset.json")
 
-    @property
+    @cached_property
     def labels(self) -> LabelScheme:
         return LabelScheme.from_dataset_json(self.dataset_json.raw)
 
@@ -202,15 +205,15 @@ class FinetunePlan:
         """What nnU-Net's own nnssl integration wants to know of the weights; empty in a plan without weights."""
         return dict(self.content.get("pretrain_info", {}))
 
-    @property
-    def provenance(self) -> dict[str, Any]:
+    @cached_property
+    def provenance(self) -> Provenance:
         """Our own entries: where the weights come from, their digest, the spacing mode; empty in nnU-Net's plans."""
-        return dict(self.content.get("nnssl_adapt", {}))
+        return Provenance.parse(self.content.get(KEY), self.path or "the plan")
 
     @property
     def transfer_settings(self) -> TransferSettings:
         """How the weights are to be fitted to the network."""
-        return TransferSettings.from_dict(self.provenance.get("transfer", {}))
+        return self.provenance.transfer
 
     # -- variations ------------------------------------------------------------------------------------------------
 
@@ -230,8 +233,9 @@ class FinetunePlan:
     def __str__(self) -> str:
         spacing = "each image's own" if self.spacing is None else " × ".join(f"{s:g}" for s in self.spacing) + " mm"
         patch = " × ".join(str(n) for n in self.patch_size)
-        source = self.provenance.get("source", {}).get("source", "no pre-trained weights")
-        fit = self.provenance.get("fit_gpu")
+        weights = self.provenance.source
+        source = "no pre-trained weights" if weights is None else weights.source
+        fit = self.provenance.fit_gpu
         return (
             f"{self.plans_name} ({self.dataset_name}, {self.configuration})\n"
             f"  spacing {spacing}, patch {patch}, batch {self.batch_size}, "

@@ -89,8 +89,8 @@ def _difference(old: FinetunePlan, new: FinetunePlan) -> str | None:
     """In what two plans differ that a training would notice, if in anything."""
 
     def weights(plan: FinetunePlan) -> tuple[object, object]:
-        provenance = plan.provenance
-        return provenance.get("source", {}).get("sha256"), provenance.get("source_choices", {})
+        source = plan.provenance.source
+        return None if source is None else source.sha256, plan.provenance.source_choices
 
     if weights(old) != weights(new):
         return "other pre-trained weights"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
+from nnssl_adapt.planning.provenance import WeightsRecord
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.catalogue import find_known
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
@@ -62,9 +63,8 @@ def _front_matter(licence: str | None, base: str | None) -> str:
 
 
 def _base_repository(model: ModelFolder) -> str | None:
-    source = model.plan.provenance.get("source")
-    repo_id = source.get("repo_id") if isinstance(source, Mapping) else None
-    return repo_id if isinstance(repo_id, str) else None
+    source = model.plan.provenance.source
+    return None if source is None else source.repo_id
 
 
 def _what_it_does(model: ModelFolder, folds: Sequence[Fold], orientation: str | None) -> str:
@@ -101,19 +101,19 @@ def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:
     info, provenance = model.plan.pretrain_info, model.plan.provenance
     if not info:
         return "None is recorded: the network was trained from random weights, or by another program."
-    source = provenance.get("source", {})
-    where = f"[{base}](https://huggingface.co/{base})" if base else cleaner.json(str(source.get("source") or "a file"))
-    lines = [f"- weights: {where}" + (f", revision {source['revision']}" if source.get("revision") else "")]
-    if source.get("sha256"):
-        lines.append(f"- file: {source.get('filename')}, SHA-256 `{source['sha256']}`")
+    source = provenance.source or WeightsRecord()
+    where = f"[{base}](https://huggingface.co/{base})" if base else cleaner.json(source.source or "a file")
+    lines = [f"- weights: {where}" + (f", revision {source.revision}" if source.revision else "")]
+    if source.sha256:
+        lines.append(f"- file: {source.filename}, SHA-256 `{source.sha256}`")
     known = find_known(base) if base else None
     if known is not None:
         lines.append(f"- kind: {known.method} on {known.network}, {known.data}")
         lines.append(f"- licence of those weights: {known.licence or 'see the repository'}")
-    if provenance.get("trainer_name"):
-        lines.append(f"- pre-trained by: {provenance['trainer_name']}")
-    transfer = provenance.get("transfer", {})
-    if transfer:
+    if provenance.trainer_name:
+        lines.append(f"- pre-trained by: {provenance.trainer_name}")
+    if provenance.source is not None:
+        transfer = provenance.transfer.to_dict()
         lines.append("- transferred: " + ", ".join(f"{key} {value}" for key, value in transfer.items() if value))
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ def choose_orientation(model: ModelFolder, wish: str | None, raw: RawDataset | N
     """
     stated = {
         "dataset.json": model.dataset_json.get("image_orientation"),
-        "plans.json": model.plan.provenance.get("orientation"),
+        "plans.json": model.plan.provenance.orientation,
     }
     known = {where: check_code(code) for where, code in stated.items() if isinstance(code, str) and code}
     warnings: list[str] = []

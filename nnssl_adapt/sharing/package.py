@@ -145,7 +145,7 @@ def prepare(
     layouts: Sequence[Layout] = (),
 ) -> Prepared:
     """Check a model and write its publishable files below ``work``; arguments and errors as of :func:`make_package`."""
-    licence = licence or model.plan.provenance.get("licence")
+    licence = licence or model.plan.provenance.licence
     if name is None:
         name = default_name(model.plan.dataset_name)
         notes = [f"called {name} after the dataset: 'nnssl-adapt name' makes a name by the convention, for --name"]

@@ -15,8 +15,8 @@ from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.evaluation.tables import text_table
 from nnssl_adapt.files import write_text
 from nnssl_adapt.paths import preprocessed_folder
-from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.studies.answers import Cell, answers, hours_of, save_cells
 from nnssl_adapt.studies.execute import run_here
 from nnssl_adapt.studies.page import study_page

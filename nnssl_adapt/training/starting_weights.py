@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import nn
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
-from nnssl_adapt.planning.content import pretrain_info, provenance
+from nnssl_adapt.planning.content import pretrain_info
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preflight import find_other_orientations
+from nnssl_adapt.planning.provenance import KEY, Provenance, WeightsRecord
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.folder import source_of
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -121,14 +122,10 @@ def naming_weights(plan: FinetunePlan, checkpoint: Checkpoint) -> FinetunePlan:
     """The plan, naming the weights that were given to the training where it names none itself, as nnU-Net's don't."""
     if source_of(plan):
         return plan
-    source = {**checkpoint.origin.to_dict(), "licence": checkpoint.licence}
-    ours = {
-        **provenance(checkpoint, plan.transfer_settings),
-        **plan.provenance,
-        "source": source,
-        "given": AT_TRAINING,
-    }
-    content = {**plan.content, "pretrain_info": pretrain_info(checkpoint), "nnssl_adapt": ours}
+    source = replace(WeightsRecord.of(checkpoint), licence=checkpoint.licence)
+    ours = replace(Provenance.of(checkpoint, plan.transfer_settings), source=source, given=AT_TRAINING)
+    entries = {**ours.to_dict(), **plan.content.get(KEY, {}), "source": source.to_dict(), "given": AT_TRAINING}
+    content = {**plan.content, "pretrain_info": pretrain_info(checkpoint), KEY: entries}
     return FinetunePlan(content, plan.configuration, plan.path)
 
 
@@ -136,7 +133,7 @@ def naming_the_same(plan: FinetunePlan, recorded: FinetunePlan | None) -> Finetu
     """The plan, naming the weights that an earlier run's copy of it names, where it names none itself."""
     if source_of(plan) or recorded is None or not source_of(recorded):
         return plan
-    content = {**plan.content, "pretrain_info": recorded.pretrain_info, "nnssl_adapt": recorded.provenance}
+    content = {**plan.content, "pretrain_info": recorded.pretrain_info, KEY: recorded.provenance.to_dict()}
     return FinetunePlan(content, plan.configuration, plan.path)
 
 
@@ -199,7 +196,7 @@ def find_checkpoint(
     the plan keeps as a hint. ``options``: more of its arguments; they go before what the plan records.
     """
     checkpoint = given if isinstance(given, Checkpoint) else _open(plan, given, dict(options or {}))
-    recorded = plan.provenance.get("source", {}).get("sha256")
+    recorded = plan.provenance.source.sha256 if plan.provenance.source is not None else None
     if recorded and checkpoint.origin.sha256 != recorded:
         raise DigestMismatch(
             f"{checkpoint.origin} is not the checkpoint that plan {plan.plans_name} was made for "
@@ -210,30 +207,30 @@ def find_checkpoint(
 
 
 def _open(plan: FinetunePlan, given: str | Path | None, options: dict[str, Any]) -> Checkpoint:
-    choices = dict(plan.provenance.get("source_choices", {}))
+    choices = dict(plan.provenance.source_choices)
     if given is not None:
         path = Path(given)
         if path.is_file() and path.suffix.lower() != ".zip":  # the file itself: nothing is left to choose in it
             choices = {key: value for key, value in choices.items() if key not in ("filename", "fold")}
         return open_checkpoint(given, **{**choices, **options})
-    source = plan.provenance.get("source", {})
+    source = plan.provenance.source
     hint = plan.pretrain_info.get("checkpoint_path")
-    if not source and hint is None:
+    names = () if source is None else tuple(name for name in (source.source, source.repo_id) if name)
+    if not names and hint is None:
         raise ConfigurationError(
             f"plan {plan.plans_name} names no pre-trained weights: give them with -pretrained_weights, train with "
             "--from_scratch, or make a plan with nnUNetv2_preprocess_like_nnssl"
         )
-    if not source and hint is not None:
-        return open_checkpoint(hint, **options)
+    if source is None or not names:
+        return open_checkpoint(str(hint), **options)
     problems: list[SourceError] = []
-    settings = {"revision": source.get("revision"), **choices, **options}
-    for name in dict.fromkeys((source["source"], source.get("repo_id"))):  # as typed: an address may name a file
+    settings = {"revision": source.revision, **choices, **options}
+    for name in dict.fromkeys(names):  # as typed: an address may name a file
         try:
-            if name:
-                return open_checkpoint(name, **settings)
+            return open_checkpoint(name, **settings)
         except SourceError as error:
             problems.append(error)
     if hint and Path(hint).exists():  # relative sources mean nothing in another folder
-        logger.info("%s is not found as such; using %s", source["source"], hint)
+        logger.info("%s is not found as such; using %s", names[0], hint)
         return open_checkpoint(hint, **{**choices, **options})
     raise problems[0]

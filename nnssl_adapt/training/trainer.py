@@ -20,8 +20,8 @@ from nnssl_adapt.inference.convolutions import cudnn_benchmark
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.machine.lock import only_run_in
-from nnssl_adapt.planning.content import package_version
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop

@@ -211,8 +211,8 @@ def test_from_the_hub_and_then_offline(raw, small_resenc, tmp_path):
         result = run(*words, HF_ENDPOINT=hub.url, **environment)
         assert result.returncode == 0, result.stderr
     plan = na.FinetunePlan.find("Dataset991_Tiny", "ptPlans__hub____Spacing__1.00_1.00_1.00___Norm__Z")
-    source = plan.provenance["source"]
-    assert source["repo_id"] == "someone/small-resenc" and len(source["revision"]) == 40
+    source = plan.provenance.source
+    assert source.repo_id == "someone/small-resenc" and len(source.revision) == 40
     words = ("train", "-d", "991", "-f", "0", "-p", plan.plans_name, "-device", "cpu", "--workers", "0", *TINY)
     result = run(*words, HF_HUB_OFFLINE="1", **environment)
     assert result.returncode == 0, result.stderr

@@ -26,6 +26,7 @@ import nnssl_adapt as na
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.trainer_class import trainer_for_nnunet, write_trainer_class
+from nnssl_adapt.planning.provenance import Provenance
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 TESTS = Path(__file__).parents[1]
@@ -189,7 +190,7 @@ def test_a_model_folder_of_nnunet_says_what_it_is(peer):
     assert model.folds == (0,) and model.configuration == "3d_fullres"
     assert model.load_weights(0).trainer_name == "nnUNetTrainer"
     assert model.load_weights(0).mirror_axes == (0, 1, 2)
-    assert model.plan.provenance == {}
+    assert model.plan.provenance == Provenance()
     assert (peer / "fold_0" / "checkpoint_final.pth").is_file()
 
 

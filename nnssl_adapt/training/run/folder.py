@@ -39,7 +39,8 @@ _OF_ONE_RUN = (
 
 def source_of(plan: FinetunePlan) -> dict[str, Any]:
     """What a plan records of the weights that it starts from; empty where it names none."""
-    return dict(plan.provenance.get("source", {}))
+    source = plan.provenance.source
+    return {} if source is None else source.to_dict()
 
 
 @dataclass(frozen=True)

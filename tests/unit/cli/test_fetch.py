@@ -13,6 +13,7 @@ from support.nnssl_files import plan, state_dict, write_checkpoint
 from nnssl_adapt.cli.common import open_source
 from nnssl_adapt.cli.main import build_parser, main
 from nnssl_adapt.errors import SourceUnavailable
+from nnssl_adapt.planning.provenance import Provenance
 from nnssl_adapt.training.starting_weights import find_checkpoint
 from nnssl_adapt.weights.sources.hub import Hub
 from nnssl_adapt.weights.sources.resolve import resolve_source
@@ -104,7 +105,9 @@ def test_a_plan_finds_again_what_its_address_named(tmp_path, hub, published, cap
     hub.add("made-up/two", files | {"checkpoint_final.pth": b"not this one"})
     address = f"{hub.url}/made-up/two/blob/main/b.pth"
     recorded = resolve_source(address, SourceOptions(cache_dir=tmp_path / "hf")).origin.to_dict()
-    plan_ = SimpleNamespace(provenance={"source": recorded}, pretrain_info={}, plans_name="ptPlans__two")
+    plan_ = SimpleNamespace(
+        provenance=Provenance.parse({"source": recorded}, "plan"), pretrain_info={}, plans_name="ptPlans__two"
+    )
     monkeypatch.setattr(
         "nnssl_adapt.weights.sources.resolve.Hub",
         lambda repo, rev, _cache, local: Hub(repo, rev, tmp_path / "hf", local),

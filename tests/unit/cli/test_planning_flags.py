@@ -172,7 +172,7 @@ def test_the_contrast_agnostic_road(tiny_dataset, weights, capsys, monkeypatch, 
     assert json.loads((model / "dataset.json").read_text())["image_orientation"] == "RPI"
     report = json.loads((model / "fold_0" / "transfer_report.json").read_text())
     assert report["coverage"] == 1.0
-    assert report["origin"]["sha256"] == plan.provenance["source"]["sha256"]
+    assert report["origin"]["sha256"] == plan.provenance.source.sha256
 
 
 def test_weights_and_from_scratch_contradict_each_other(capsys):

@@ -76,10 +76,10 @@ def test_cases_never_mix_with_nnunets(base, small_resenc):
 def test_the_weights_are_recorded(base, small_resenc):
     checkpoint = na.open_checkpoint(small_resenc)
     plan = na.make_plan(991, checkpoint, name="mae", keep_topology=True, base_plans="nnUNetPlans.json", workers=1)
-    assert plan.provenance["source"]["sha256"] == checkpoint.origin.sha256
-    assert plan.provenance["spacing_mode"] == "base_plans"
-    assert plan.provenance["base_plans"] == "nnUNetPlans"
-    assert plan.provenance["transfer"]["scope"] == "auto"
+    assert plan.provenance.source.sha256 == checkpoint.origin.sha256
+    assert plan.provenance.spacing_mode == "base_plans"
+    assert plan.provenance.base_plans == "nnUNetPlans"
+    assert plan.provenance.transfer.scope == "auto"
     assert plan.pretrain_info["key_to_encoder"] == "encoder.stages"
 
 
@@ -95,9 +95,9 @@ def test_without_nnunets_plans_the_network_is_planned_here(tiny_dataset, small_r
     plan = na.make_plan(991, na.open_checkpoint(small_resenc), name="mae", keep_topology=True, workers=1)
     assert plan.plans_name == "ptPlans_dynamic__mae"
     assert plan.content["experiment_planner_used"] == "nnssl_adapt"
-    assert plan.provenance["base_plans"] is None
-    assert plan.provenance["topology"] == {"planned_by": "nnssl_adapt", "preset": "ResEncL"}
-    assert plan.provenance["spacing_mode"] == "base_plans"
+    assert plan.provenance.base_plans is None
+    assert plan.provenance.topology == {"planned_by": "nnssl_adapt", "preset": "ResEncL"}
+    assert plan.provenance.spacing_mode == "base_plans"
     assert plan.architecture.class_name == "ResidualEncoderUNet"
     assert plan.architecture.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 2))
     assert plan.spacing == pytest.approx((2.0, 1.0, 1.3))
@@ -112,15 +112,15 @@ def test_plain_weights_get_the_default_network(tiny_dataset, small_resenc):
     tiny_dataset(shape=(20, 28, 36))
     checkpoint = na.open_checkpoint(small_resenc.parent / "small_plainconv")
     plan = na.make_plan(991, checkpoint, keep_topology=True, workers=1)
-    assert plan.provenance["topology"]["preset"] == "default"
+    assert plan.provenance.topology["preset"] == "default"
     assert plan.architecture.class_name == "PlainConvUNet"
 
 
 def test_a_preset_is_taken_whatever_plans_there_are(base, small_resenc):
     checkpoint = na.open_checkpoint(small_resenc)
     plan = na.make_plan(991, checkpoint, keep_topology=True, preset="ResEncM", workers=1)
-    assert plan.provenance["base_plans"] is None
-    assert plan.provenance["topology"]["preset"] == "ResEncM"
+    assert plan.provenance.base_plans is None
+    assert plan.provenance.topology["preset"] == "ResEncM"
     assert plan.transpose_forward == (0, 1, 2) != tuple(base.transpose_forward)
     with pytest.raises(ConfigurationError, match="leave one of them out"):
         na.make_plan(991, checkpoint, keep_topology=True, preset="ResEncM", base_plans="nnUNetPlans", workers=1)
@@ -199,4 +199,4 @@ def test_reoriented_copies_get_a_network_of_their_own(base, small_resenc):
     """nnU-Net's plan of the original knows another order of axes, and is not taken for the copies."""
     plan = na.make_plan(991, na.open_checkpoint(small_resenc), keep_topology=True, reorient="RPI", workers=1)
     assert plan.dataset_name == "Dataset999_Tiny_RPI"
-    assert plan.provenance["topology"]["planned_by"] == "nnssl_adapt"
+    assert plan.provenance.topology["planned_by"] == "nnssl_adapt"

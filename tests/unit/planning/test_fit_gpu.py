@@ -70,7 +70,7 @@ def test_patch_and_batch_are_recorded_with_the_reason(architecture):
     assert plan.content == before
     assert math.prod(fitted.patch_size) > 0.9 * 32 * 64 * 48 > math.prod(plan.patch_size)
     assert plan_memory(fitted, 3).total <= budget + 2**20
-    record = fitted.provenance["fit_gpu"]
+    record = fitted.provenance.fit_gpu
     assert record["patch_before"] == list(plan.patch_size)
     assert record["estimate_bytes"]["total"] == plan_memory(fitted, 3).total
     assert record["reason"] in str(fitted)

@@ -98,5 +98,5 @@ def test_auto_takes_what_the_comparison_picks(tiny_dataset, small_resenc, caplog
     tiny_dataset(spacing=spacing, channels=1)
     with caplog.at_level("INFO", logger="nnssl_adapt"):
         plan = na.make_plan(991, small_resenc, mode="auto", workers=1)
-    assert plan.spacing == pytest.approx(target) and plan.provenance["spacing_mode"] == mode
+    assert plan.spacing == pytest.approx(target) and plan.provenance.spacing_mode == mode
     assert f"* auto picks {mode}" in caplog.text

@@ -59,9 +59,9 @@ def test_a_checkpoint_without_spacing_gets_the_median_and_says_so(dataset, small
 
 
 def test_identity_not_location(plan, small_resenc):
-    source = plan.provenance["source"]
+    source = plan.provenance.source
     checkpoint = na.open_checkpoint(small_resenc)
-    assert source["sha256"] == checkpoint.origin.sha256
+    assert source.sha256 == checkpoint.origin.sha256
     info = plan.pretrain_info
     assert info["checkpoint_path"] == str(small_resenc)
     assert info["pt_num_in_channels"] == 1

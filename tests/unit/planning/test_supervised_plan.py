@@ -123,13 +123,13 @@ def test_images_that_lie_otherwise_stop_it(tiny_dataset, supervised, caplog):
     with caplog.at_level("INFO", logger="nnssl_adapt"):
         plan = na.make_plan(991, supervised(orientation="RPI"), workers=1)
     assert "all images are RPI, as the weights want them" in caplog.messages
-    assert plan.provenance["orientation"] == "RPI"
+    assert plan.provenance.orientation == "RPI"
 
 
 def test_weights_that_want_no_orientation_take_any(tiny_dataset, supervised):
     folder = tiny_dataset()
     turn(folder, ["case_01"], LPI)
-    assert na.make_plan(991, supervised(), workers=1).provenance["orientation"] is None
+    assert na.make_plan(991, supervised(), workers=1).provenance.orientation is None
 
 
 def test_reoriented_copies_are_what_is_planned_for(tiny_dataset, supervised):

@@ -82,7 +82,7 @@ def test_a_trained_model_is_pretrained_weights_for_the_next_task(hub, trained, t
     plan = na.make_plan(
         dataset=5, checkpoint=checkpoint, mode="median", name="again", workers=1, ignore_orientation=True
     )
-    assert plan.provenance["source"]["sha256"] == checkpoint.origin.sha256
+    assert plan.provenance.source.sha256 == checkpoint.origin.sha256
     network = na.build_network(plan.architecture, 2, 4, plan.patch_size)
     report = na.transfer_weights(checkpoint, network)
     original = encoder_of(torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)["network_weights"])

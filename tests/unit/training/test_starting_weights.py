@@ -53,7 +53,7 @@ def without(plan, *keys):
 
 
 def test_found_where_the_plan_says(plan, weights):
-    assert find_checkpoint(plan).origin.sha256 == plan.provenance["source"]["sha256"]
+    assert find_checkpoint(plan).origin.sha256 == plan.provenance.source.sha256
 
 
 def test_found_elsewhere_when_told(plan, weights, tmp_path):
@@ -95,16 +95,16 @@ def test_weights_for_a_plan_that_names_none(plan, weights):
     preprocess_dataset(plan, workers=1, progress=False)  # for dataset.json, which names the heads
     report = fill_with_starting_weights(network, bare, weights, from_scratch=False).report
     assert report.coverage == 1
-    assert report.origin["sha256"] == plan.provenance["source"]["sha256"]
+    assert report.origin["sha256"] == plan.provenance.source.sha256
 
 
 def test_a_plan_from_a_model_folder_takes_the_file_itself(nnunet_folders, tmp_path):
     make_dataset(nnunet_folders / "nnUNet_raw", spacing=(1.0, 1.0, 1.0), cases=5)
     folder = write_model_folder(tmp_path / "models", folds=(0, 3))
     plan = make_plan(991, open_checkpoint(folder, fold="3"), name="supervised", workers=1)
-    assert plan.provenance["source_choices"] == {"fold": "3"}
+    assert plan.provenance.source_choices == {"fold": "3"}
     moved = shutil.copy(folder / "fold_3" / "checkpoint_final.pth", tmp_path / "alone.pth")
-    assert find_checkpoint(plan, moved).origin.sha256 == plan.provenance["source"]["sha256"]
+    assert find_checkpoint(plan, moved).origin.sha256 == plan.provenance.source.sha256
     assert find_checkpoint(plan).origin.fold == "3"
     with pytest.raises(DigestMismatch):
         find_checkpoint(plan, folder / "fold_0" / "checkpoint_final.pth")
@@ -159,7 +159,7 @@ def test_training_starts_from_them_and_resuming_does_not_need_them(plan, weights
     recipe = recipe.override(from_scratch=False, epochs=1, warmup_epochs=0, learning_rate=1e-9, weight_decay=0)
     model = PretrainedTrainer(plan, recipe=recipe, device="cpu", workers=0).run()
     report = json.loads((model.path / "fold_0" / "transfer_report.json").read_text())
-    assert report["coverage"] == 1 and report["origin"]["sha256"] == plan.provenance["source"]["sha256"]
+    assert report["coverage"] == 1 and report["origin"]["sha256"] == plan.provenance.source.sha256
     source = open_checkpoint(weights).tensors
     trained = model.load_weights(0).network_weights
     shared = [name for name in trained if name.startswith("encoder.") and name in source]
@@ -220,7 +220,7 @@ def test_weights_given_to_the_training_are_on_record(plan, weights):
     recipe = Recipe(trainer_name="Given", epochs=1, iterations_per_epoch=1, validation_iterations=1, warmup_epochs=0)
     checkpoint = open_checkpoint(weights)
     model = PretrainedTrainer(bare, recipe=recipe, device="cpu", workers=0, checkpoint=str(weights)).run()
-    source = model.plan.provenance["source"]
+    source = model.plan.provenance.source.to_dict()
     assert source == {**checkpoint.origin.to_dict(), "licence": checkpoint.licence}
     assert model.plan.pretrain_info["citations"] == list(checkpoint.citations)
     identity = load_checkpoint(model.path / "fold_0/checkpoint_final.pth")["nnssl_adapt"]["identity"]
