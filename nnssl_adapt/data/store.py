@@ -36,6 +36,9 @@ RECORDS_FOLDER = ".nnssl_adapt"
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 can't map files on Windows (nnUNet issue 2723)
 
 
+MADE_AGAIN = "run the preprocessing command again with --check, which finds damaged cases and makes them again"
+
+
 @dataclass(frozen=True)
 class PreprocessedCase:
     """One case, ready for a network.
@@ -205,14 +208,14 @@ class CaseStore:
 
         In nnU-Net's folders, which have no records, by the sizes of the files.
         """
-        return {identifier: self._digest(identifier) for identifier in identifiers}
-
-    def _digest(self, identifier: str) -> str:
-        data_path, seg_path, _ = self._paths(identifier)
-        sums = _read_json(self._record(identifier)).get("crc32", {})
-        if data_path.name in sums and seg_path.name in sums:
-            return f"{sums[data_path.name]:08x}{sums[seg_path.name]:08x}"
-        return f"{data_path.stat().st_size}+{seg_path.stat().st_size} bytes"
+        digests = {}
+        for case in identifiers:
+            data_path, seg_path, _ = self._paths(case)
+            sums = _read_json(self._record(case)).get("crc32", {})
+            recorded = [sums[path.name] for path in (data_path, seg_path) if path.name in sums]
+            sizes = [path.stat().st_size for path in (data_path, seg_path) if path.is_file()]
+            digests[case] = " ".join(f"{number:08x}" for number in recorded or sizes)
+        return digests
 
     def remove(self, identifier: str) -> None:
         """Remove a case, whole or not."""
@@ -348,7 +351,7 @@ def _open_array(path: Path) -> blosc2.NDArray:
     try:
         return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **_MMAP)
     except (RuntimeError, OSError, ValueError) as error:
-        raise CaseError(f"{path} is damaged ({error}): delete it and preprocess again") from error
+        raise CaseError(f"{path} is damaged ({error}): {MADE_AGAIN}", path=path) from error
 
 
 def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarray] | None:

@@ -59,6 +59,7 @@ class TrainingLoop:
         ranks: the processes that share the work.
         prepare: brings a training batch to the device as (image, target); it may augment it there.
         epoch_ended: called with the history after each epoch.
+        watch: called after each step; what it raises ends the training.
         progress: whether to show a live line on a terminal.
     """
 
@@ -71,6 +72,7 @@ class TrainingLoop:
     ranks: Ranks = field(default_factory=Ranks)
     prepare: Prepare = moved
     epoch_ended: Callable[[History], None] = lambda history: None
+    watch: Callable[[], None] = lambda: None
     progress: bool = False
     _wrapped: tuple[tuple[bool, ...], Callable[[Tensor], Any]] | None = field(default=None, init=False)
 
@@ -101,6 +103,7 @@ class TrainingLoop:
                     if self.ranks.any(stop.asked()):
                         self._stop(state, checkpoints, stop)
                     checkpoints.after_step(state)
+                    self.watch()
                 judged = self._judge_epoch(state, batches, forward, display, stop)
                 if judged is None:
                     self._stop(state, checkpoints, stop)

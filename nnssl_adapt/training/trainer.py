@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from nnssl_adapt.machine.lock import only_run_in
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death
+from nnssl_adapt.training.batches.store_check import store_compared
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
 from nnssl_adapt.training.optimise.losses import build_loss
@@ -149,7 +150,7 @@ class PretrainedTrainer:
         self.summary: Summary | None = None
         self.history = History()
         strides = self.plan.architecture.strides if self.recipe.deep_supervision else None
-        self._loss = build_loss(self.labels, self.plan.batch_dice, strides, reduce=self.ranks.sum)
+        self.loss = build_loss(self.labels, self.plan.batch_dice, strides, reduce=self.ranks.sum)
 
     @property
     def can_resume(self) -> bool:
@@ -226,9 +227,14 @@ class PretrainedTrainer:
         return network
 
     def _train(self, state: TrainingState, stop: StopRequest) -> None:
+        cases = [*self.training_cases, *self.validation_cases] if self.ranks.is_main else []
+        with store_compared(self.store, cases) as watch:
+            self._train_watched(state, stop, watch)
+
+    def _train_watched(self, state: TrainingState, stop: StopRequest, watch: Callable[[], None]) -> None:
         loop = TrainingLoop(
             recipe=self.recipe,
-            loss=self._loss,
+            loss=self.loss,
             labels=self.labels,
             batch_size=self.plan.batch_size,
             device=self.device,
@@ -236,6 +242,7 @@ class PretrainedTrainer:
             ranks=self.ranks,
             prepare=preparation(self.plan, self.recipe),
             epoch_ended=self._show,
+            watch=watch,
             progress=self.progress and self.ranks.is_main,
         )
         folder, identity = self.folder.path, self.identity

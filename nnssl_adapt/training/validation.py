@@ -22,6 +22,7 @@ from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.sliding_window import Progress, sliding_window_logits
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.run.stopping import StopRequest
 
@@ -141,9 +142,11 @@ class FoldValidation:
 
     def _predict(self, network: nn.Module, identifier: str, mirror_axes: Sequence[int], after_tile: Progress) -> None:
         case = self.store.open(identifier)
+        with explained_damage(case):
+            image = torch.from_numpy(case.data[:])
         logits = sliding_window_logits(
             network,
-            torch.from_numpy(case.data[:]),
+            image,
             self.plan.patch_size,
             self.labels.num_heads,
             mirror_axes=mirror_axes,

@@ -26,6 +26,7 @@ from nnssl_adapt.machine.memory import reuse_freed_memory
 from nnssl_adapt.machine.resources import default_workers as default_workers
 from nnssl_adapt.machine.resources import memory_kills, why_a_worker_died
 from nnssl_adapt.training.batches.spatial import Box, Size
+from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -176,8 +177,10 @@ def read_box(place: Place, box: Box, image: Tensor, codes: Tensor, flipped: Sequ
             across[: within.start] = 0
             across[within.stop :] = 0
     if all(a < b for a, b in zip(start, stop, strict=True)):
-        pixels[target] = place.case.data[source]
-        np.add(place.case.seg[source], 1, out=marks[target], casting="unsafe")
+        with explained_damage(place.case):
+            voxels, labels = place.case.data[source], place.case.seg[source]
+        pixels[target] = voxels
+        np.add(labels, 1, out=marks[target], casting="unsafe")
 
 
 # -- which, and in what random state ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from support.training_runs import assert_same_training, interrupt, trainer_of
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, TrainingError
+from nnssl_adapt.training import start as start_module
 from nnssl_adapt.training import trainer as trainer_module
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.ema import WeightAverage
@@ -36,8 +37,8 @@ def test_a_few_bad_steps_are_skipped(plan, recipe, monkeypatch, package_log):
         return value
 
     trainer = trainer_of(plan, recipe)
-    inner = trainer._loss
-    trainer._loss = lambda logits, target: sometimes_nan(trainer, logits, target, inner)
+    inner = trainer.loss
+    trainer.loss = lambda logits, target: sometimes_nan(trainer, logits, target, inner)
     monkeypatch.setattr(TrainingLoop, "step", keeping_weights)
     trainer.run()
     same = [torch.equal(a, b) for a, b in itertools.pairwise(weights)]
@@ -48,8 +49,8 @@ def test_a_few_bad_steps_are_skipped(plan, recipe, monkeypatch, package_log):
 
 def test_many_bad_steps_end_the_run(plan, recipe):
     trainer = trainer_of(plan, recipe.override(iterations_per_epoch=30))
-    inner = trainer._loss
-    trainer._loss = lambda logits, target: inner(logits, target) / 0
+    inner = trainer.loss
+    trainer.loss = lambda logits, target: inner(logits, target) / 0
     with pytest.raises(NonFiniteLoss, match=r"10 times in a row \(epoch 1, step 10\).*lower --lr"):
         trainer.run()
 
@@ -73,7 +74,7 @@ def test_bf16_trains_on_a_cpu(plan, recipe):
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch before 2.3 scales losses on CUDA only")
 def test_loss_scaling_is_resumed_exactly(plan, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "autocast_dtype", lambda precision, device: torch.float16)
-    monkeypatch.setattr(trainer_module, "grad_scaler", lambda: torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    monkeypatch.setattr(start_module, "grad_scaler", lambda: torch.amp.GradScaler("cpu", init_scale=2.0**40))
     whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
     with monkeypatch.context() as patched:
         interrupt(patched, step=4)
@@ -198,7 +199,9 @@ def test_adapters_are_merged_in_what_is_saved(make_plan, recipe, tmp_path, monke
     recipe = recipe.override(lora_rank=2, optimizer="adamw", ema_decay=0.8, from_scratch=False)
     # As if the network's own weights were the pre-trained ones.
     monkeypatch.setattr(
-        trainer_module, "fill_with_starting_weights", lambda network, *_: StartingWeights(scratch_report(network))
+        start_module,
+        "fill_with_starting_weights",
+        lambda network, plan, *_: StartingWeights(scratch_report(network), plan),
     )
     whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
     names = set(whole.load_weights(0).network_weights)
