@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nnssl_adapt.data.images import read_image
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.overlay import overlay_figure
-from nnssl_adapt.inference.in_memory import from_simpleitk
+from nnssl_adapt.inference.inputs import from_simpleitk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from nnssl_adapt.errors import OutputError, PredictionError
-from nnssl_adapt.inference.sliding_window import Allocate
-from nnssl_adapt.inference.steps import Prepared, SharedMemory, Steps, export_in_worker, prepare_in_worker
-from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.inference.sliding_window import Allocate, Tiles
+from nnssl_adapt.inference.steps import PreparedImage, SharedMemory, Steps, export_in_worker, prepare_in_worker
+from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.machine.workers import Budget, kill_workers, prepare_worker
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[ImageTask, np.ndarray, Allocate, Callable[[], None]], Tensor]
-"""From a preprocessed image (C, Z, Y, X) to logits (K, Z, Y, X) in memory of the given kind; calls the last argument often."""
+Predict = Callable[[ImageTask, np.ndarray, Allocate], Tiles]
+"""From a preprocessed image (C, Z, Y, X) to logits (K, Z, Y, X) in memory of the given kind, one tile after the other."""
 
 _THREADS = 2
 
@@ -52,6 +52,7 @@ class Pipeline:
         workers: processes that read and export; 0: threads of this process do.
         memory: bytes that each image needs (identifier → bytes).
         settle: is told at once what became of an image, while the network works on another one, which may take hours.
+        watch: is told after each tile how many of the image's are done.
     """
 
     steps: Steps
@@ -59,6 +60,7 @@ class Pipeline:
     workers: int = 0
     memory: Mapping[str, int] = field(default_factory=dict)
     settle: Callable[[Result], None] | None = None
+    watch: Callable[[int], None] | None = None
 
     def run(self, tasks: Sequence[ImageTask]) -> Iterator[Result]:
         """Yield what became of each image, after ``settle`` was told.
@@ -81,6 +83,7 @@ class _Run:
     def __init__(self, pipeline: Pipeline, hands: _Threads | _Processes, tasks: Sequence[ImageTask]) -> None:
         self.predict = pipeline.predict
         self.settle = pipeline.settle
+        self.watch = pipeline.watch
         self.hands = hands
         self.size = max(1, pipeline.workers)
         self.budget = Budget.of(pipeline.memory, pipeline.workers)
@@ -111,7 +114,7 @@ class _Run:
             ) from error
 
     def _move_on(self) -> None:
-        """See what is done, and let images in that there is room for. Also called between two tiles."""
+        """See what is done, and let images in that there is room for. Done between two tiles too."""
         stop: Exception | None = None
         for future in [f for f in self.exporting if f.done()]:
             task = self.exporting.pop(future)
@@ -155,7 +158,7 @@ class _Run:
         try:
             prepared = self.hands.prepared(future)
             self._move_on()  # the next image may come in now
-            logits = self.predict(task, prepared.data, self.hands.allocate, self._move_on)
+            logits = self._driven(self.predict(task, prepared.data, self.hands.allocate))
             self.exporting[self.hands.export(task, logits, prepared)] = task
         except (OutputError, BrokenProcessPool):
             raise
@@ -163,6 +166,19 @@ class _Run:
             self._finish(Result(task, error=error))
         finally:
             self.running = None
+
+    def _driven(self, tiles: Tiles) -> Tensor:
+        """Let the network do one tile after the other, and see to the other images in between."""
+        with closing(tiles):
+            while True:
+                try:
+                    done, _ = next(tiles)
+                except StopIteration as end:
+                    logits: Tensor = end.value
+                    return logits
+                if self.watch is not None:
+                    self.watch(done)
+                self._move_on()
 
 
 class _Threads:
@@ -173,13 +189,13 @@ class _Threads:
         self.pool = pool
         self.allocate: Allocate = lambda shape, dtype: torch.zeros(shape, dtype=dtype)
 
-    def prepare(self, task: ImageTask) -> Future[Prepared]:
+    def prepare(self, task: ImageTask) -> Future[PreparedImage]:
         return self.pool.submit(self.steps.prepare, task)
 
-    def prepared(self, future: Future[Prepared]) -> Prepared:
+    def prepared(self, future: Future[PreparedImage]) -> PreparedImage:
         return future.result()
 
-    def export(self, task: ImageTask, logits: Tensor, prepared: Prepared) -> Future[Any]:
+    def export(self, task: ImageTask, logits: Tensor, prepared: PreparedImage) -> Future[Any]:
         return self.pool.submit(self.steps.export, task, logits, prepared.properties, prepared.geometry)
 
 
@@ -198,11 +214,11 @@ class _Processes:
         self._images[future] = memory
         return future
 
-    def prepared(self, future: Future[Any]) -> Prepared:
+    def prepared(self, future: Future[Any]) -> PreparedImage:
         memory = self._images.pop(future)
         try:
             shape, properties, geometry = future.result()
-            return Prepared(memory.array(shape, np.float32), properties, geometry)
+            return PreparedImage(memory.array(shape, np.float32), properties, geometry)
         finally:
             memory.close()
 
@@ -214,7 +230,7 @@ class _Processes:
         self._logits = memory, tensor.data_ptr()
         return tensor
 
-    def export(self, task: ImageTask, logits: Tensor, prepared: Prepared) -> Future[Any]:
+    def export(self, task: ImageTask, logits: Tensor, prepared: PreparedImage) -> Future[Any]:
         if self._logits is None or self._logits[1] != logits.data_ptr() or not logits.is_contiguous():
             logits = self.allocate(tuple(logits.shape), logits.dtype).copy_(logits)
         assert self._logits is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +20,22 @@ from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
 from nnssl_adapt.files import atomic_path, make_folder, sha256_of
-from nnssl_adapt.inference.failures import complaint, failure_report
-from nnssl_adapt.inference.foresight import count_tiles, foresee
-from nnssl_adapt.inference.in_memory import checked_array, expected_channels, to_simpleitk
+from nnssl_adapt.inference.inputs import (
+    Images,
+    checked_array,
+    expected_channels,
+    image_tasks,
+    is_image_file,
+    is_in_memory,
+    to_simpleitk,
+)
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
 from nnssl_adapt.inference.pipeline import Pipeline, Result
 from nnssl_adapt.inference.postprocess import Postprocessing
-from nnssl_adapt.inference.record import PredictionRecord, remove_unfinished, unfinished
-from nnssl_adapt.inference.sliding_window import Allocate, Progress, sliding_window_logits
+from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
+from nnssl_adapt.inference.sliding_window import Allocate, Progress, Tiles, finish, logits_by_tiles
 from nnssl_adapt.inference.steps import Steps
-from nnssl_adapt.inference.tasks import Images, ImageTask, image_tasks, is_image_file, is_in_memory
+from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee
 from nnssl_adapt.inference.tile_bar import TileBar
 from nnssl_adapt.machine.device import check_device
 
@@ -119,20 +126,25 @@ class Predictor:
 
         ``progress`` is called after each tile; ``allocate`` makes the tensor that is returned.
         """
+        return finish(self.logits_by_tiles(image, allocate), progress)
+
+    def logits_by_tiles(self, image: np.ndarray | Tensor, allocate: Allocate | None = None) -> Tiles:
+        """As :meth:`predict_logits`, but stops after each tile of each fold and tells how far it is."""
         tensor = torch.as_tensor(image)
         total: Tensor | None = None
+        folds = len(self._weights)
         for index, weights in enumerate(self._weights):
             if index != self._loaded:
                 self._network.load_state_dict(weights.network_weights)
                 self._loaded = index
-            logits = self._fold_logits(tensor, _part_of(progress, index, len(self._weights)), allocate)
+            logits = yield from _part_of(self._fold_logits(tensor, allocate), index, folds)
             total, allocate = (logits if total is None else total.add_(logits)), None
         assert total is not None
-        return total.div_(len(self._weights)) if len(self._weights) > 1 else total
+        return total.div_(folds) if folds > 1 else total
 
-    def _fold_logits(self, image: Tensor, progress: Progress | None, allocate: Allocate | None) -> Tensor:
-        def run(precision: torch.dtype | None) -> Tensor:
-            return sliding_window_logits(
+    def _fold_logits(self, image: Tensor, allocate: Allocate | None) -> Tiles:
+        def run(precision: torch.dtype | None) -> Tiles:
+            return logits_by_tiles(
                 self._network,
                 image,
                 self.plan.patch_size,
@@ -142,24 +154,23 @@ class Predictor:
                 device=self.device,
                 autocast_dtype=precision,
                 accumulation_dtype=self.accumulation_dtype,
-                progress=progress,
                 batch_size=self.batch_size,
                 allocate=allocate,
             )
 
         wanted = _PRECISIONS[self.precision]
         try:
-            return run(wanted)
+            return (yield from run(wanted))
         except PredictionError as error:
             if self.device.type != "cuda" or wanted is None:
                 raise
             logger.warning("%s: this image is done again in float32", error)
-            return run(None)
         except NotImplementedError as error:
             raise PredictionError(
                 f"PyTorch can't run a part of this network on {self.device.type}: use -device cpu"
                 + (", or export PYTORCH_ENABLE_MPS_FALLBACK=1" if self.device.type == "mps" else "")
             ) from error
+        return (yield from run(None))
 
     def predict_array(
         self,
@@ -288,15 +299,9 @@ class Predictor:
         }
         bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
 
-        def predict(task: ImageTask, image: np.ndarray, allocate: Allocate, between: Callable[[], None]) -> Tensor:
-            tiles = count_tiles(image.shape[1:], self.plan.patch_size, self.step)
-            bar.start(task.identifier, tiles * len(self.folds))
-
-            def after_tile(done: int, total: int) -> None:
-                bar.advance(done)
-                between()
-
-            return self.predict_logits(image, after_tile, allocate)
+        def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
+            bar.start(task.identifier, count_tiles(image.shape[1:], self.plan.patch_size, self.step) * len(self.folds))
+            return self.logits_by_tiles(image, allocate)
 
         def settle(result: Result) -> None:
             name = result.task.identifier
@@ -313,7 +318,7 @@ class Predictor:
         for task in tasks:
             remove_unfinished(task, save_probabilities)
         memory = {name: foresight.memory for name, foresight in foreseen.items()}
-        for _ in Pipeline(self._steps(save_probabilities), predict, workers, memory, settle).run(tasks):
+        for _ in Pipeline(self._steps(save_probabilities), predict, workers, memory, settle, bar.advance).run(tasks):
             pass
         return {task.identifier: results[task.identifier] for task in tasks if task.identifier in results}, failures
 
@@ -367,8 +372,13 @@ def _opened(given: Postprocessing | str | Path | None, model: ModelFolder) -> Po
     return steps
 
 
-def _part_of(progress: Progress | None, index: int, parts: int) -> Progress | None:
-    if progress is None or parts == 1:
-        return progress
-    whole: Progress = progress
-    return lambda done, total: whole(index * total + done, parts * total)
+def _part_of(tiles: Tiles, index: int, parts: int) -> Tiles:
+    """Tiles of one of several networks, counted as those of all."""
+    with closing(tiles):
+        while True:
+            try:
+                done, total = next(tiles)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+            yield index * total + done, parts * total

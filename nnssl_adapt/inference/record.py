@@ -1,4 +1,4 @@
-"""What of an output folder is done, by which model: so that ``--continue`` trusts nothing else.
+"""What became of images: those that are done, by which model, so that ``--continue`` trusts nothing else; and failures.
 
 ``predicted.jsonl`` lies beside the segmentations: a line for every way of predicting that was used there, and a line for
 every finished image. Lines are only ever appended, so that several processes, each with its part, can share the file.
@@ -15,14 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnssl_adapt.data.preprocess import digest_of
 from nnssl_adapt.data.store import describe_source
+from nnssl_adapt.errors import NnsslAdaptError
 from nnssl_adapt.files import TEMPORARY_PREFIX, explain_write_errors, make_folder
-from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.inference.task import ImageTask
 
 logger = logging.getLogger(__name__)
 
 RECORD = "predicted.jsonl"
+
+_LISTED = 20
+"""How many failed images are named."""
 
 
 @dataclass
@@ -146,3 +152,26 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict):
             yield line
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+def complaint(error: Exception) -> str:
+    """What went wrong with one image, in a line."""
+    if isinstance(error, NnsslAdaptError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small for a single tile: close other programs on it, or use -device cpu"
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return f"{type(error).__name__}: {error}"
+
+
+def failure_report(failures: Mapping[str, Exception], total: int, output: str | Path | None) -> str:
+    """Which of ``total`` images failed (identifier → error), why, and where the others are, if written to ``output``."""
+    lines = [f"  {name}: {complaint(error)}" for name, error in failures.items()]
+    if len(lines) > _LISTED:
+        lines = [*lines[:_LISTED], f"  ... and {len(lines) - _LISTED} more"]
+    kept = f"; the others are in {output}" if output is not None and len(failures) < total else ""
+    return "\n".join([f"{len(failures)} of {total} images could not be predicted{kept}:", *lines])

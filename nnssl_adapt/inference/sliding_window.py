@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ Progress = Callable[[int, int], None]
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Gives a tensor of zeros on the CPU, of this shape and type."""
+
+Tiles = Generator[tuple[int, int], None, Tensor]
+"""Work that stops after each tile, so that its driver can do something else: yields the number of tiles that are done and
+the number there are, and returns logits (K, Z, Y, X)."""
 
 SIGMA_SCALE = 1 / 8
 """Standard deviation of the weights, as a fraction of the patch."""
@@ -79,7 +84,7 @@ def gaussian_importance(
     return weights
 
 
-def sliding_window_logits(
+def logits_by_tiles(
     network: nn.Module,
     image: Tensor,
     patch_size: Sequence[int],
@@ -90,11 +95,10 @@ def sliding_window_logits(
     device: str | torch.device = "cpu",
     autocast_dtype: torch.dtype | None = torch.float16,
     accumulation_dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
     batch_size: int | None = None,
     allocate: Allocate | None = None,
-) -> Tensor:
-    """Run a network over a whole image.
+) -> Tiles:
+    """Run a network over a whole image, and stop after each tile.
 
     The network is moved to ``device`` and stays there; its training mode is restored.
 
@@ -110,10 +114,12 @@ def sliding_window_logits(
             kept in main memory, and the log says so.
         autocast_dtype: precision of the network on CUDA (None: float32). Elsewhere the network runs in float32.
         accumulation_dtype: of the sums. float16 reproduces nnU-Net's rounding and needs half the memory.
-        progress: called after each tile.
         batch_size: tiles that go through the network together; a tile's mirrored copies count as one each. None: 8 on
             CUDA (half as many as often as its memory is too small), 1 elsewhere, where more gains nothing.
         allocate: makes the tensor that is returned; None: torch does.
+
+    Yields:
+        The number of tiles that are done, and the number there are.
 
     Returns:
         Logits (K, Z, Y, X) on the CPU in ``accumulation_dtype``.
@@ -129,31 +135,56 @@ def sliding_window_logits(
         weights=gaussian_importance(patch_size, dtype=accumulation_dtype),
         num_heads=num_heads,
         batch_size=batch_size or (_BATCH_ON_CUDA if device.type == "cuda" else 1),
-        progress=progress,
         # A padded image's sums are larger than what is returned.
         allocate=allocate if allocate is not None and whole is image else _zeros,
     )
 
     def run(batch: Tensor) -> Tensor:
-        with _autocast(device, autocast_dtype):
+        with torch.no_grad(), _autocast(device, autocast_dtype):
             output = network(batch)
         return (output[0] if isinstance(output, (list, tuple)) else output).float()
 
     network.to(device)
     # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.
     fast = onednn_convolutions(network, device) if accumulation_dtype == torch.float32 else nullcontext()
-    with _evaluating(network), cudnn_benchmark(device), fast, torch.no_grad():
+    with _evaluating(network), cudnn_benchmark(device), fast:
         keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
         try:
-            logits = _blend(run, whole, window, device, keep_on)
+            logits = yield from _blend(run, whole, window, device, keep_on)
         except torch.OutOfMemoryError:
             if keep_on.type == "cpu" and device.type != "cpu":
                 raise
             _say_too_small(whole)
             _empty_cache(device)
-            logits = _blend(run, whole, window, device, torch.device("cpu"))
+            logits = yield from _blend(run, whole, window, device, torch.device("cpu"))
     _refuse_non_finite(logits, autocast_dtype if device.type == "cuda" else accumulation_dtype)
     return _returned(logits[original], allocate or _zeros)
+
+
+def sliding_window_logits(
+    network: nn.Module,
+    image: Tensor,
+    patch_size: Sequence[int],
+    num_heads: int,
+    *,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Tensor:
+    """As :func:`logits_by_tiles`, without a stop; ``progress`` is called after each tile."""
+    return finish(logits_by_tiles(network, image, patch_size, num_heads, **settings), progress)
+
+
+def finish(tiles: Tiles, progress: Progress | None = None) -> Tensor:
+    """Do all the work and return its logits; ``progress`` is called after each tile."""
+    with closing(tiles):
+        while True:
+            try:
+                done, total = next(tiles)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+            if progress is not None:
+                progress(done, total)
 
 
 def _returned(logits: Tensor, allocate: Allocate) -> Tensor:
@@ -183,7 +214,6 @@ class _Window:
         weights: of a tile's voxels, in the type of the sums.
         num_heads: outputs of the network.
         batch_size: looks that go through the network together.
-        progress: told after each tile.
         allocate: memory of the sums on the CPU.
     """
 
@@ -192,13 +222,12 @@ class _Window:
     weights: Tensor
     num_heads: int
     batch_size: int
-    progress: Progress | None
     allocate: Allocate
 
 
 def _blend(
     run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, keep_on: torch.device
-) -> Tensor:
+) -> Tiles:
     """Weighted mean of overlapping tiles, (K, Z, Y, X) on ``keep_on``, in the type of the weights."""
     weights = window.weights.to(keep_on)
     image = image.to(keep_on)
@@ -217,8 +246,7 @@ def _blend(
                 _add(total[where], logits.to(keep_on), weights)
                 total_weight[tile] += weights
                 done += 1
-                if window.progress is not None:
-                    window.progress(done, len(window.tiles))
+                yield done, len(window.tiles)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise

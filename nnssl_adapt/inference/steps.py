@@ -18,13 +18,13 @@ from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.postprocess import Postprocessing
-from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.machine.memory import give_back_freed_memory
 from nnssl_adapt.planning.plan import FinetunePlan
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImage:
     """A preprocessed image: ``data`` is float32 (C, Z, Y, X) in transposed axes."""
 
     data: np.ndarray
@@ -52,14 +52,14 @@ class Steps:
     save_probabilities: bool = False
     postprocessing: Postprocessing = field(default_factory=Postprocessing)
 
-    def prepare(self, task: ImageTask) -> Prepared:
+    def prepare(self, task: ImageTask) -> PreparedImage:
         """Read and preprocess. Raises CaseError."""
         image, geometry = task.read(self.num_channels, self.expected)
         try:
             case = self.preprocess(image, geometry)
         except CaseError as error:
             raise CaseError(f"{task.files[0]}: {error}" if task.files else str(error)) from error
-        return Prepared(case.data, case.properties, geometry)
+        return PreparedImage(case.data, case.properties, geometry)
 
     def preprocess(self, image: np.ndarray, geometry: ImageGeometry) -> PreprocessedCase:
         """Preprocess an image (C, Z, Y, X)."""

@@ -73,7 +73,7 @@ class PackagedModel:
         return {path.relative_to(self.folder).as_posix(): path for path in found}
 
 
-def choose_folds(model: ModelFolder, wish: Sequence[str | int] | None) -> tuple[Fold, ...]:
+def folds_to_publish(model: ModelFolder, wish: Sequence[str | int] | None) -> tuple[Fold, ...]:
     """Folds to publish: all numbered ones that are finished, else ``all``; or those asked for.
 
     Raises ModelFolderError when one has no checkpoint_final, or none has.

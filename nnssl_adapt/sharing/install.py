@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceError, SourceNotFound
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_json
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.trainer_class import TRAINER_FILE, trainer_for_nnunet
@@ -20,22 +20,17 @@ from nnssl_adapt.paths import downloads_folder, results_folder
 from nnssl_adapt.sharing.catalogue import INSTALLED
 from nnssl_adapt.sharing.contents import check_weights
 from nnssl_adapt.sharing.package import zip_of
-from nnssl_adapt.weights.sources.archive import extract, is_archive, list_archive
+from nnssl_adapt.sharing.unpack import belongs_to, only_model, unpack_model
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 from nnssl_adapt.weights.sources.download import Address, download
 from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached
 from nnssl_adapt.weights.sources.hub_files import HubAddress, is_hub_url
-from nnssl_adapt.weights.sources.listing import ModelListing, is_clutter, join_path, list_models
+from nnssl_adapt.weights.sources.listing import list_models
 
 logger = logging.getLogger(__name__)
 
 _DATASET = re.compile(r"Dataset\d{3}_[A-Za-z0-9][\w.-]*")
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*?__[\w.+-]+__[\w.-]+")
-_OF_MODEL = ("plans.json", "dataset.json", "dataset_fingerprint.json", TRAINER_FILE, "README.md")
-_OF_FOLD = re.compile(
-    r"fold_(\d+|all)/(checkpoint_(final|best)\.pth|debug\.json|progress\.png|training_log[\w.-]*\.(txt|png))"
-)
-_CARD = "README.md"
 
 
 def install_model(
@@ -185,63 +180,11 @@ def _from_hub(hub: Hub, place: Path) -> Path:
 
 def _copy(where: str, names: Sequence[str], file_of: Callable[[str], Path], place: Path, root_name: str) -> Path:
     """Copy the one model among these names below ``place``; ``file_of`` gets each file that belongs to it."""
-    model = _only_model(names, where)
+    model = only_model(names, where)
     target = make_folder(place / (PurePosixPath(model.folder).name or root_name))
     for name in names:
-        if _belongs(name, model):
+        if belongs_to(name, model):
             inside = name.removeprefix(f"{model.folder}/") if model.folder else name
             make_folder((target / inside).parent)
             shutil.copyfile(file_of(name), target / inside)
     return target
-
-
-def unpack_model(path: Path, place: Path) -> Path:
-    """Unpack the one model of a zip below ``place`` and return its folder.
-
-    Raises SourceError: no zip, damaged, dangerous (names outside its folder, links, bombs), no model or several.
-    """
-    if not is_archive(path):
-        raise SourceError(f"{path} is no zip of a model: give the release's zip, or a model folder")
-    model = _only_model(list_archive(path), str(path))
-    unpacked = make_folder(place / "zip")
-    names = extract(path, unpacked, lambda name: _belongs(name, model))
-    folder = unpacked / model.folder if model.folder else unpacked
-    if _CARD in names and model.folder and not (folder / _CARD).exists():
-        (unpacked / _CARD).rename(folder / _CARD)
-    return folder
-
-
-def _belongs(name: str, model: ModelListing) -> bool:
-    if name == _CARD:
-        return True
-    if model.folder and not name.startswith(f"{model.folder}/"):
-        return False
-    inside = name.removeprefix(f"{model.folder}/") if model.folder else name
-    return inside in _OF_MODEL or _OF_FOLD.fullmatch(inside) is not None
-
-
-def _only_model(names: Sequence[str], where: str) -> ModelListing:
-    visible = [name for name in names if not is_clutter(name)]
-    models = list_models(visible)
-    if not models:
-        described = sorted(
-            {
-                str(PurePosixPath(name).parent)
-                for name in visible
-                if name.endswith("plans.json") and name.count("/") <= 2
-            }
-        )
-        untrained = f"; {described[0]} has plans.json but no fold_*/checkpoint_final.pth" if described else ""
-        raise SourceError(f"{where} holds no trained model (fold_*/checkpoint_final.pth){untrained}")
-    if len(models) > 1:
-        listed = ", ".join(model.folder or "." for model in models)
-        raise SourceError(
-            f"{where} holds {len(models)} trained models: {listed}. A package has one: unpack it and give one folder"
-        )
-    model = models[0]
-    missing = [name for name in ("plans.json", "dataset.json") if join_path(model.folder, name) not in visible]
-    if missing:
-        raise SourceError(
-            f"{where}: {model.folder or 'its root'} has no {' and no '.join(missing)}: not a complete model"
-        )
-    return model

@@ -22,9 +22,10 @@ from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.card import model_card
 from nnssl_adapt.sharing.checks import choose_orientation, find_raw, general_warnings, no_existing_output, sct_warnings
-from nnssl_adapt.sharing.contents import PackagedModel, check_weights, choose_folds, write_contents
+from nnssl_adapt.sharing.contents import PackagedModel, check_weights, folds_to_publish, write_contents
 from nnssl_adapt.sharing.naming import read_name, release_tag
-from nnssl_adapt.sharing.proof import Proof, prove_package
+from nnssl_adapt.sharing.proof import PackageProof, prove_package
+from nnssl_adapt.sharing.unpack import unpack_model
 from nnssl_adapt.sharing.zips import write_zip
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 
@@ -41,7 +42,7 @@ SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedModel:
     """A model made ready: its files, its card and what to know before it is published."""
 
     contents: PackagedModel
@@ -68,7 +69,7 @@ class Package:
     name: str
     tag: str
     warnings: tuple[str, ...]
-    proof: Proof | None
+    proof: PackageProof | None
 
 
 def make_package(
@@ -143,7 +144,7 @@ def prepare(
     folds: Sequence[str | int] | None,
     licence: str | None,
     layouts: Sequence[Layout] = (),
-) -> Prepared:
+) -> PreparedModel:
     """Check a model and write its publishable files below ``work``; arguments and errors as of :func:`make_package`."""
     licence = licence or model.plan.provenance.licence
     if name is None:
@@ -151,7 +152,7 @@ def prepare(
         notes = [f"called {name} after the dataset: 'nnssl-adapt name' makes a name by the convention, for --name"]
     else:
         notes = [f"name {name}: {note}" for note in read_name(name).notes]
-    chosen = choose_folds(model, folds)
+    chosen = folds_to_publish(model, folds)
     check_weights(model, chosen)
     raw = find_raw(model.plan.dataset_name)
     code, warnings = choose_orientation(model, orientation, raw)
@@ -167,7 +168,7 @@ def prepare(
     warnings += [f"left out: {text}" for text in contents.dropped]
     card = model_card(model, name, tag, chosen, licence, code, cleaner)
     _refuse_leaks(contents, card, cleaner)
-    return Prepared(contents, card, name, chosen, (*warnings, *general_warnings(model, licence), *notes))
+    return PreparedModel(contents, card, name, chosen, (*warnings, *general_warnings(model, licence), *notes))
 
 
 def _refuse_leaks(contents: PackagedModel, card: str, cleaner: Cleaner) -> None:
@@ -217,7 +218,7 @@ def folder_in(contents: PackagedModel, layout: Layout) -> str:
     return name if name.startswith(STOCK_TRAINER) else f"{STOCK_TRAINER}__{name.partition('__')[2]}"
 
 
-def _write_layout(prepared: Prepared, layout: Layout, tag: str, folder: Path, work: Path) -> Path:
+def _write_layout(prepared: PreparedModel, layout: Layout, tag: str, folder: Path, work: Path) -> Path:
     contents = prepared.contents
     inside = folder_in(contents, layout)
     card = work / CARD
@@ -233,14 +234,12 @@ def _write_layout(prepared: Prepared, layout: Layout, tag: str, folder: Path, wo
 def _prove_zips(
     model: ModelFolder,
     zips: Sequence[Path],
-    prepared: Prepared,
+    prepared: PreparedModel,
     work: Path,
     device: str,
     images: Sequence[str | Path] | None,
-) -> Proof:
+) -> PackageProof:
     """Unpack all, predict with the first; the others must hold the same files."""
-    from nnssl_adapt.sharing.install import unpack_model
-
     first = unpack_model(zips[0], make_folder(work / "unpacked"))
     expected = _digests(first)
     for path in zips[1:]:

@@ -39,7 +39,7 @@ _NNUNETS_COMMAND = (
 
 
 @dataclass(frozen=True)
-class Proof:
+class PackageProof:
     """What was compared.
 
     Attributes:
@@ -69,7 +69,7 @@ def prove_package(
     device: str = "cpu",
     images: Sequence[Path] | None = None,
     raw: RawDataset | None = None,
-) -> Proof:
+) -> PackageProof:
     """Segment one image by the package and by what it was made of, and compare.
 
     Args:
@@ -93,7 +93,7 @@ def prove_package(
                 f"the package of {model.path} does not segment {described} as the model does: {equal:.4%} equal voxels"
             )
         peer = _agreement_with_nnunet(unpacked, folds, work, ours, device)
-        proof = Proof(described, tuple(int(value) for value in np.unique(ours)), equal, peer)
+        proof = PackageProof(described, tuple(int(value) for value in np.unique(ours)), equal, peer)
     if peer is not None and peer < NNUNET_AGREES:
         raise ModelFolderError(f"nnU-Net segments {described} by the package differently: {peer:.4%} equal voxels")
     return proof

@@ -23,8 +23,8 @@ from nnssl_adapt.errors import ConfigurationError, SourceAccessDenied, SourceErr
 from nnssl_adapt.files import write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.sharing.contents import CHECKPOINT
-from nnssl_adapt.sharing.install import unpack_model
-from nnssl_adapt.sharing.package import CARD, Prepared, prepare, zip_of
+from nnssl_adapt.sharing.package import CARD, PreparedModel, prepare, zip_of
+from nnssl_adapt.sharing.unpack import unpack_model
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
 from nnssl_adapt.weights.sources.archive import is_archive
 from nnssl_adapt.weights.sources.hub import endpoint, offline
@@ -106,7 +106,7 @@ def _open(source: str | Path, work: Path) -> tuple[ModelFolder, str | None]:
     return ModelFolder.open(path), None
 
 
-def _files(prepared: Prepared, card: str, work: Path) -> dict[str, Path]:
+def _files(prepared: PreparedModel, card: str, work: Path) -> dict[str, Path]:
     """Name in the repository → file."""
     contents = prepared.contents
     model = ModelFolder(contents.folder)

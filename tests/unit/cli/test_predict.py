@@ -113,7 +113,7 @@ def test_interrupted_it_says_how_to_go_on(model, images, tmp_path, capsys, monke
     def stop(self, image, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Predictor, "predict_logits", stop)
+    monkeypatch.setattr(Predictor, "logits_by_tiles", stop)
     assert predict("-i", images, "-o", tmp_path / "out", "-m", model) == 130
     assert "run the same command with --continue to go on" in capsys.readouterr().err
 

@@ -18,13 +18,12 @@ from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import Shard
 from nnssl_adapt.errors import CaseError, OutputError, PredictionError
-from nnssl_adapt.inference import foresight, pipeline
-from nnssl_adapt.inference.foresight import foresee, network_shape
+from nnssl_adapt.inference import pipeline
 from nnssl_adapt.inference.pipeline import Pipeline
 from nnssl_adapt.inference.predictor import Predictor
 from nnssl_adapt.inference.record import PredictionRecord
 from nnssl_adapt.inference.steps import SharedMemory, Steps
-from nnssl_adapt.inference.tasks import ImageTask
+from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee, network_shape
 from nnssl_adapt.planning.plan import FinetunePlan
 
 SPACING = (3.0, 1.2, 0.8)  # Z, Y, X
@@ -87,20 +86,20 @@ def test_a_killed_worker_is_a_clear_error_and_finished_images_stay(predictor, im
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=needs_processes)])
 def test_what_is_done_is_on_record_while_the_next_image_is_at_work(predictor, images, tmp_path, monkeypatch, workers):
     """Images take hours on a CPU: a run that is killed then must not have forgotten the ones before."""
-    out, calls, real = tmp_path / "out", [], Predictor.predict_logits
+    out, calls, real = tmp_path / "out", [], Predictor.logits_by_tiles
 
-    def killed_in_the_second(self, image, progress, allocate):
+    def killed_in_the_second(self, image, allocate):
         calls.append(image.shape)
         if len(calls) == 1:
-            return real(self, image, progress, allocate)
+            return (yield from real(self, image, allocate))
         for _ in range(600):
-            progress(1, 1000)  # a tile is done
+            yield 1, 1000
             if (out / "predicted.jsonl").exists() and '"image": "a"' in (out / "predicted.jsonl").read_text():
                 raise KeyboardInterrupt
             time.sleep(0.05)
         raise AssertionError("not on record")
 
-    monkeypatch.setattr(Predictor, "predict_logits", killed_in_the_second)
+    monkeypatch.setattr(Predictor, "logits_by_tiles", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         predictor.predict(images, out, workers=workers)
     assert read(out / "a.nii.gz").shape == (14, 30, 40) and not (out / "b.nii.gz").exists()
@@ -169,8 +168,8 @@ def test_no_more_images_are_under_way_than_fit_into_memory(predictor, images, mo
             events.append(f"done {task.identifier}")
             return labels
 
-    def predict(task, image, allocate, between):
-        between()
+    def predict(task, image, allocate):
+        yield 1, 1
         return torch.zeros(3, *image.shape[1:])
 
     steps = Watching(predictor.plan, SCHEME, 1, "")
@@ -195,7 +194,7 @@ def test_what_is_foreseen_is_what_comes_if_nothing_is_cropped(tmp_path):
     foreseen = foresee(task, plan, SCHEME, 0.5)
     assert foreseen.memory > 4 * 4 * np.prod(prepared.data.shape)
     assert foresee(task, plan, SCHEME, 0.5, with_probabilities=True).memory > foreseen.memory
-    assert foresight.count_tiles((20, 24, 70), (16, 24, 32), 0.5) == 2 * 1 * 4
+    assert count_tiles((20, 24, 70), (16, 24, 32), 0.5) == 2 * 1 * 4
     (tmp_path / "y_0000.nii.gz").write_bytes(b"")
     assert foresee(ImageTask("y", (tmp_path / "y_0000.nii.gz",), None), plan, SCHEME, 0.5).memory == 0
 

@@ -19,7 +19,7 @@ from nnssl_adapt.errors import (
     OutputError,
     PredictionError,
 )
-from nnssl_adapt.inference import steps, tasks
+from nnssl_adapt.inference import steps, task
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.predictor import Predictor
 
@@ -253,19 +253,19 @@ def test_a_full_disk_stops_the_work_at_once(model, images, tmp_path, monkeypatch
 
 def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkeypatch):
     second_is_read = threading.Event()
-    read_image, predict_logits = tasks.read_image, Predictor.predict_logits
+    read_image, logits_by_tiles = task.read_image, Predictor.logits_by_tiles
 
-    def reading(paths):
+    def reading(paths, *arguments):
         if paths[0].name.startswith("b"):
             second_is_read.set()
-        return read_image(paths)
+        return read_image(paths, *arguments)
 
     def predicting(self, *arguments):
         assert second_is_read.wait(30)
-        return predict_logits(self, *arguments)
+        return logits_by_tiles(self, *arguments)
 
-    monkeypatch.setattr(tasks, "read_image", reading)
-    monkeypatch.setattr(Predictor, "predict_logits", predicting)
+    monkeypatch.setattr(task, "read_image", reading)
+    monkeypatch.setattr(Predictor, "logits_by_tiles", predicting)
     assert len(Predictor(model, device="cpu", tta=False).predict(images)) == 2
 
 

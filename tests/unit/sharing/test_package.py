@@ -16,8 +16,8 @@ from nnssl_adapt.sharing import package as package_module
 from nnssl_adapt.sharing import proof as proof_module
 from nnssl_adapt.sharing.checks import sct_warnings
 from nnssl_adapt.sharing.contents import save_slim
-from nnssl_adapt.sharing.install import unpack_model
 from nnssl_adapt.sharing.package import make_package
+from nnssl_adapt.sharing.unpack import unpack_model
 
 TRAINER = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 

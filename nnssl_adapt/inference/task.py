@@ -1,25 +1,79 @@
-"""What predicting an image will take, from its header alone: tiles for the progress bar, bytes for the memory."""
+"""One image to predict: its files, where its segmentation goes, and what it will take, from its header alone."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from nnssl_adapt.data.dataset import RawCase
-from nnssl_adapt.data.images import ImageGeometry, read_geometry
+from nnssl_adapt.data.images import SIMPLE_ITK, ImageGeometry, read_geometry, read_image
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import memory_needed
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.geometry.spacing import resampled_shape
 from nnssl_adapt.inference.postprocess import BYTES_PER_VOXEL
 from nnssl_adapt.inference.sliding_window import tile_positions
-from nnssl_adapt.inference.tasks import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Of the image formats that are read, in lower case."""
 
 _RESAMPLED_LOGIT = 10
 """Bytes a voxel of a class that is held at the image's own size: float32 twice and float16 once."""
 
 _PROBABILITY = 8
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """One image to predict.
+
+    Attributes:
+        identifier: its name.
+        files: of its channels; empty when it is in memory.
+        target: the label file to write; None: labels are returned.
+        loaded: an image in memory (C, Z, Y, X) and its geometry.
+        reader: of the files, the model's.
+    """
+
+    identifier: str
+    files: tuple[Path, ...]
+    target: Path | None
+    loaded: tuple[np.ndarray, ImageGeometry] | None = None
+    reader: str = SIMPLE_ITK
+
+    def read(self, num_channels: int, expected: str) -> tuple[np.ndarray, ImageGeometry]:
+        """The image (C, Z, Y, X) and its geometry. Raises CaseError, with ``expected``, for other channels."""
+        if self.loaded is not None:
+            return self.loaded
+        image, geometry = read_image(self.files, self.reader)
+        if len(image) != num_channels:
+            raise CaseError(f"{self.files[0]}: got {len(image)} channel(s); {expected}")
+        return image, geometry
+
+    def outputs(self, with_probabilities: bool) -> list[Path]:
+        """The files that are there when the image is done; none for an image that is returned."""
+        if self.target is None:
+            return []
+        return [self.target, *(self.beside_target(e) for e in (".npz", ".pkl") if with_probabilities)]
+
+    def beside_target(self, ending: str = "") -> Path:
+        """The target's path with another ending."""
+        assert self.target is not None
+        return self.target.with_name(without_ending(self.target.name) + ending)
+
+
+def without_ending(name: str) -> str:
+    for ending in IMAGE_ENDINGS:
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return name
+
+
+# -- what it will take ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
