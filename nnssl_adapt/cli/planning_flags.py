@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 MODES = ("like_pretrained", "median", "default_nnunet", "fixed", "no_resample", "auto")
 
-PRESETS = ("default", "ResEncM", "ResEncL", "ResEncXL")
+PRESETS = (
+    *("default", "ResEncM", "ResEncL", "ResEncXL"),
+    *(f"Primus{version}{size}" for version in ("", "V2", "V3") for size in "SBML"),
+)
 
 WEIGHTS_OWN = "as-weights"
 """``--reorient`` without a code: the orientation that the weights want."""
@@ -60,7 +63,9 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="plan the network of --keep-topology here, as nnU-Net's planner of this name, whatever plans there are "
+        metavar="default|ResEncM|ResEncL|ResEncXL|PrimusV3S|…",
+        help="plan the network of --keep-topology here, as nnU-Net's planner of this name, whatever plans there are; Primus, "
+        "PrimusV2 and PrimusV3 in the sizes S, B, M and L "
         "(default: the dataset's nnU-Net plans, else ResEncL for weights of residual encoders and default for plain ones)",
     )
     parser.add_argument(

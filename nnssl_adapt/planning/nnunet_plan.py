@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from nnssl_adapt.planning.normalization import normalization_of_data
 from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
 from nnssl_adapt.planning.provenance import KEY
 from nnssl_adapt.planning.topology import NNUNET_PRESETS, needs_low_resolution, plan_network
-from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
+from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch
 
 PLANNED_HERE = "planned_here"
 """``base_plans`` of a plan whose network follows nnU-Net's rules, but was planned by this package."""
@@ -40,7 +42,8 @@ def preset_for(architecture: Architecture) -> str:
 def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -> FinetunePlan:
     """The plan with the ``3d_fullres`` configuration of nnU-Net's planner ``preset``. It is in memory only, and unnamed.
 
-    Spacing (median), order of axes, normalisation, network, patch, batch and Dice setting are nnU-Net's.
+    Spacing (median), order of axes, normalisation, network, patch, batch and Dice setting are nnU-Net's. For a Primus
+    (``PrimusV3S``, …) the patch is rounded to multiples of 8, where nnU-Net's own trainer would fail.
 
     Raises PlanError for images that no 3D U-Net takes, ConfigurationError for an unknown preset.
     """
@@ -54,6 +57,9 @@ def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -
     labels = len(raw.json.labels)
     number = raw.json.num_training or len(raw.cases)
     planned = plan_network(preset, spacing, median_shape, labels, math.prod(median_shape) * number)
+    if preset in PRIMUS_TRAINERS:
+        primus = Architecture.named(preset)
+        planned = replace(planned, architecture=primus, patch_size=nearest_patch(primus, planned.patch_size))
     configuration = configuration_entries(
         planned.architecture,
         planned.patch_size,

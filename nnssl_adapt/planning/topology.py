@@ -16,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 
@@ -113,9 +114,15 @@ class PlannedNetwork:
 
 
 def check_preset(name: str) -> Preset:
-    """The preset of this name; ConfigurationError listing them."""
+    """The preset of this name; ConfigurationError listing them.
+
+    nnU-Net trains a Primus on the patch and batch that its default planner chose for a U-Net.
+    """
+    if name in PRIMUS_TRAINERS:
+        return NNUNET_PRESETS["default"]
     if name not in NNUNET_PRESETS:
-        raise ConfigurationError(f"--preset {name}: unknown; nnU-Net's presets are {', '.join(NNUNET_PRESETS)}")
+        known = ", ".join((*NNUNET_PRESETS, *PRIMUS_TRAINERS))
+        raise ConfigurationError(f"--preset {name}: unknown; nnU-Net's presets are {known}")
     return NNUNET_PRESETS[name]
 
 

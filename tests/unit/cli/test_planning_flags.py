@@ -17,6 +17,7 @@ from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import SPACING_MODES
 from nnssl_adapt.planning.topology import NNUNET_PRESETS
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.transfer import settings
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
@@ -30,7 +31,7 @@ def transfer(*words, channels=("T1", "T2", "FLAIR")):
 def test_choices_on_the_screen_are_the_librarys():
     assert transfer_flags._SCOPES == settings.SCOPES
     assert transfer_flags._TOKEN_ORDERS == settings.TOKEN_ORDER_CHOICES
-    assert tuple(NNUNET_PRESETS) == PRESETS
+    assert (*NNUNET_PRESETS, *PRIMUS_TRAINERS) == PRESETS
     assert set(MODES) == {*SPACING_MODES, "default_nnunet", "auto"}
 
 

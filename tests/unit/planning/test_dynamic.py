@@ -141,6 +141,19 @@ def test_plans_named_but_missing(tiny_dataset, small_resenc):
         na.make_plan(991, checkpoint, keep_topology=True, base_plans="mine", workers=1)
 
 
+@pytest.mark.parametrize("preset", ["PrimusS", "PrimusV2B", "PrimusV3S"])
+def test_a_primus_is_planned_on_the_patch_of_the_default_planner(tiny_dataset, preset):
+    """nnU-Net's Primus trainers train on its plans for a U-Net; axes that don't divide by 8 are rounded here."""
+    tiny_dataset(spacing=(2.0, 1.0, 1.3))
+    raw = RawDataset.open(991)
+    fingerprint = load_or_make_fingerprint(raw, workers=1)
+    default, primus = (nnunet_plan(raw, fingerprint, name) for name in ("default", preset))
+    assert primus.architecture == Architecture.named(preset)
+    assert all(n % 8 == 0 and abs(n - m) <= 4 for n, m in zip(primus.patch_size, default.patch_size, strict=True))
+    assert (primus.spacing, primus.batch_size) == (default.spacing, default.batch_size)
+    assert primus.settings_of_configuration["architecture"]["arch_kwargs"]["input_shape"] == list(primus.patch_size)
+
+
 def test_nnunet_plans_no_transformers(tiny_dataset, small_resenc):
     tiny_dataset()
     weights = na.open_checkpoint(small_resenc.parent / "small_primus_simmim")
