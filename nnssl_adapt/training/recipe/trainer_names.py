@@ -12,6 +12,7 @@ from typing import Any
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.text import did_you_mean
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 
 Entry = tuple[str, dict[str, Any]]
 
@@ -99,10 +100,7 @@ STOCK_ALIASES: dict[str, Entry] = {
         "from_scratch",
         {"deep_supervision": True, "optimizer": "adam", "betas": (0.9, 0.999)},
     ),
-    "nnUNet_Primus_S_Trainer": _primus_scratch("PrimusS"),
-    "nnUNet_Primus_B_Trainer": _primus_scratch("PrimusB"),
-    "nnUNet_Primus_M_Trainer": _primus_scratch("PrimusM"),
-    "nnUNet_Primus_L_Trainer": _primus_scratch("PrimusL"),
+    **{trainer: _primus_scratch(preset) for preset, trainer in PRIMUS_TRAINERS.items()},
 }
 """nnU-Net's own trainers: random weights, or the schedule that ``-pretrained_weights`` are fine-tuned on.
 

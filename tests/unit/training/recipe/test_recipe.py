@@ -11,6 +11,7 @@ from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.recipe import recipe as recipes
 from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
 from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 
 
 def test_the_published_figures():
@@ -94,7 +95,7 @@ PUBLISHED = {
     "nnUNetTrainerCosAnneal": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
     "nnUNetTrainer_warmup": ("sgd", 1e-2, 3e-5, 12.0, 1000, 50),
     "nnUNetTrainerVanillaAdam": ("adam", 1e-2, 3e-5, 12.0, 1000, 0),
-    **{f"nnUNet_Primus_{size}_Trainer": ("adamw", 3e-4, 5e-2, 1.0, 1000, 50) for size in "SBML"},
+    **dict.fromkeys(PRIMUS_TRAINERS.values(), ("adamw", 3e-4, 5e-2, 1.0, 1000, 50)),
 }
 
 
