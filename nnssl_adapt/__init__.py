@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from nnssl_adapt.weights.network.architectures import Architecture, build_network
     from nnssl_adapt.weights.proof.prove import Proof, prove_transfer
+    from nnssl_adapt.weights.transfer.report import TransferReport
     from nnssl_adapt.weights.transfer.settings import TransferSettings
-    from nnssl_adapt.weights.transfer.transfer import TransferReport, transfer_weights
+    from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 _HOME = {
     "Architecture": "nnssl_adapt.weights.network.architectures",
@@ -45,7 +46,7 @@ _HOME = {
     "Study": "nnssl_adapt.studies.study",
     "Recipe": "nnssl_adapt.training.recipe.recipe",
     "Report": "nnssl_adapt.evaluation.report",
-    "TransferReport": "nnssl_adapt.weights.transfer.transfer",
+    "TransferReport": "nnssl_adapt.weights.transfer.report",
     "TransferSettings": "nnssl_adapt.weights.transfer.settings",
     "build_network": "nnssl_adapt.weights.network.architectures",
     "install_model": "nnssl_adapt.sharing.install",

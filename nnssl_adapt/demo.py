@@ -103,7 +103,8 @@ def _deformed_case(
 def _smooth_shift(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     """A displacement (in mm of the template) that varies slowly over the volume."""
     noise = gaussian_filter(random.normal(size=shape), 12, mode="nearest")
-    return noise * (_LARGEST_SHIFT_MM / max(float(np.abs(noise).max()), 1e-9))
+    found: np.ndarray = noise * (_LARGEST_SHIFT_MM / max(float(np.abs(noise).max()), 1e-9))
+    return found
 
 
 def _write(path: Path, array: np.ndarray, spacing: float) -> None:

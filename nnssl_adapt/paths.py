@@ -92,7 +92,8 @@ def free_dataset_id(wish: int) -> int:
     wish = min(max(wish, 1), 999)
     for number in (*range(wish, 1000), *range(wish - 1, 0, -1)):
         if number not in taken:
-            return number
+            found: int = number
+            return found
     raise ConfigurationError("all dataset ids from 1 to 999 are taken: remove a dataset that is no longer needed")
 
 

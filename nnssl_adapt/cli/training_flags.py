@@ -160,6 +160,7 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture) -> Re
     mistakes += machine_mistakes(architecture, wanted, arguments.device)
     mistakes += tracker_mistakes(getattr(arguments, "track", ()))
     raise_if_any(mistakes, where)
+    assert isinstance(wanted, Recipe)  # whatever is less has mistakes
     return wanted
 
 

@@ -344,7 +344,8 @@ def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
         contiguous=True,  # then its bytes need not be put together first
         cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
-    return packed.to_cframe()
+    found: bytes = packed.to_cframe()
+    return found
 
 
 def _open_array(path: Path) -> blosc2.NDArray:

@@ -149,8 +149,9 @@ def _add_lesions(
 
 def _mask(labels: np.ndarray, entry: LabelOrRegion) -> np.ndarray:
     if not isinstance(entry, tuple):
-        return labels == entry
-    mask = labels == entry[0]
+        found: np.ndarray = labels == entry
+        return found
+    mask: np.ndarray = labels == entry[0]
     for value in entry[1:]:
         mask |= labels == value
     return mask

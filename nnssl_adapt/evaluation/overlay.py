@@ -126,7 +126,10 @@ class _View:
 
     def turn(self, array: np.ndarray) -> np.ndarray:
         """A view of the array, turned."""
-        return array.transpose(self.axes)[tuple(slice(None, None, -1 if back else 1) for back in self.reversed)]
+        found: np.ndarray = array.transpose(self.axes)[
+            tuple(slice(None, None, -1 if back else 1) for back in self.reversed)
+        ]
+        return found
 
     def name(self, axis: int, index: int, shape: Sequence[int]) -> str:
         """A slice's plane and its number in the file."""

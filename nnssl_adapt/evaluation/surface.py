@@ -77,7 +77,8 @@ def surface(mask: np.ndarray) -> np.ndarray:
         result[1:] &= along[:-1]
         result[:-1] &= along[1:]
         result[[0, -1]] = False
-    return mask & ~inside
+    found: np.ndarray = mask & ~inside
+    return found
 
 
 def _to(here: np.ndarray, there: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

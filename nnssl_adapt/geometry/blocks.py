@@ -60,7 +60,8 @@ class Blocks:
     @property
     def nearest(self) -> np.ndarray:
         """The source voxel nearest to each output voxel (n,)."""
-        return sum(tap.nearest[at] * step for tap, at, step in self._axes())
+        found: np.ndarray = sum(tap.nearest[at] * step for tap, at, step in self._axes())
+        return found
 
     def corners(self) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
         """For each of 8 corners the source voxels (n,), and three factors of their weights, float64; X runs fastest."""

@@ -56,10 +56,11 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
     The same voxels as ``scipy.ndimage.binary_fill_holes``, but looked for only where the mask has something on both sides
     along X: everything else can be seen from the border. In images of a body that leaves next to nothing.
     """
-    filled = mask.copy()
+    filled: np.ndarray = mask.copy()
     hidden = np.flatnonzero(_between_first_and_last(mask) & ~mask)
     if len(hidden) == 0:
-        return filled
+        found: np.ndarray = filled
+        return found
     if len(hidden) > _FEW * mask.size:
         return _filled_by_labelling(mask)
     holes = hidden[~_reach_daylight(hidden, mask)]
@@ -78,7 +79,7 @@ def _between_first_and_last(mask: np.ndarray) -> np.ndarray:
     last = (width - 1 - mask[:, :, ::-1].argmax(axis=2)).astype(np.int32)
     last[~mask.any(axis=2)] = -1
     column = np.arange(width, dtype=np.int32)
-    between = column > first[..., None]
+    between: np.ndarray = column > first[..., None]
     between &= column < last[..., None]
     return between
 
@@ -107,7 +108,8 @@ def _reach_daylight(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
     count, group = connected_components(links, directed=False)
     lit = np.zeros(count, bool)
     lit[group[outside]] = True
-    return lit[group]
+    shown: np.ndarray = lit[group]
+    return shown
 
 
 def _filled_by_labelling(mask: np.ndarray) -> np.ndarray:
@@ -117,4 +119,5 @@ def _filled_by_labelling(mask: np.ndarray) -> np.ndarray:
         for side in (0, -1):
             reaches_border[np.unique(pieces.take(side, axis))] = True
     reaches_border[0] = False  # 0 is the mask itself
-    return ~reaches_border[pieces]
+    found: np.ndarray = ~reaches_border[pieces]
+    return found

@@ -33,7 +33,8 @@ def positions(n_in: int, n_out: int) -> np.ndarray:
 def nearest_index(n_in: int, n_out: int) -> np.ndarray:
     """Index of the source sample nearest to each output sample, halves upwards (n_out,)."""
     inside = np.clip((float(n_in) / n_out) * (np.arange(n_out) + 0.5) - 0.5, 0, n_in - 1)
-    return np.floor(inside + 0.5).astype(np.int64)
+    found: np.ndarray = np.floor(inside + 0.5).astype(np.int64)
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def cubic_matrix(n_in: int, n_out: int) -> np.ndarray:
     evaluation = np.zeros((n_out, padded))
     for offset, spline in enumerate(splines):
         evaluation[np.arange(n_out), first - 1 + offset] += spline / 6
-    return evaluation @ coefficients
+    found: np.ndarray = evaluation @ coefficients
+    return found
 
 
 def nearest_matrix(n_in: int, n_out: int) -> np.ndarray:

@@ -60,7 +60,8 @@ def _resize(labels: np.ndarray, shape: tuple[int, ...], flat: bool, order: int) 
     taps = taps_of(labels.shape, shape)
     if order == 0:
         nearest = [nearest_index(old, new) for old, new in zip(labels.shape, shape, strict=True)]
-        return labels[np.ix_(*nearest)]
+        found: np.ndarray = labels[np.ix_(*nearest)]
+        return found
     lowest = int(labels.min())
     span = int(labels.max()) - lowest
     small = np.empty(labels.shape, np.uint8 if span < 255 else np.uint16 if span < 65535 else np.uint32)
@@ -92,7 +93,7 @@ def _most_weight(labels: np.ndarray, blocks: Blocks) -> np.ndarray:
     # Nearly all blocks lie on the surface between two labels, which takes a quarter of the work.
     several = ~((found == low) | (found == high)).all(axis=0)
     low_score, high_score = _score(found, weights, low), _score(found, weights, high)
-    winner = np.where((high_score > low_score) | ((high_score == low_score) & (nearest == high)), high, low)
+    winner: np.ndarray = np.where((high_score > low_score) | ((high_score == low_score) & (nearest == high)), high, low)
     if several.any():
         winner[several] = _most_weight_of_several(found[:, several], weights[:, several], nearest[several])
     return winner

@@ -237,7 +237,8 @@ class _ProbabilityStream:
         """The next output, float32 (Z, Y, X), the caller's own."""
         head, self._head = self._head, self._head + 1
         if self._whole is not None:
-            return self._whole[head].astype(np.float32)
+            found: np.ndarray = self._whole[head].astype(np.float32)
+            return found
         count = int(np.prod(self.shape[1:])) * self._dtype.itemsize
         try:
             content = self._file.read(count)

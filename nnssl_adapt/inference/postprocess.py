@@ -43,7 +43,7 @@ class Postprocessing:
 
     def apply(self, labels: np.ndarray) -> np.ndarray:
         """Return a processed copy of labels (Z, Y, X)."""
-        result = labels.copy()
+        result: np.ndarray = labels.copy()
         for values in self.steps:
             result = keep_largest_component(result, values)
         return result
@@ -165,10 +165,11 @@ def keep_largest_component(labels: np.ndarray, values: Sequence[int]) -> np.ndar
     Voxels that touch over a face, an edge or a corner belong together; of parts that are equally large all stay (both as
     in nnU-Net). What goes becomes background.
     """
-    result = labels.copy()
+    result: np.ndarray = labels.copy()
     mask = np.isin(labels, values)
     if not mask.any():
-        return result
+        found: np.ndarray = result
+        return found
     box = tuple(slice(*extent) for extent in nonzero_box(mask[None]))
     parts, count = ndimage.label(mask[box], structure=np.ones((3,) * mask.ndim, bool))
     if count > 1:

@@ -142,7 +142,8 @@ def logits_by_tiles(
     def run(batch: Tensor) -> Tensor:
         with torch.no_grad(), _autocast(device, autocast_dtype):
             output = network(batch)
-        return (output[0] if isinstance(output, (list, tuple)) else output).float()
+        found: Tensor = (output[0] if isinstance(output, (list, tuple)) else output).float()
+        return found
 
     network.to(device)
     # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.

@@ -111,7 +111,7 @@ class _Ledger(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on, and takes them off when the storages go."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self.largest_convolution = 0
@@ -209,7 +209,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     missing = -width % 8 if query.element_size() == 2 else 0
     if missing:
         query, key, value = (functional.pad(tensor, (0, missing)) for tensor in (query, key, value))
-    return _FusedAttention.apply(query, key, value)[..., :width]
+    found: Tensor = _FusedAttention.apply(query, key, value)[..., :width]
+    return found
 
 
 class _FusedAttention(torch.autograd.Function):

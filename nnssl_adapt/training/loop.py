@@ -146,7 +146,8 @@ class TrainingLoop:
         if finite and state.average is not None:
             state.average.update(state.network)
         self._account(state, value, finite)
-        return value
+        found: float = value
+        return found
 
     def _seed(self, state: TrainingState, number: int) -> None:
         """Dropout and the like depend on where the run is, not on how it got there."""

@@ -22,8 +22,9 @@ from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.folder import source_of
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.network.architectures import build_network
+from nnssl_adapt.weights.transfer.report import TransferReport
 from nnssl_adapt.weights.transfer.rows import FRESH, REST, percent
-from nnssl_adapt.weights.transfer.transfer import TransferReport, scratch_report, transfer_weights
+from nnssl_adapt.weights.transfer.transfer import scratch_report, transfer_weights
 
 logger = logging.getLogger(__name__)
 

@@ -143,7 +143,10 @@ def _percentile(values: np.ndarray, counts: np.ndarray, total: int, percent: flo
     fraction = position - np.floor(position)
     difference = float(above - below)
     # NumPy starts from the nearer end, and so must we for the last bit.
-    return float(above) - difference * (1 - fraction) if fraction >= 0.5 else float(below) + difference * fraction
+    found: float = (
+        float(above) - difference * (1 - fraction) if fraction >= 0.5 else float(below) + difference * fraction
+    )
+    return found
 
 
 def _ranks(position: float, total: int) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def with_centre(matrix: np.ndarray, read_size: Sequence[int], patch_size: Sequen
 
 def mirrored(matrix: np.ndarray, patch_size: Sequence[int], axes: Sequence[int]) -> np.ndarray:
     """The 3×4 matrix whose result is that of ``matrix``, mirrored along ``axes``."""
-    result = matrix.copy()
+    result: np.ndarray = matrix.copy()
     for axis in axes:
         result[:, 3] += result[:, axis] * (patch_size[axis] - 1)
         result[:, axis] *= -1

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but torch does not say so
 
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, OtherRankFailed, TrainingError
 from nnssl_adapt.files import write_json

@@ -62,7 +62,8 @@ def learns(group: Mapping[str, Any], epoch: int, recipe: Recipe) -> bool:
     if group["unused"]:  # no gradient ever comes there, which DDP must know
         return False
     if recipe.freeze == "all_but_head":
-        return group["part"] == "head"
+        found: bool = group["part"] == "head"
+        return found
     if group["part"] != "encoder":
         return True
     if recipe.freeze == "encoder" or epoch < recipe.decoder_warmup_epochs:

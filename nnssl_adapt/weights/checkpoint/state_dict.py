@@ -178,7 +178,8 @@ def _shared_prefix(names: Any, lightning: bool) -> str | None:
     words = [name.split(".") for name in names]
     first = {word[0] for word in words if len(word) > 1}
     if all(len(word) > 1 for word in words) and len(first) == 1 and first <= set(_WRAPPERS):
-        return first.pop()
+        found: str | None = first.pop()
+        return found
     if not lightning or any(word[0] in _NETWORK_PARTS for word in words):
         return None
     inside = {word[0] for word in words if len(word) > 2 and set(word[1:3]) & set(_NETWORK_PARTS)}
