@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from nnssl_adapt.weights.families.contrast_agnostic import CONTRAST_AGNOSTIC
 from nnssl_adapt.weights.families.family import Family
+from nnssl_adapt.weights.families.fomo import FOMO_AMAES
 from nnssl_adapt.weights.families.nnunet_v1 import NNUNET_V1
 from nnssl_adapt.weights.families.not_supported import NOT_SUPPORTED
 from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import Topology
 
-FAMILIES: tuple[Family, ...] = (CONTRAST_AGNOSTIC, NNUNET_V1, *NOT_SUPPORTED)
+FAMILIES: tuple[Family, ...] = (CONTRAST_AGNOSTIC, FOMO_AMAES, NNUNET_V1, *NOT_SUPPORTED)
 
 
 def family_of_names(tensors: Tensors) -> Family | None:
