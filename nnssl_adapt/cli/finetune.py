@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_processes(arguments.num_gpus, arguments.device)
     dataset = RawDataset.open(arguments.dataset)
     checkpoint = open_source(arguments)
-    recipe = recipe_from(arguments, checkpoint.architecture)
+    recipe = recipe_from(arguments, checkpoint.architecture, dataset.labels)
     processes = checked_workers(arguments.processes)
     plan = plan_from(arguments, dataset, checkpoint, processes)
     check_processes(arguments.num_gpus, arguments.device, recipe.batch_size or plan.batch_size)

@@ -157,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if launch_wanted(arguments.num_gpus):
         return run_ranks(without_subcommand(arguments.command_line), arguments.num_gpus, arguments.device)
     plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
-    recipe = recipe_from(arguments, plan.architecture)
+    recipe = recipe_from(arguments, plan.architecture, plan.labels)
     if arguments.source and recipe.from_scratch:
         raise ConfigurationError(
             f"recipe {recipe.name} starts from random weights, and -pretrained_weights names some: leave one of them out"

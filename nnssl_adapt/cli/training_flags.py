@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nnssl_adapt.data.labels import LabelScheme
     from nnssl_adapt.training.recipe.recipe import Recipe
     from nnssl_adapt.weights.network.architectures import Architecture
 
@@ -62,8 +63,14 @@ _GROUPS: dict[str, tuple[FieldFlag, ...]] = {
         FieldFlag("--accumulate", "accumulate", "N", "batches whose gradients make one step"),
         FieldFlag("--ema", "ema_decay", "DECAY", "predict with averaged weights (without a number: 0.999)", "0.999"),
     ),
+    "loss": (
+        FieldFlag(
+            "--loss", "loss", "dice_ce|dice|ce|dice_topk|dice_focal|tversky_ce", "what is minimised (default: dice_ce)"
+        ),
+        FieldFlag("--class-weights", "class_weights", "NAME=WEIGHT,…", "weights of classes in the cross-entropy"),
+    ),
     "what learns": (
-        FieldFlag("--freeze", "freeze", "encoder|all_but_head", "what stays as it was pre-trained"),
+        FieldFlag("--freeze", "freeze", "encoder|stages:K|all_but_head", "what stays as it was pre-trained"),
         FieldFlag(
             "--lora", "lora_rank", "RANK", "adapters in a transformer's attention instead of its encoder's weights"
         ),
@@ -127,7 +134,7 @@ def _add(group: argparse._ArgumentGroup, flag: FieldFlag) -> None:
     group.add_argument(flag.flag, **options)
 
 
-def recipe_from(arguments: argparse.Namespace, architecture: Architecture) -> Recipe:
+def recipe_from(arguments: argparse.Namespace, architecture: Architecture, labels: LabelScheme | None = None) -> Recipe:
     """The recipe that the flags ask for: ``-tr`` or ``--recipe``, with single fields overridden.
 
     Without either, the one published for the network's family. nnU-Net's own trainers (``-tr nnUNetTrainer_250epochs``)
@@ -136,10 +143,12 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture) -> Re
     Args:
         arguments: with what :func:`add_training_flags` adds, and perhaps ``source``, the weights that were named.
         architecture: of the network; what it can't do is found here, before anything starts.
+        labels: of the dataset, if it is known; likewise.
 
     Raises ConfigurationError with all mistakes: of the flags, of ``--set``, and of what the network or device can't do.
     """
     from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.training.optimise.loss_choice import loss_mistakes
     from nnssl_adapt.training.progress.trackers import tracker_mistakes
     from nnssl_adapt.training.recipe.recipe import Recipe, as_far_as_readable, read_settings
     from nnssl_adapt.training.recipe.rules import machine_mistakes
@@ -158,6 +167,7 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture) -> Re
         mistakes += error.mistakes
         wanted = as_far_as_readable({**recipe.to_dict(), **read_settings(arguments.settings)[0], **changes})
     mistakes += machine_mistakes(architecture, wanted, arguments.device)
+    mistakes += loss_mistakes(wanted, labels) if labels is not None else ()
     mistakes += tracker_mistakes(getattr(arguments, "track", ()))
     raise_if_any(mistakes, where)
     assert isinstance(wanted, Recipe)  # whatever is less has mistakes

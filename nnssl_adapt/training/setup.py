@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,24 @@ from nnssl_adapt.training.loop import Batch, Prepare, moved
 from nnssl_adapt.training.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+_YES, _NO = ("true", "1", "t", "yes", "y"), ("false", "0", "f", "no", "n")
+
+
+def ignored_variables(environment: Mapping[str, str]) -> list[str]:
+    """What is said of nnU-Net's environment variables that are set and have no effect on a training here."""
+    found = []
+    if environment.get("nnUNet_extTrainer"):
+        found.append(
+            "nnUNet_extTrainer is ignored in training: trainers of your own are recipes here (--recipe FILE, --set field=value)"
+        )
+    workers = environment.get("nnUNet_n_proc_DA", "")
+    if workers and not workers.isdigit():
+        found.append(f"nnUNet_n_proc_DA={workers} is ignored: expected a whole number of processes (or use --workers)")
+    compiles = environment.get("nnUNet_compile", "")
+    if compiles and compiles.lower() not in (*_YES, *_NO):
+        found.append(f"nnUNet_compile={compiles} is taken as no: expected true or false (or use --compile on|off)")
+    return found
 
 
 def without_pretraining(recipe: Recipe) -> Recipe:
@@ -124,7 +142,7 @@ def preparation(plan: FinetunePlan, recipe: Recipe) -> Prepare:
 
 @contextmanager
 def restored_random_state(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, torch's generators are as they were afterwards."""
+    """Restores torch's random state on exit."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

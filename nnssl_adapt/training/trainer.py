@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from nnssl_adapt.training.batches.patches import default_workers, explained_work
 from nnssl_adapt.training.batches.store_check import store_compared
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
-from nnssl_adapt.training.optimise.losses import build_loss
+from nnssl_adapt.training.optimise.loss_choice import choose_loss, loss_mistakes
 from nnssl_adapt.training.optimise.optimizer import autocast_dtype
 from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors
 from nnssl_adapt.training.progress.display import log_epoch, log_file
@@ -34,6 +35,7 @@ from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.progress.picture import ProgressPicture
 from nnssl_adapt.training.progress.trackers import Trackers, check_trackers
 from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.recipe.values import raise_if_any
 from nnssl_adapt.training.run.checkpointing import (
     BEST,
     FINAL,
@@ -52,6 +54,7 @@ from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
     batches_of_fold,
+    ignored_variables,
     preparation,
     restored_random_state,
     without_pretraining,
@@ -150,7 +153,10 @@ class PretrainedTrainer:
         self.summary: Summary | None = None
         self.history = History()
         strides = self.plan.architecture.strides if self.recipe.deep_supervision else None
-        self.loss = build_loss(self.labels, self.plan.batch_dice, strides, reduce=self.ranks.sum)
+        raise_if_any(
+            list(loss_mistakes(self.recipe, self.labels)), f"recipe {self.recipe.name!r} for {plan.dataset_name}"
+        )
+        self.loss = choose_loss(self.recipe, self.labels, self.plan.batch_dice, strides, reduce=self.ranks.sum)
 
     @property
     def can_resume(self) -> bool:
@@ -302,6 +308,8 @@ class PretrainedTrainer:
             self.workers,
             self.folder.path,
         )
+        for warning in ignored_variables(os.environ):
+            logger.warning("%s", warning)
         for line in (describe_citations(self.identity.citations), stop.describe()):
             if line:
                 logger.info("%s", line)
@@ -318,7 +326,7 @@ class PretrainedTrainer:
             "parameters": parameters,
             "patch_size": list(self.plan.patch_size),
             "batch_size": self.plan.batch_size,
-            "batch_dice": self.plan.batch_dice,
+            "batch_dice": self.plan.batch_dice if self.recipe.batch_dice is None else self.recipe.batch_dice,
             "autocast": str(self.autocast_dtype) if self.autocast_dtype else None,
             "data_workers": self.workers,
         }

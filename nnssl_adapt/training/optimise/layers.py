@@ -90,6 +90,13 @@ def layers_of(network: nn.Module, deep_supervision: bool = False) -> list[Layer]
     ]
 
 
+def frozen_layers(network: nn.Module, stages: int) -> set[str]:
+    """Names of the encoder's layers that belong to the stem and to its first ``stages`` stages or blocks."""
+    stem_is_first = _is_stage(str(network.key_to_stem))
+    last = max(stages - 1, 0) if stem_is_first else stages
+    return {layer.name for layer in layers_of(network) if layer.depth is not None and layer.depth <= last}
+
+
 def _name(part: Part, depth: int, adapters: bool, deep: bool) -> str:
     name = f"encoder.{depth}" if part == "encoder" else part
     return name + (".adapters" if adapters else "") + (".deep" if deep else "")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from nnssl_adapt.training.optimise.layers import frozen_layers
 from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.recipe.rules import frozen_stages
 
 
 def learning_rate(epoch: int, recipe: Recipe) -> float:
@@ -51,14 +53,18 @@ def _falling(done: float, recipe: Recipe) -> float:
     return float((1 - done) ** recipe.poly_exponent)
 
 
-def learns(group: Mapping[str, Any], epoch: int, recipe: Recipe) -> bool:
+def learns(group: Mapping[str, Any], epoch: int, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
     """Whether the parameters of an optimiser's group learn in an epoch.
 
     Args:
-        group: of :func:`~nnssl_adapt.training.optimise.optimizer.build_optimizer`, with ``part``, ``adapters`` and ``unused``.
+        group: of :func:`~nnssl_adapt.training.optimise.optimizer.build_optimizer`, with ``name``, ``part``, ``adapters`` and
+            ``unused``.
         epoch: counted from 0.
         recipe: of the run.
+        frozen: names of layers that never learn.
     """
+    if group["name"] in frozen:
+        return False
     if group["unused"]:  # no gradient ever comes there, which DDP must know
         return False
     if recipe.freeze == "all_but_head":
@@ -84,9 +90,11 @@ def prepare_epoch(network: nn.Module, optimizer: torch.optim.Optimizer, epoch: i
         recipe: of the run.
     """
     rate = learning_rate(epoch, recipe)
+    stages = frozen_stages(recipe.freeze)
+    frozen = set() if stages is None else frozen_layers(network, stages)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-        trainable = learns(group, epoch, recipe)
+        trainable = learns(group, epoch, recipe, frozen)
         for parameter in group["params"]:
             if not trainable:
                 parameter.grad = None  # a gradient left from the epoch before would still be applied

@@ -19,7 +19,7 @@ import yaml
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.text import did_you_mean
-from nnssl_adapt.training.recipe.rules import contradictions, machine_mistakes, range_mistakes
+from nnssl_adapt.training.recipe.rules import contradictions, frozen_stages, machine_mistakes, range_mistakes
 from nnssl_adapt.training.recipe.trainer_names import resolve
 from nnssl_adapt.training.recipe.values import raise_if_any, settled
 
@@ -62,7 +62,13 @@ class Recipe:
         warmup_epochs: epochs of linear increase of everything; 0 for none.
         warmup_fraction: above 0 to 1, of ``learning_rate``, that the warm-up of everything ends at.
         poly_exponent: ``poly`` is ``(1 - fraction done) ** poly_exponent`` of the highest learning rate.
-        freeze: ``none``, ``encoder`` (only decoder and head learn) or ``all_but_head`` (only the segmentation head does).
+        loss: ``dice_ce`` (nnU-Net's), ``dice``, ``ce``, ``dice_topk`` (the 10% of voxels with the highest cross-entropy),
+            ``dice_focal``, or ``tversky_ce`` (missed voxels count more than wrong ones).
+        dice_smooth: added to numerator and denominator of each Dice; 0 for nnU-Net's ``noSmooth``.
+        batch_dice: Dice over the batch as a whole; None: as the plan says.
+        class_weights: weight of a class or region in the cross-entropy, by its name; 1 for those not named; None: all alike.
+        freeze: ``none``, ``encoder`` (only decoder and head learn), ``stages:K`` (the stem and the encoder's first K stages or
+            blocks don't learn) or ``all_but_head`` (only the segmentation head learns).
         lora_rank: of low-rank adapters in the attention of a transformer, which then learn in the encoder's place; 0 for
             none.
         lora_alpha: the adapters count ``lora_alpha / lora_rank``; None for twice the rank.
@@ -111,8 +117,13 @@ class Recipe:
     warmup_epochs: int = 50
     warmup_fraction: float = 1.0
     poly_exponent: float = 0.9
+    # loss
+    loss: Literal["dice_ce", "dice", "ce", "dice_topk", "dice_focal", "tversky_ce"] = "dice_ce"
+    dice_smooth: float = 1e-5
+    batch_dice: bool | None = None
+    class_weights: dict[str, float] | None = None
     # what learns
-    freeze: Literal["none", "encoder", "all_but_head"] = "none"
+    freeze: str = "none"
     lora_rank: int = 0
     lora_alpha: float | None = None
     # data
@@ -328,6 +339,24 @@ def _epochs(number: int) -> str:
     return f"{number} epoch{'s' if number != 1 else ''}"
 
 
+def _loss(recipe: Recipe) -> Iterable[str]:
+    if recipe.loss != "dice_ce":
+        yield f"loss {recipe.loss}"
+    if recipe.dice_smooth != Recipe.dice_smooth:
+        yield f"Dice smoothed by {recipe.dice_smooth:g}"
+    if recipe.batch_dice is not None:
+        yield f"Dice of {'the whole batch' if recipe.batch_dice else 'each sample'}"
+    if recipe.class_weights:
+        yield "class weights " + ", ".join(f"{name} {weight:g}" for name, weight in recipe.class_weights.items())
+
+
+def _frozen(freeze: str) -> str:
+    stages = frozen_stages(freeze)
+    if stages is not None:
+        return f"stem and first {stages} stage{'s' * (stages != 1)} frozen"
+    return "encoder frozen" if freeze == "encoder" else "only the segmentation head learns"
+
+
 def _special(recipe: Recipe) -> Iterable[str]:
     if recipe.from_scratch:
         yield "from random weights"
@@ -335,8 +364,9 @@ def _special(recipe: Recipe) -> Iterable[str]:
         yield f"encoder's learning rate {recipe.encoder_learning_rate:g}"
     if recipe.layer_decay != 1:
         yield f"learning rate times {recipe.layer_decay:g} per encoder layer"
+    yield from _loss(recipe)
     if recipe.freeze != "none":
-        yield "encoder frozen" if recipe.freeze == "encoder" else "only the segmentation head learns"
+        yield _frozen(recipe.freeze)
     if recipe.lora_rank:
         yield f"adapters of rank {recipe.lora_rank} in place of the encoder"
     if recipe.accumulate > 1:

@@ -39,6 +39,11 @@ def range_mistakes(recipe: Any) -> Iterable[str]:
         yield f"batch_size: expected at least 1, got {recipe.batch_size}"
     if recipe.patch_size is not None and min(recipe.patch_size) < 1:
         yield f"patch_size: expected three numbers of at least 1, got {recipe.patch_size}"
+    if recipe.freeze not in ("none", "encoder", "all_but_head") and frozen_stages(recipe.freeze) is None:
+        yield f"freeze: expected none, encoder, all_but_head or stages:K (stages:2, say), got {recipe.freeze!r}"
+    for name, weight in (recipe.class_weights or {}).items():
+        if not 0 <= weight < math.inf:
+            yield f"class_weights: expected 0 or more for {name}, got {weight}"
     if not 0 <= recipe.foreground_fraction <= 1:
         yield f"foreground_fraction: expected 0 to 1, got {recipe.foreground_fraction}"
     if len(set(recipe.mirror_axes)) != len(recipe.mirror_axes) or not set(recipe.mirror_axes) <= {0, 1, 2}:
@@ -79,7 +84,7 @@ def _number_mistakes(recipe: Any) -> Iterable[str]:
         value = getattr(recipe, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name}: expected a number above 0, got {value}"
-    for name in ("weight_decay", "poly_exponent"):
+    for name in ("weight_decay", "poly_exponent", "dice_smooth"):
         if not 0 <= getattr(recipe, name) < math.inf:
             yield f"{name}: expected 0 or more, got {getattr(recipe, name)}"
 
@@ -96,7 +101,10 @@ def contradictions(recipe: Any) -> Iterable[str]:
         yield "decoder_warmup_learning_rate: means nothing without decoder_warmup_epochs (--decoder-warmup)"
     if recipe.lora_alpha is not None and recipe.lora_rank == 0:
         yield "lora_alpha: means nothing without adapters; give lora_rank (--lora) as well"
-    if recipe.freeze != "none":
+    if frozen_stages(recipe.freeze) is not None:
+        if recipe.lora_rank > 0:
+            yield f"freeze {recipe.freeze} and lora_rank: with adapters no stage's own weights learn; drop one of them"
+    elif recipe.freeze != "none":
         what = "the encoder" if recipe.freeze == "encoder" else "everything but the head"
         if recipe.lora_rank > 0:
             yield f"freeze {recipe.freeze} and lora_rank {recipe.lora_rank}: adapters lie in the encoder, which would not learn"
@@ -122,6 +130,9 @@ def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str |
             f"trainer name {recipe.trainer_name}: it stands for a {recipe.network}, and this network is {architecture}; take a "
             "trainer name for any network (PretrainedTrainer, nnUNetTrainer), or a plan with that network"
         )
+    stages = architecture.kwargs["eva_depth"] if is_transformer else len(architecture.strides)
+    if (frozen_stages(recipe.freeze) or 0) > stages:
+        yield f"freeze {recipe.freeze}: this network's encoder has {stages} {'blocks' if is_transformer else 'stages'}"
     if recipe.lora_rank > 0 and not is_transformer:
         yield (
             "lora_rank: adapters go into a transformer's attention, and this network is a CNN; "
@@ -138,6 +149,12 @@ def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str |
         yield f"precision: fp16 needs a CUDA device, not {device_type}; use auto or fp32"
     if recipe.compile == "on" and device_type == "mps":
         yield "compile: not on mps; use auto or off"
+
+
+def frozen_stages(freeze: str) -> int | None:
+    """K of ``stages:K``; None for another way to freeze."""
+    match = re.fullmatch(r"stages:(\d+)", freeze)
+    return int(match[1]) if match else None
 
 
 def is_network(architecture: Architecture, name: str) -> bool:

@@ -96,6 +96,11 @@ STOCK_ALIASES: dict[str, Entry] = {
     "nnUNetTrainerNoDA": ("from_scratch", {"deep_supervision": True, "augmentation": "none", **_NO_MIRRORING}),
     "nnUNetTrainerCosAnneal": ("from_scratch", {"deep_supervision": True, "schedule": "cosine"}),
     "nnUNetTrainer_warmup": ("from_scratch", {"deep_supervision": True, "warmup_epochs": 50}),
+    "nnUNetTrainerDiceLoss": ("from_scratch", {"deep_supervision": True, "loss": "dice"}),
+    "nnUNetTrainerDiceCELoss_noSmooth": ("from_scratch", {"deep_supervision": True, "dice_smooth": 0.0}),
+    "nnUNetTrainerDiceTopK10Loss": ("from_scratch", {"deep_supervision": True, "loss": "dice_topk"}),
+    "nnUNetTrainerCELoss": ("from_scratch", {"deep_supervision": True, "loss": "ce"}),
+    "nnUNetTrainer_Loss_CE": ("from_scratch", {"deep_supervision": True, "loss": "ce"}),  # nnU-Net v1's name
     "nnUNetTrainerVanillaAdam": (
         "from_scratch",
         {"deep_supervision": True, "optimizer": "adam", "betas": (0.9, 0.999)},
@@ -132,12 +137,12 @@ def resolve(trainer_name: str, pretrained: bool = False) -> Entry:
 
 
 def _of_length(trainer_name: str) -> Entry | None:
-    """``nnUNetTrainer_250epochs`` and the like, for any number of them."""
-    match = re.fullmatch(r"nnUNetTrainer_(\d+)epochs?(_NoMirroring)?", trainer_name)
-    if match is None:
+    """``nnUNetTrainer_250epochs``, ``nnUNetTrainerDiceCELoss_noSmooth_2000epochs`` and the like, for any number of them."""
+    match = re.fullmatch(r"(nnUNetTrainer\w*?)_(\d+)epochs?(_NoMirroring)?", trainer_name)
+    if match is None or match[1] not in STOCK_ALIASES:
         return None
-    mirroring = _NO_MIRRORING if match[2] else {}
-    return "from_scratch", {"deep_supervision": True, "epochs": int(match[1]), **mirroring}
+    config, changes = STOCK_ALIASES[match[1]]
+    return config, {**changes, "epochs": int(match[2]), **(_NO_MIRRORING if match[3] else {})}
 
 
 def _frozen_encoder(trainer_name: str) -> Entry | None:
@@ -159,7 +164,12 @@ def _frozen_encoder(trainer_name: str) -> Entry | None:
 
 
 def _unknown(trainer_name: str) -> str:
-    names = [*TRAINER_ALIASES, *STOCK_ALIASES, "nnUNetTrainer_<N>epochs", "nnUNetTrainer_<N>epochs_NoMirroring"]
+    if "DA5" in trainer_name:
+        return (
+            f"-tr {trainer_name}: DA5, nnU-Net's stronger augmentation, is not part of this package, and training under its name "
+            f"without it would mislead. Take {re.sub('_?DA5', '', trainer_name)}, whose augmentation is nnU-Net's default"
+        )
+    names = [*TRAINER_ALIASES, *STOCK_ALIASES, "<any nnUNetTrainer…>_<N>epochs", "…_<N>epochs_NoMirroring"]
     return (
         f"-tr {trainer_name}: no recipe has this trainer name{did_you_mean(trainer_name, names)}; known: "
         f"{', '.join(names)}. Any other variation is a recipe file (--recipe), a flag or --set field=value"

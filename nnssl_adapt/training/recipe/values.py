@@ -22,6 +22,8 @@ def convert(value: Any, wanted: Any) -> Any:
         return convert(value, next(kind for kind in get_args(wanted) if kind is not type(None)))
     if get_origin(wanted) is tuple:
         return _convert_tuple(value, get_args(wanted))
+    if get_origin(wanted) is dict:
+        return _convert_mapping(value, get_args(wanted)[1])
     if get_origin(wanted) is Literal:
         return _convert_choice(value, get_args(wanted))
     if wanted is bool:
@@ -63,6 +65,15 @@ def _convert_choice(value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _convert_mapping(value: Any, kind: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        parts = [part.rpartition("=") for part in value.split(",") if part.strip()]
+        value = {name.strip(): number.strip() for name, _, number in parts}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError
+    return {name: convert(item, kind) for name, item in value.items()}
+
+
 def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):
         value = [part for part in re.split(r"[\s,x×]+", value.strip("()[] ")) if part]
@@ -88,6 +99,8 @@ def describe(wanted: Any) -> str:
         return f"{describe(next(k for k in get_args(wanted) if k is not type(None)))} or none"
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(get_args(wanted))}"
+    if get_origin(wanted) is dict:
+        return "names with numbers (lesion=3,liver=0.5)"
     if get_origin(wanted) is tuple:
         kinds = get_args(wanted)
         count = "any number" if kinds[-1] is Ellipsis else str(len(kinds))

@@ -37,6 +37,11 @@ def moved(before, after):
         (CNN, {"freeze": "encoder"}, ("decoder.",)),
         (CNN, {"freeze": "all_but_head"}, ("decoder.seg_layers.1.",)),
         (
+            CNN,
+            {"freeze": "stages:2", "loss": "dice_focal", "class_weights": {"background": 0.5}},
+            ("decoder.", "encoder.stages.2."),
+        ),
+        (
             TRANSFORMER,
             {"lora_rank": 2, "optimizer": "adam"},
             ("up_projection.", "eva.blocks.0.attn.", "eva.blocks.1.attn."),

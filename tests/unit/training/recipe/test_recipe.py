@@ -94,6 +94,13 @@ PUBLISHED = {
     "nnUNetTrainerNoDA": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
     "nnUNetTrainerCosAnneal": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
     "nnUNetTrainer_warmup": ("sgd", 1e-2, 3e-5, 12.0, 1000, 50),
+    "nnUNetTrainerDiceLoss": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
+    "nnUNetTrainerCELoss": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
+    "nnUNetTrainerCELoss_5epochs": ("sgd", 1e-2, 3e-5, 12.0, 5, 0),
+    "nnUNetTrainer_Loss_CE": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
+    "nnUNetTrainerDiceTopK10Loss": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
+    "nnUNetTrainerDiceCELoss_noSmooth": ("sgd", 1e-2, 3e-5, 12.0, 1000, 0),
+    "nnUNetTrainerDiceCELoss_noSmooth_4000epochs": ("sgd", 1e-2, 3e-5, 12.0, 4000, 0),
     "nnUNetTrainerVanillaAdam": ("adam", 1e-2, 3e-5, 12.0, 1000, 0),
     **dict.fromkeys(PRIMUS_TRAINERS.values(), ("adamw", 3e-4, 5e-2, 1.0, 1000, 50)),
 }
@@ -123,6 +130,12 @@ def test_what_else_names_stand_for():
     assert Recipe.for_trainer_name("PretrainedTrainer_100ep_50i").iterations_per_epoch == 50
     assert Recipe.for_trainer_name("nnUNetTrainerCosAnneal").schedule == "cosine"
     assert Recipe.for_trainer_name("nnUNetTrainerNoDA").augmentation == "none"
+    assert Recipe.for_trainer_name("nnUNetTrainerDiceCELoss_noSmooth_4000epochs").dice_smooth == 0
+    assert Recipe.for_trainer_name("nnUNetTrainerCELoss").loss == "ce"
+    assert Recipe.for_trainer_name("nnUNetTrainerDiceTopK10Loss").loss == "dice_topk"
+    for name in ("nnUNetTrainerDA5", "nnUNetTrainerDiceCELoss_noSmooth_4000epochs_DA5"):
+        with pytest.raises(ConfigurationError, match="DA5"):  # not another augmentation under its name
+            Recipe.for_trainer_name(name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
