@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,19 +48,19 @@ def choose_loss(
     overlap = partial(Overlap, pooled, recipe.dice_smooth, reduce=reduce)
     tversky = partial(overlap, false_positives=TVERSKY_FALSE_POSITIVES, false_negatives=TVERSKY_FALSE_NEGATIVES)
     voxels = partial(CrossEntropy, labels.ignore_label, weights_in_order(recipe, labels), reduce=reduce)
-    terms = {
+    choices: dict[str, Callable[[], tuple[Any, ...]]] = {
         "dice_ce": lambda: (overlap(), voxels()),
         "dice": lambda: (overlap(),),
         "ce": lambda: (voxels(),),
         "dice_topk": lambda: (overlap(), voxels(top_percent=TOP_PERCENT)),
         "dice_focal": lambda: (overlap(), voxels(gamma=FOCAL_GAMMA)),
         "tversky_ce": lambda: (tversky(), voxels()),
-    }[recipe.loss]()
+    }
     if labels.has_regions:
         judge: Any = partial(judged_regions, ignore=labels.ignore_label is not None)
     else:
         judge = partial(judged_labels, ignore_label=labels.ignore_label)
-    loss = SumOfTerms(judge, terms)
+    loss = SumOfTerms(judge, choices[recipe.loss]())
     return loss if deep_supervision_strides is None else DeepSupervisionLoss(loss, deep_supervision_strides)
 
 
