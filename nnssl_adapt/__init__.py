@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.convert.dataset_json import write_dataset_json
+    from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.preprocess import preprocess_case
     from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
+    from nnssl_adapt.evaluation.metrics import evaluate_folder
     from nnssl_adapt.evaluation.report import Report, make_report, write_report
+    from nnssl_adapt.evaluation.selection import find_best
     from nnssl_adapt.evaluation.show import show
     from nnssl_adapt.inference.model_folder import ModelFolder
     from nnssl_adapt.inference.predictor import Predictor
@@ -43,12 +46,15 @@ _HOME = {
     "Predictor": "nnssl_adapt.inference.predictor",
     "PretrainedTrainer": "nnssl_adapt.training.trainer",
     "Proof": "nnssl_adapt.weights.proof.prove",
-    "Study": "nnssl_adapt.studies.study",
+    "RawDataset": "nnssl_adapt.data.dataset",
     "Recipe": "nnssl_adapt.training.recipe.recipe",
     "Report": "nnssl_adapt.evaluation.report",
+    "Study": "nnssl_adapt.studies.study",
     "TransferReport": "nnssl_adapt.weights.transfer.report",
     "TransferSettings": "nnssl_adapt.weights.transfer.settings",
     "build_network": "nnssl_adapt.weights.network.architectures",
+    "evaluate_folder": "nnssl_adapt.evaluation.metrics",
+    "find_best": "nnssl_adapt.evaluation.selection",
     "install_model": "nnssl_adapt.sharing.install",
     "make_package": "nnssl_adapt.sharing.package",
     "make_plan": "nnssl_adapt.planning.make",
@@ -74,12 +80,15 @@ __all__ = [
     "Predictor",
     "PretrainedTrainer",
     "Proof",
+    "RawDataset",
     "Recipe",
     "Report",
     "Study",
     "TransferReport",
     "TransferSettings",
     "build_network",
+    "evaluate_folder",
+    "find_best",
     "install_model",
     "make_package",
     "make_plan",

@@ -70,7 +70,8 @@ def test_every_recipe_and_flag_of_the_text_exists():
     known = [action for parser in (parser_of(train), parser_of(preprocess)) for action in parser._actions]
     known += [action for words in _COMMANDS.values() for action in parser_of(words[0])._actions]
     options = {option for action in known for option in action.option_strings}
-    flags = set(re.findall(r"(?<=[`\[ ])--?[a-z][a-z_-]+", " ".join(re.findall(r"`([^`\n]+)`", TEXT))))
+    inline = " ".join(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)))
+    flags = set(re.findall(r"(?<!\S)--?[a-z][a-z_-]+", inline))
     assert len(flags) > 20 and flags <= options
 
 
