@@ -57,7 +57,7 @@ def _show_use_of_cache(resolved: ResolvedSource, arguments: argparse.Namespace) 
     print(f"  {'HF_HUB_OFFLINE=1 ' if online else ''}{_next_command(source, flags)}")
 
 
-def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Namespace) -> None:
+def _copy_and_show(resolved: ResolvedSource, store: Path, arguments: argparse.Namespace) -> None:
     from nnssl_adapt.errors import DigestMismatch
     from nnssl_adapt.weights.sources.offline_store import files_to_copy, name_in_store, put_into_store
     from nnssl_adapt.weights.sources.resolve import resolve_source
@@ -77,15 +77,15 @@ def _copy_and_show(resolved: ResolvedSource, shelf: Path, arguments: argparse.Na
         "asked": address.revision if address else None,
         "file": address.filename if address else None,
     }
-    copied = put_into_store(shelf, name, files, about, arguments.overwrite)
+    copied = put_into_store(store, name, files, about, arguments.overwrite)
     fold = origin.fold if resolved.other_folds else None
-    if resolve_source(shelf / name, SourceOptions(fold=fold)).origin.sha256 != origin.sha256:
+    if resolve_source(store / name, SourceOptions(fold=fold)).origin.sha256 != origin.sha256:
         raise DigestMismatch(
-            f"{shelf / name} is not what was copied there: run the same command again with --overwrite"
+            f"{store / name} is not what was copied there: run the same command again with --overwrite"
         )
-    print(f"\n{'copied to' if copied else 'there already, unchanged:'} {shelf / name}")
+    print(f"\n{'copied to' if copied else 'there already, unchanged:'} {store / name}")
     print("on the other machine, with the path that this folder has there:")
-    print(f"  export nnssl_pretrained_models={shlex.quote(str(shelf))}")
+    print(f"  export nnssl_pretrained_models={shlex.quote(str(store))}")
     print(f"  {_next_command(name, {'--fold-of-source': fold, **_reading_flags(arguments)})}")
 
 

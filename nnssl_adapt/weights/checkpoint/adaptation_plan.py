@@ -204,5 +204,5 @@ def first_problem(error: ValidationError) -> str:
 
 
 def in_one_line(message: object) -> str:
-    """A message that quotes a stranger's file, which may hold anything at any length."""
+    """A message that quotes a file, which may hold anything at any length, in one short line."""
     return textwrap.shorten(str(message), 400, placeholder=" …")

@@ -1,7 +1,7 @@
 """A checkpoint: its tensors, its plan, and where both are from.
 
-Files from strangers are data here: pickles are read without running code (``weights_only``), and what needs code is
-refused. What the plan says is checked against the tensors, which are right where the two disagree.
+Weight files are only data here, whoever wrote them: pickles are read without running code (``weights_only``), and what
+needs code is refused. What the plan says is checked against the tensors, which are right where the two disagree.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Checkpoint:
 
     def __str__(self) -> str:
         plan = self.plan
-        unknown = "not known" if plan.supervised else "each image's own"
+        unknown = "each image's own" if plan.names_keys else "not known"
         spacing = f"{dimensions(plan.spacing)} mm" if plan.spacing else unknown
         recommended = plan.recommended_patch_size
         patch = f"{dimensions(plan.patch_size)} voxels"
@@ -221,7 +221,7 @@ def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Ten
 
 def _exchanged(axes: str, key: str | None) -> str:
     if axes == "xyz":
-        return "its axes were exchanged, (x, y, z) → (z, y, x), as asked for; exact for a convolutional network"
+        return "its axes were exchanged, (x, y, z) → (z, y, x), as requested; exact for a convolutional network"
     why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "networks of its family were"
     return (
         f"taken as trained on (x, y, z) arrays, as {why}: kernels, strides and patch were turned to (z, y, x), exactly; "

@@ -206,5 +206,5 @@ def _with_heads(plan: AdaptationPlan, tensors: Tensors) -> tuple[AdaptationPlan,
     if not plan.head_names or not heads or heads == {len(plan.head_names)}:
         return plan, []
     counts = "/".join(str(count) for count in sorted(heads))
-    note = f"dataset.json names {len(plan.head_names)} outputs, the network has {counts}: which output is which can't be told"
+    note = f"dataset.json names {len(plan.head_names)} outputs, the network has {counts}: the names are not used"
     return plan.model_copy(update={"head_names": ()}), [note]

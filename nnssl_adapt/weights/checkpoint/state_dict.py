@@ -66,7 +66,7 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         weights = content  # a bare state dict
     else:
         keys = ", ".join(_shown(key) for key in list(content)[:8]) or "nothing"
-        raise UnreadableCheckpoint(f"{path} has no '{WEIGHTS_KEY}' (it holds {keys}): it is no nnssl checkpoint")
+        raise UnreadableCheckpoint(f"{path} has no '{WEIGHTS_KEY}' (it holds {keys}): it is not an nnssl checkpoint")
     where = f"{path}: '{key}'" if key is not None else f"{path}"
     if not isinstance(weights, Mapping) or not weights:
         raise UnreadableCheckpoint(f"{where} is {_describe(weights)}, expected name → tensor")
@@ -88,7 +88,7 @@ def _describe(value: Any) -> str:
 
 
 def _shown(name: Any) -> str:
-    """A key of a stranger's file, in one short line."""
+    """A key of a file that anyone may have written, in one short line."""
     text = name if isinstance(name, str) and name.isprintable() else repr(name)
     text = text if len(text) <= 80 else f"{text[:80]}…"
     return repr(text) if isinstance(name, str) and name.isprintable() else text
@@ -165,7 +165,7 @@ def unwrap(tensors: Mapping[str, Tensor], path: Path, lightning: bool) -> tuple[
         if short in found:
             raise UnreadableCheckpoint(
                 f"{path} holds {_shown(short)} twice, with and without a wrapper's prefix ({_shown(found[short])} and "
-                f"{_shown(name)}): it can't be told which was trained"
+                f"{_shown(name)}): it is not clear which one was trained"
             )
         found[short] = name
     words = list(dict.fromkeys(stripped))

@@ -225,7 +225,7 @@ def plan_from_tensors(
     architecture = topology.architecture
     if architecture.is_transformer:
         raise AdaptationPlanError(
-            f"{where} has no plan, and a Primus's tensors don't tell its patch: copy its adaptation_plan.json beside it"
+            f"{where} has no plan, and a Primus's tensors don't show its patch: copy its adaptation_plan.json beside it"
         )
     family = family or family_of_size(topology)
     facts = Facts() if family is None else family.facts
@@ -253,9 +253,9 @@ def plan_from_tensors(
             "the network's stride"
         )
     if topology.guessed:
-        notes.append(f"assumed, since the tensors don't tell: {', '.join(topology.guessed)}")
+        notes.append(f"assumed, since the tensors don't show it: {', '.join(topology.guessed)}")
     if not supervised and told is None:
         notes.append(
-            "whether it was trained to segment can't be told: only its encoder is used, or say --scope encoder+decoder"
+            "it is not known whether it was trained to segment: only its encoder is used, or say --scope encoder+decoder"
         )
     return plan, facts.axes, notes

@@ -113,7 +113,7 @@ def _first_bytes(path: Path) -> bytes:
 
 def _damaged(path: Path, reason: BaseException | str, kind: str = "PyTorch checkpoint") -> UnreadableCheckpoint:
     text = reason if isinstance(reason, str) else _first_line(reason)
-    return UnreadableCheckpoint(f"{path} is truncated or no {kind} ({text}): copy or download it again")
+    return UnreadableCheckpoint(f"{path} is truncated or not a {kind} ({text}): copy or download it again")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 An :class:`Architecture` is what plans files and adaptation plans say about a network, without what depends on the
 dataset (channels, classes, patch). Names of modules in files are looked up in a table and never imported, since a
-name in a stranger's file could be anything.
+name in a downloaded file could be anything.
 
 Sizes of the presets: ResEnc-L as in "Revisiting MAE pre-training for 3D medical image segmentation"
 (arXiv 2410.23132), Primus-S/B/M/L as in the Primus paper (arXiv 2503.01835).

@@ -2,7 +2,7 @@
 
 Files name classes in several spellings (``torch.nn.LeakyReLU``, ``torch.nn.modules.activation.LeakyReLU``), give one
 number or one a stage, and mix in what belongs to the dataset or to pre-training. Names are looked up in tables and never
-imported, since a name in a stranger's file could be anything.
+imported, since a name in a downloaded file could be anything.
 """
 
 from __future__ import annotations

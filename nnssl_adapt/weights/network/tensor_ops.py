@@ -249,7 +249,7 @@ def find_token_grid(tokens: int, candidates: Iterable[Grid | None]) -> Grid | No
 
 
 def drop_prefix_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Positions (1, N, C) without those of leading class or register tokens, which a segmentation network has not."""
+    """Positions (1, N, C) without those of leading class or register tokens, which a segmentation network does not have."""
     return tokens[:, count:]
 
 

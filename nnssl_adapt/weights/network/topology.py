@@ -17,7 +17,7 @@ from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 from nnssl_adapt.weights.network.network_parts import COPIES, Tensors, below, join_name
 
 _LAYER = r"(?:conv|all_modules\.0)\.weight"
-_N = r"(\d{1,4})"  # no network has more layers, and numbers in a stranger's file may have thousands of digits
+_N = r"(\d{1,4})"  # no network has more layers, and numbers in a damaged file may have thousands of digits
 _PLAIN = re.compile(rf"stages\.{_N}\.\d\.convs\.{_N}\.{_LAYER}")
 _RESIDUAL = re.compile(rf"stages\.{_N}\.blocks\.{_N}\.conv(\d)\.{_LAYER}")
 _DECODER = re.compile(rf"stages\.{_N}\.convs\.{_N}\.{_LAYER}")

@@ -1,6 +1,6 @@
 """Proof by doing: the encoder after a transfer computes what the pre-trained one computes.
 
-Both get the same image. The pre-trained encoder is built anew from the checkpoint's own description and gets the file's
+Both get the same image. The pre-trained encoder is built again from the checkpoint's own description and gets the file's
 tensors by name, one by one and untouched; tokens of a transformer are put into the order that they were trained in. None
 of the rules by which the transfer adapts weights is used on that side, so that a wrong rule shows as a difference.
 """

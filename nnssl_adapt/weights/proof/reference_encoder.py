@@ -1,6 +1,6 @@
 """The encoder as it was pre-trained, run without any of the rules by which a transfer adapts weights.
 
-The checkpoint's own network is built anew and gets the file's tensors by name, one by one and untouched. A transformer's
+The checkpoint's own network is built again and gets the file's tensors by name, one by one and untouched. A transformer's
 tokens are put into the order that they were trained in, around its unchanged weights.
 """
 
@@ -129,7 +129,7 @@ def _positions_on(grid: Shape, checkpoint: Checkpoint, order: str, notes: list[s
     trained = found or grid
     positions = raw[:, leading:].float()
     if leading:
-        notes.append(f"without the {leading} class or register token(s), which a segmentation network has not")
+        notes.append(f"without the {leading} class or register token(s), which a segmentation network does not have")
     if trained != grid:
         volume = interpolate(_placed(positions, trained, order), size=grid, mode="trilinear", align_corners=False)
         positions = _flat(volume, order)

@@ -92,7 +92,7 @@ def _extract(
     entries = [entry for entry in _checked(archive, path) if is_wanted(entry)]
     names = [entry.filename for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise SourceError(f"{path} holds {min(twice)} twice: refused, it can't be told which is meant")
+        raise SourceError(f"{path} holds {min(twice)} twice: refused, it is not clear which one is meant")
     _check_sizes(entries, path)
     for entry in entries:
         destination = folder / entry.filename
@@ -162,6 +162,6 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except (OSError, *_DAMAGE) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk's; EINVAL is a seek to nowhere
             raise
-        raise SourceError(f"{path} is a damaged zip ({error}): get it anew") from error
+        raise SourceError(f"{path} is a damaged zip ({error}): copy or download it again") from error
     except (NotImplementedError, RuntimeError) as error:  # a compression unknown here; a password
         raise SourceError(f"{path} can't be unpacked ({error}): unpack it yourself and give the folder") from error

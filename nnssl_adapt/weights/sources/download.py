@@ -115,7 +115,7 @@ def _from_record(record: Record, address: Address) -> tuple[Path, str]:
         raise SourceNotFound(f"{path}, the download of {address}, is gone: {fix}")
     if address.sha256 not in (None, digest):
         raise DigestMismatch(
-            f"{path}, downloaded earlier from {address}, has sha256 {digest}, and {address.sha256} was asked for: "
+            f"{path}, downloaded earlier from {address}, has sha256 {digest}, and {address.sha256} was requested: "
             f"correct what follows #, or {fix}"
         )
     return path, digest
@@ -132,7 +132,7 @@ def _fetch(address: Address, kept: Path) -> tuple[Path, str]:
                 digest = transfer.receive(response, stream)
             if address.sha256 not in (None, digest):
                 raise DigestMismatch(
-                    f"{address} has sha256 {digest}, and {address.sha256} was asked for: nothing was kept. The file was "
+                    f"{address} has sha256 {digest}, and {address.sha256} was requested: nothing was kept. The file was "
                     "changed after the digest was published, or the digest is another file's"
                 )
     Record(kept / RECORD_NAME, {name: digest}, {"url": address.url, "bytes": path.stat().st_size}).save()
@@ -174,7 +174,7 @@ class _Transfer:
         self.size = int(length) if length.isdigit() else None
         if self.size is None and headers.get("Transfer-Encoding") is None and self.address.sha256 is None:
             raise SourceError(
-                f"{self.address}: the server does not say how long the file is, so that a broken download can't be told: "
+                f"{self.address}: the server does not say how long the file is, so a broken download can't be detected: "
                 "add #sha256=… to the address, or download it yourself"
             )
         tag = headers.get("ETag")

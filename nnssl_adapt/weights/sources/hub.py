@@ -164,7 +164,7 @@ def _repository_error(error: Exception, hub: Hub) -> SourceError:
     if isinstance(error, RevisionNotFoundError):
         return SourceNotFound(f"{hub.repo_id} has no revision {hub.revision!r} (branch, tag or commit)")
     if isinstance(error, HFValidationError):
-        return SourceNotFound(f"{hub.repo_id!r} is no valid Hugging Face id: {error}")
+        return SourceNotFound(f"{hub.repo_id!r} is not a valid Hugging Face id: {error}")
     return SourceNotFound(
         f"no repository {hub.repo_id} at {hub.address}, and no such path here; "
         "if it is private, log in with 'hf auth login' (or set HF_TOKEN)"

@@ -334,7 +334,7 @@ def choose_fold_weights(
 ) -> Chosen:
     """Choose the weights of one fold, or of all for their mean.
 
-    Without a wish: the only fold, else ``all``, else the first. checkpoint_final goes before checkpoint_best.
+    Without one: the only fold, else ``all``, else the first. checkpoint_final goes before checkpoint_best.
 
     Raises:
         SourceNotFound: no such fold or file; the message lists what there is.
@@ -348,16 +348,16 @@ def choose_fold_weights(
         raise SourceNotFound(
             f"{place} has no {filename} in its folds ({', '.join(model.folds)}), but {shown_names(held)}"
         )
-    wish = fold.removeprefix("fold_") if fold else _default_fold(folds, place)
-    taken = [wish]
-    if wish == MEAN:
+    wanted = fold.removeprefix("fold_") if fold else _default_fold(folds, place)
+    taken = [wanted]
+    if wanted == MEAN:
         taken = [key for key in folds if key != "all"] or ["all"]
-    elif wish not in folds:
+    elif wanted not in folds:
         of_file = f" with {filename}" if filename else ""
-        raise SourceNotFound(f"{place} has no fold {wish}{of_file}; it has {', '.join(folds)} (or {MEAN})")
+        raise SourceNotFound(f"{place} has no fold {wanted}{of_file}; it has {', '.join(folds)} (or {MEAN})")
     weights = tuple(join_path(model.folder_of(key), filename or _file_of(key, folds[key], place)) for key in taken)
     sidecar = sidecar_beside(weights[0], names) or sidecar_beside(join_path(model.folder, "x"), names)
-    return Chosen(weights, sidecar, model.folder if model.complete else None, wish)
+    return Chosen(weights, sidecar, model.folder if model.complete else None, wanted)
 
 
 def _default_fold(folds: dict[str, list[str]], place: str) -> str:

@@ -69,7 +69,7 @@ def _resolve_folder(text: str, folder: Path, options: SourceOptions) -> Resolved
 
 
 def _names_below(folder: Path, depth: int = _DEPTH) -> list[str]:
-    """Files below a folder, not too deep and not too many: nobody means a whole disk."""
+    """Files below a folder, not too deep and not too many, so that a whole disk is never searched."""
     names: list[str] = []
     try:
         next(folder.iterdir(), None)
@@ -95,7 +95,7 @@ def resolve_archive(text: str, kind: str, path: Path, options: SourceOptions) ->
         raise SourceError(f"{path} holds another zip, {chosen.weights[0]}: unpack it yourself and give that one")
     record = unpack(path, options.cache)
     if strange := [name for name in chosen.names if name not in record.files]:
-        raise SourceError(f"{path}: {strange[0]} is no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+        raise SourceError(f"{path}: {strange[0]} is not a weight file ({', '.join(WEIGHT_SUFFIXES)})")
     folder = record.path.parent
     resolved = assemble(
         text, kind, folder, chosen, lambda file: record.check(file, f"delete {folder} and run the same command again")

@@ -1,6 +1,6 @@
-"""The shelf: a folder of fetched weights (``nnssl_pretrained_models``) for machines without internet.
+"""The offline store: a folder of fetched weights (``nnssl_pretrained_models``) for machines without internet.
 
-What ``nnssl-adapt fetch SOURCE --to SHELF`` copies there is found again under the name it has on the internet, and
+What ``nnssl-adapt fetch SOURCE --to FOLDER`` copies there is found again under the name it has on the internet, and
 ``fetched.json`` beside it says what it is. Folders that were put there by hand need no such record.
 """
 
@@ -24,38 +24,38 @@ _MAIN = "main"  # the hub's branch where none is named
 
 
 def find_in_store(text: str, revision: str | None, filename: str | None) -> tuple[Path, str | None] | None:
-    """The folder or file on the shelf that a source means, and which file is still to be chosen in it; or None.
+    """The folder or file in the store that a source means, and which file is still to be chosen in it; or None.
 
     ``owner/name`` is looked for under that name, then under ``name``; with a revision first as ``owner/name@revision``,
     then where the record says that it is this revision; one file of a repository as ``owner/name+file``. Of a web address
     only what was fetched from it is taken.
     """
-    shelf = pretrained_models_folder()
-    if shelf is None or not text or Path(text).is_absolute():
+    store = pretrained_models_folder()
+    if store is None or not text or Path(text).is_absolute():
         return None
     hub = HubAddress.parse(text)
     if hub is not None:
         wanted = HubAddress(hub.repo_id, revision or hub.revision, filename or hub.filename)
-        return _find_repository(shelf, wanted)
+        return _find_repository(store, wanted)
     if "://" in text:
-        path = shelf / _stem(Address.parse(text).name)
+        path = store / _stem(Address.parse(text).name)
         return (path, filename) if _is_from(path, text) else None
-    found = next((path for path in _named(shelf, text, revision) if path.exists()), None)
+    found = next((path for path in _named(store, text, revision) if path.exists()), None)
     return (found, filename) if found else None
 
 
-def _named(shelf: Path, text: str, revision: str | None) -> Iterator[Path]:
+def _named(store: Path, text: str, revision: str | None) -> Iterator[Path]:
     suffix = f"@{revision}" if revision else ""
     for name in (text, Path(text).name):
-        yield from (shelf / f"{name}{suffix}", shelf / f"{_stem(name)}{suffix}")
-        yield shelf / f"{name}{suffix}{ARCHIVE_SUFFIX}"
-        if revision and has_revision(shelf / name, revision):
-            yield shelf / name
+        yield from (store / f"{name}{suffix}", store / f"{_stem(name)}{suffix}")
+        yield store / f"{name}{suffix}{ARCHIVE_SUFFIX}"
+        if revision and has_revision(store / name, revision):
+            yield store / name
 
 
-def _find_repository(shelf: Path, wanted: HubAddress) -> tuple[Path, str | None] | None:
+def _find_repository(store: Path, wanted: HubAddress) -> tuple[Path, str | None] | None:
     owner, _, name = wanted.repo_id.partition("/")
-    for folder in (shelf / owner, shelf):
+    for folder in (store / owner, store):
         for path in [folder / name, *sorted(folder.glob(f"{name}[@+]*"))]:
             record = Record.load(path / RECORD_NAME)
             if record is not None and _is_that(record, wanted):
@@ -96,14 +96,14 @@ def _stem(name: str) -> str:
 
 
 def put_into_store(
-    shelf: Path, name: str, files: dict[str, Path], about: Mapping[str, object], overwrite: bool
+    store: Path, name: str, files: dict[str, Path], about: Mapping[str, object], overwrite: bool
 ) -> bool:
-    """Copy files into ``shelf/name``, which appears whole or not at all.
+    """Copy files into ``store/name``, which appears whole or not at all.
 
     Args:
-        shelf: the folder of all fetched weights; made if need be.
+        store: the folder of all fetched weights; made where it is missing.
         name: below it, ``/`` between folders.
-        files: name below ``shelf/name`` → the file to copy.
+        files: name below ``store/name`` → the file to copy.
         about: for the record: ``source``, ``repo_id``, ``revision`` (the commit); and the revision ``asked`` for and the
             ``file``, where they were named.
         overwrite: replace other weights under this name.
@@ -114,7 +114,7 @@ def put_into_store(
         SourceError: other files lie there.
         OutputError: no space, or not allowed to write.
     """
-    target = shelf / name
+    target = store / name
     digests = {key: sha256_of(path) for key, path in files.items()}
     if target.exists():
         if not target.is_dir() or Record.load(target / RECORD_NAME) is None:
@@ -150,7 +150,7 @@ def _difference(target: Path, digests: dict[str, str]) -> str | None:
 def files_to_copy(
     weights: Sequence[Path], sidecar: Path | None, model_folder: Path | None, in_folds: bool
 ) -> dict[str, Path]:
-    """Name on the shelf → file. Folds keep their folders, and a trained model its name, which tells its configuration."""
+    """Name in the store → file. Folds keep their folders, and a trained model its name, which tells its configuration."""
     root = model_folder or (weights[0].parent.parent if in_folds else weights[0].parent)
     small = [model_folder / name for name in MODEL_FILES] if model_folder else []
     if sidecar is not None:
@@ -160,7 +160,7 @@ def files_to_copy(
 
 
 def name_in_store(address: HubAddress | None, source: str, path: Path) -> str:
-    """Under which name weights are put on the shelf.
+    """Under which name weights are put in the store.
 
     A repository's own (``owner/name[@revision][+file]``), else that of the file at the web address ``source``, else that of
     the zip, trained model, folder or file at ``path``.

@@ -66,7 +66,7 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
     if "://" in text and not is_hub_url(text):
         if options.revision:
             raise SourceError(
-                f"{text} is no Hugging Face repository and has no revision {options.revision!r}: leave it out"
+                f"{text} is not a Hugging Face repository and has no revision {options.revision!r}: leave it out"
             )
         return _resolve_web(text, options)
     raise SourceNotFound(_not_found_message(text))
@@ -78,16 +78,16 @@ def _existing_path(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError):  # too long for a path; a home of nobody
+    except (OSError, RuntimeError):  # too long for a path; the home of an unknown user
         return None
 
 
 def _not_found_message(text: str) -> str:
     if "://" in text:
-        return f"{text} is no Hugging Face address (https://huggingface.co/owner/name[/tree/REVISION])"
+        return f"{text} is not a Hugging Face address (https://huggingface.co/owner/name[/tree/REVISION])"
     below = pretrained_models_folder()
     searched = f"the working folder and nnssl_pretrained_models={below}" if below else "the working folder"
-    return f"no file or folder {text!r} (looked in {searched}), and it is no Hugging Face id (owner/name)"
+    return f"no file or folder {text!r} (looked in {searched}), and it is not a Hugging Face id (owner/name)"
 
 
 def _resolve_web(text: str, options: SourceOptions) -> ResolvedSource:
@@ -105,7 +105,7 @@ def _resolve_hub(text: str, address: HubAddress, options: SourceOptions) -> Reso
     revision, named = options.revision, address.revision
     pinned = revision is not None and _COMMIT.fullmatch(revision) and not _COMMIT.fullmatch(named or "")
     if revision and named and revision != named and not pinned:
-        raise SourceError(f"two revisions asked for: {named!r} in {text!r} and {revision!r}; give one")
+        raise SourceError(f"two revisions requested: {named!r} in {text!r} and {revision!r}; give one")
     hub = Hub(address.repo_id, revision or named, options.cache_dir, options.local_files_only)
     root, chosen = fetch_files(hub, options.filename, options.fold)
     first = root / chosen.weights[0]

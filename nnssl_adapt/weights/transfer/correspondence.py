@@ -107,7 +107,7 @@ def other_names(relative: str) -> list[str]:
 
 
 def why_fresh(relative: str, checkpoint: Encoder) -> str | None:
-    """Why a tensor of the network may have no counterpart in the checkpoint's encoder; None: it ought to have one."""
+    """Why a tensor of the network may have no counterpart in the checkpoint's encoder; None: it should have one."""
     place = block_place(relative)
     if place is None:
         return None
@@ -130,7 +130,7 @@ def does_nothing_as_one(relative: str, checkpoint: Encoder) -> bool:
 
 
 def why_dropped(relative: str, network: Encoder) -> str | None:
-    """Why a tensor of the checkpoint's encoder may have no place in the network; None: it ought to have one."""
+    """Why a tensor of the checkpoint's encoder may have no place in the network; None: it should have one."""
     place = block_place(relative)
     if place is None:
         return None

@@ -123,7 +123,7 @@ class DecoderFit:
     def why_dropped(self, name: str) -> str | None:
         """Why one of the checkpoint's decoder's tensors is left behind.
 
-        None: it is no part of the decoder, or ought to have had a place (:meth:`is_part` tells).
+        None: it is no part of the decoder, or should have had a place (:meth:`is_part` tells).
         """
         relative = below(name, self.source_prefix)
         if relative is None:
@@ -134,7 +134,7 @@ class DecoderFit:
             return None
         there = same_resolution(relative, self.stages_there, self.stages_here)
         if there is None:
-            return f"decoder stage of a resolution that the network has not ({self.stages_here} decoder stages)"
+            return f"decoder stage of a resolution that the network does not have ({self.stages_here} decoder stages)"
         if _is_upsampling_bias(relative) and not self.has_upsampling_bias:
             return "the network's up-sampling has no bias (most of it is taken away by the normalisation that follows)"
         reason = why_dropped(there.removeprefix("stages."), self.blocks_here)

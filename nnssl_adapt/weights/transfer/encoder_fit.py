@@ -233,7 +233,7 @@ class EncoderFit:
         leading, grid = positions_grid(value, self.source, self.keys)
         target_grid = self._target_grid(count)
         if order is None or grid is None or target_grid is None:
-            raise DoesNotFit(f"the grid of {value.shape[1]} → {count} positions can't be told")
+            raise DoesNotFit(f"the grid of {value.shape[1]} → {count} positions is not known")
         rules = []
         if leading:
             rules.append(f"{leading} class or register positions dropped")

@@ -107,7 +107,7 @@ class TransferReport:
                 warnings=_texts(content.get("warnings", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise TransferError(f"this is no transfer report: {' '.join(repr(error).split())[:300]}") from error
+            raise TransferError(f"this is not a transfer report: {' '.join(repr(error).split())[:300]}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""

@@ -45,7 +45,7 @@ class TensorFate:
         fitted: its new value; None leaves it as it was initialised.
         reason: why it is fresh.
         names: of the tensor in the checkpoint, the one that is used first; empty where there is none.
-        is_problem: it ought to have a value, and no rule says why it has none.
+        is_problem: it should have a value, and no rule says why it has none.
     """
 
     fitted: Fitted | None = None

@@ -107,7 +107,7 @@ def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
     the last word: tables tell how networks of a kind were trained, it tells how this one was.
     """
     if asked in ("hwd", "whd"):
-        return asked, "as asked for"
+        return asked, "as requested"
     if asked != "auto":
         raise TransferError(f"unknown token order {asked!r}: auto, hwd or whd")
     known, reason = _known_order(checkpoint)

@@ -62,7 +62,7 @@ def transfer_weights(
     Returns a :class:`TransferReport`.
 
     Raises:
-        TransferError: a tensor that both sides ought to have is missing, or has no place, and no rule says so; or the
+        TransferError: a tensor that both sides should have is missing, or has no place, and no rule says so; or the
             channel map or a waiver fits nothing. The first line says it all, the table follows; the network is left as
             it was.
     """
@@ -93,7 +93,7 @@ def scratch_report(network: nn.Module, reason: str = "training from scratch") ->
 
 
 def _nothing_wanted(checkpoint: Checkpoint, network: nn.Module) -> TransferReport:
-    reason = "not asked for (scope none)"
+    reason = "not requested (scope none)"
     sources = (SourceRow(name, DROPPED, reason, tuple(value.shape)) for name, value in checkpoint.tensors.items())
     return TransferReport(
         rows=scratch_report(network, reason).rows,
@@ -165,7 +165,7 @@ class _Transfer:
         if wanted:
             self.decoder = DecoderFit(checkpoint, self.parts, head_names)
             if not self.decoder.is_there:
-                self.warnings.append("the decoder was asked for and the checkpoint has none: it stays fresh")
+                self.warnings.append("the decoder was requested and the checkpoint has none: it stays fresh")
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class _Transfer:
             self.writes.append((target.tensor, decision.fitted.value))
 
     def _account_for_names(self, target: TargetTensor, decision: TensorFate, reason: str | None) -> None:
-        """The checkpoint's tensor under all its names: one tensor again, or an untrained twin (Spark)."""
+        """The checkpoint's tensor under all its names: one tensor again, or an untrained copy (Spark)."""
         first, *others = decision.names
         if decision.fitted is None:
             self.dropped.update(dict.fromkeys(decision.names, reason or decision.reason))
@@ -259,7 +259,7 @@ class _Transfer:
         if is_special_token(name):
             return "class or register token"
         if "rope" in name.split("."):
-            return "rotary table, computed anew"
+            return "rotary table, computed again"
         if is_other_stem(name):
             return "another dataset's stem"
         if below(name, plan.key_to_encoder or "") is not None or below(name, plan.key_to_stem or "") is not None:

@@ -81,8 +81,8 @@ def test_the_public_address_is_served_by_the_configured_endpoint(hub, files, cac
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("https://huggingface.co/onlyowner", "no Hugging Face address"),
-        ("https://huggingface.co/owner/name/commits/main", "no Hugging Face address"),
+        ("https://huggingface.co/onlyowner", "not a Hugging Face address"),
+        ("https://huggingface.co/owner/name/commits/main", "not a Hugging Face address"),
         ("ftp://huggingface.co/a/b", "neither an https address nor a Hugging Face one"),
         ("http://example.invalid/weights.zip", "exchanged on the way"),
         ("https://example.invalid/weights.zip#md5=00", "must be sha256="),

@@ -221,7 +221,7 @@ def patched_claim(content, claim):
     [
         (lambda name, data: [(name, data, {})] * (2 if name.endswith("/data/0") else 1), "twice"),
         (lambda name, data: [(name, data, {"compress_type": zipfile.ZIP_DEFLATED})], "compressed|claims to hold"),
-        (lambda name, data: [] if name.endswith("data.pkl") else [(name, data, {})], "truncated or no PyTorch"),
+        (lambda name, data: [] if name.endswith("data.pkl") else [(name, data, {})], "truncated or not a PyTorch"),
         (lambda name, data: [(name, data.replace(b"torch\nFloatStorage", b"torch\nStorageFloat"), {})], "StorageFloat"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_checkpoint_without_a_decoder_is_told_loudly():
     report = transfer_weights(source.checkpoint, target(), scope="encoder+decoder")
     assert report.coverage == 1
     assert named(report, "decoder.transpconvs.0.weight").reason == "the checkpoint has no decoder"
-    assert "the decoder was asked for and the checkpoint has none: it stays fresh" in report.warnings
+    assert "the decoder was requested and the checkpoint has none: it stays fresh" in report.warnings
 
 
 def test_damage_in_the_decoder_is_an_error():
@@ -145,7 +145,7 @@ def test_of_a_deeper_decoder_the_coarsest_stages_are_dropped():
     assert report.decoder_coverage == 1
     assert named(report, "decoder.transpconvs.0.bias").source == "decoder.transpconvs.1.bias"
     reasons = {row.name: row.reason for row in report.source_rows}
-    gone = "decoder stage of a resolution that the network has not (2 decoder stages)"
+    gone = "decoder stage of a resolution that the network does not have (2 decoder stages)"
     assert reasons["decoder.stages.0.convs.0.conv.weight"] == reasons["decoder.seg_layers.0.bias"] == gone
 
 

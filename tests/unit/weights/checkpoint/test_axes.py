@@ -113,7 +113,7 @@ def test_everything_with_a_plan_stays_as_it_is_unless_asked(tmp_path):
     assert open_checkpoint(path).plan.patch_size == (8, 12, 16)
     asked = open_checkpoint(path, axes="xyz")
     assert (asked.plan.patch_size, asked.plan.spacing) == ((16, 12, 8), (0.7, 0.8, 2))
-    assert any("as asked for" in note for note in asked.notes)
+    assert any("as requested" in note for note in asked.notes)
     lightning, _ = lightning_file(tmp_path / "lightning")
     content = plan("PlainConvUNet", (6, 8, 12))
     content["architecture_plans"]["arch_kwargs"] |= {"strides": STRIDES, "kernel_sizes": KERNELS}

@@ -53,7 +53,7 @@ def test_random_bytes_are_refused_and_never_crash(tmp_path_factory, content):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>Not logged in</html>", "web page"),
-        (b"PK\x03\x04 not a zip at all", "truncated or no PyTorch checkpoint"),
+        (b"PK\x03\x04 not a zip at all", "truncated or not a PyTorch checkpoint"),
     ],
 )
 def test_what_is_often_mistaken_for_a_checkpoint_is_recognised(tmp_path, content, message):

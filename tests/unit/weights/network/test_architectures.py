@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +200,29 @@ def test_stock_nnunet_builds_the_same_network_from_the_plans_entry(name):
     assert type(theirs) is type(ours)
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+
+
+def test_what_is_compared_with_a_file_costs_no_heavy_import():
+    """An outline of a CNN, and opening a checkpoint of one, import neither torch's compiler nor what only a Primus needs."""
+    program = (
+        "import sys\n"
+        "from nnssl_adapt.weights.network.architectures import Architecture, outline\n"
+        "from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint\n"
+        "from nnssl_adapt.weights.transfer.transfer import transfer_weights\n"
+        "outline(Architecture.named('ResEncL'), 2, (160, 160, 160))\n"
+        "open_checkpoint(sys.argv[1])\n"
+        "print(*({'torch._dynamo', 'sympy', 'torchvision', 'timm', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    source = Path(__file__).parents[3] / "data" / "nnssl_checkpoints" / "small_resenc"
+    done = subprocess.run([sys.executable, "-c", program, str(source)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_an_outline_has_the_names_and_shapes_of_the_network():
+    for preset in ("PrimusS", "PrimusV3S"):
+        small = Architecture.named(preset, embed_dim=24, eva_depth=1, eva_numheads=2)
+        built, drawn = build_network(small, 2, 1, (8, 16, 24)), outline(small, 2, (8, 16, 24))
+        assert {k: v.shape for k, v in built.state_dict().items()} == {
+            k: v.shape for k, v in drawn.state_dict().items()
+        }
+        assert all(tensor.is_meta for tensor in drawn.parameters())

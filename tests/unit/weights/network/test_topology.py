@@ -64,7 +64,7 @@ def test_a_2d_network_and_a_transformer_are_refused_by_what_they_are():
     with pytest.raises(AdaptationPlanError, match="2D network"):
         plan_from_tensors(flat, "file.pth")
     primus = outline(Architecture.named("PrimusS"), 1, (16, 16, 24)).state_dict()
-    with pytest.raises(AdaptationPlanError, match=r"don't tell its patch: copy its adaptation_plan\.json"):
+    with pytest.raises(AdaptationPlanError, match=r"don't show its patch: copy its adaptation_plan\.json"):
         plan_from_tensors(primus, "file.pth")
     with pytest.raises(AdaptationPlanError, match="neither a U-Net's"):
         plan_from_tensors({"head.weight": torch.zeros(2, 3)}, "file.pth")

@@ -109,7 +109,7 @@ def test_a_zip_without_weights_lists_what_it_holds(tmp_path, own_cache):
     ) as caught:
         resolve_source(path)
     one_line(caught)
-    with pytest.raises(SourceError, match=r"a\.png is no weight file"):
+    with pytest.raises(SourceError, match=r"a\.png is not a weight file"):
         resolve_source(path, SourceOptions(filename="a.png"))
     with pytest.raises(SourceError, match="holds another zip"):
         resolve_source(write_zip(tmp_path / "nested.zip", {"inner.zip": b"PK"}))

@@ -200,7 +200,7 @@ def test_a_killed_run_s_leftover_is_not_taken_for_whole(web, weights, tmp_path):
 
 
 def test_a_wrong_digest_is_refused_and_nothing_kept(web, weights, tmp_path):
-    with pytest.raises(DigestMismatch, match=f"has sha256 {DIGEST}, and {'0' * 64} was asked for") as caught:
+    with pytest.raises(DigestMismatch, match=f"has sha256 {DIGEST}, and {'0' * 64} was requested") as caught:
         fetch(f"{weights}#sha256={'0' * 64}", tmp_path)
     one_line(caught)
     assert files_below(tmp_path) == []

@@ -161,7 +161,7 @@ def test_an_order_that_nothing_tells_is_a_warning():
 
 def test_what_is_asked_for_wins_and_nonsense_is_refused():
     checkpoint = checkpoint_of({}, (4, 12, 16), "AnonRes/PrimusM-OpenMind-MAE")
-    assert file_order(checkpoint, "whd") == ("whd", "as asked for")
+    assert file_order(checkpoint, "whd") == ("whd", "as requested")
     with pytest.raises(TransferError, match="auto, hwd or whd"):
         file_order(checkpoint, "dhw")
 
@@ -210,7 +210,7 @@ def test_a_clear_measurement_outweighs_the_table_and_both_are_told(autoencoders)
     order, reason = file_order(autoencoder_checkpoint(autoencoders["hwd"], trainer_name="BaseEvaMAETrainer"), "auto")
     assert order == "hwd"
     assert reason.startswith("BaseEvaMAETrainer trains nnssl's EvaMAE; measured")
-    assert file_order(autoencoder_checkpoint(autoencoders["whd"]), "hwd") == ("hwd", "as asked for")
+    assert file_order(autoencoder_checkpoint(autoencoders["whd"]), "hwd") == ("hwd", "as requested")
 
 
 def test_an_autoencoder_that_has_learned_nothing_has_no_say(autoencoders):

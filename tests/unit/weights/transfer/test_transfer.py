@@ -222,7 +222,7 @@ def test_rotary_tables_and_teachers_are_dropped_and_listed(tmp_path):
     checkpoint = opened(tmp_path, "Primus", tensors)
     report = transfer_weights(checkpoint, network_for(checkpoint))
     reasons = {row.name: row.reason for row in report.source_rows if row.fate == "dropped"}
-    assert reasons["eva.rope.pos_embed"] == "rotary table, computed anew"
+    assert reasons["eva.rope.pos_embed"] == "rotary table, computed again"
     assert reasons["teacher.eva.norm.weight"] == "teacher"
     assert reasons["projection_head.0.weight"] == "projector"
     assert reasons["jigsaw.bias"] == "pre-training head 'jigsaw'"
@@ -276,7 +276,7 @@ def test_scope_none_leaves_the_network_alone_and_says_why(tmp_path):
     before = snapshot(network)
     report = transfer_weights(checkpoint, network, scope="none")
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert {(row.fate, row.reason) for row in report.rows} == {("fresh", "not asked for (scope none)")}
+    assert {(row.fate, row.reason) for row in report.rows} == {("fresh", "not requested (scope none)")}
     assert {row.fate for row in report.source_rows} == {"dropped"}
     assert report.coverage == 0
     assert report.origin["sha256"] == checkpoint.origin.sha256
