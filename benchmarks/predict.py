@@ -3,11 +3,11 @@
     python benchmarks/predict.py export [--cases brain thick ct same] [--repeats 3]
     python benchmarks/predict.py whole [--images 6] [--tta] [--device cpu]
 
-``export`` goes from logits to labels on the image's own grid, one thread, from the same float16 logits; labels must be
-identical. ``whole`` predicts a folder of images with a small network and random weights, each side by its own way to
-overlap things, from the start of the process to its end; ours once with nnU-Net's float16 sums (labels must agree) and
-once with its own. Memory of ``whole`` is of all processes of a side together, shared pages counted once. Machines are
-noisy: read the ratios.
+``export`` goes from logits to labels on the image's own grid, one thread, from the same logits: nnunetv2 gets them in
+float16, ours in float32, as each one's prediction hands them over; labels must be identical. ``whole`` predicts a folder of
+images with a small network and random weights, each side by its own way to overlap things, from the start of the process to
+its end; ours once with nnU-Net's float16 sums (labels must agree) and once with its own. Memory of ``whole`` is of all
+processes of a side together, shared pages counted once. Machines are noisy: read the ratios.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def measure_export(which: str, folder: Path, name: str, repeats: int) -> tuple[f
     export = our_export if which == "ours" else their_export
     with contextlib.redirect_stdout(io.StringIO()):
         export("small", torch.from_numpy(np.load(folder / "small.npy")))()  # libraries are loaded, and not counted
-        run = export(name, torch.from_numpy(np.load(folder / f"{name}.npy")))
+        logits = torch.from_numpy(np.load(folder / f"{name}.npy"))
+        run = export(name, logits.float() if which == "ours" else logits)
+        del logits
         Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew (Linux)
         before = memory_in_kb("VmRSS")
         times = []

@@ -86,12 +86,15 @@ def _winner(logits: np.ndarray, precision: np.dtype[Any], close: np.ndarray | No
     exact = np.result_type(precision, np.float32)
     for start in range(0, len(winner), _SLAB):
         part = slice(start, start + _SLAB)
-        slab = values[:, part].astype(precision, copy=False)
-        winner[part], best, second = _best_two(slab, close is not None)
+        if values.dtype == np.float32 and precision == np.float16:
+            winner[part], best, second = _best_two_rounded(values[:, part])
+        else:
+            winner[part], best, second = _best_two(values[:, part].astype(precision, copy=False), close is not None)
         if close is not None:
             best, second = best.astype(exact), second.astype(exact)
             margin = 4 * limits.eps * np.abs(best) + 4 * limits.smallest_subnormal
             np.less_equal(best - second, margin, out=close.reshape(-1)[part])
+            close.reshape(-1)[part] |= best >= limits.max  # all such numbers are equal when rounded: infinite
     return winner.reshape(logits.shape[1:])
 
 
@@ -112,6 +115,22 @@ def _best_two(values: np.ndarray, with_second: bool = True) -> tuple[np.ndarray,
         winner[others], *pair = _race(np.where(some < 0, -(some & largest), some), with_second)
         best[others], second[others] = (np.where(n < 0, ~largest | -n, n) for n in pair)
     return winner, best.view(values.dtype), second.view(values.dtype)
+
+
+def _best_two_rounded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :func:`_best_two` of float32 numbers, the row by what they are when rounded to float16; the numbers as they were.
+
+    Rounding all of them takes longer than everything else. It only matters where the two largest are close.
+    """
+    winner, best, second = _best_two(np.ascontiguousarray(values))
+    half = np.finfo(np.float16)
+    margin = 4 * half.eps * np.abs(best) + 4 * half.smallest_subnormal
+    near = np.flatnonzero((best - second <= margin) | (np.abs(best) >= half.max))
+    if len(near):
+        with np.errstate(over="ignore"):  # too large becomes infinite, as nnU-Net's does
+            rounded = values[:, near].astype(np.float16)
+        winner[near] = _best_two(rounded, with_second=False)[0]
+    return winner, best, second
 
 
 def _race(keys: np.ndarray, with_second: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -59,6 +59,25 @@ def _forward(of: nn.Conv3d, image: Tensor) -> Tensor:
 
 
 @contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Within, float32 on CUDA is float32: neither convolutions nor products are rounded to TF32's ten bits.
+
+    PyTorch's own default is a mixture: TF32 in convolutions, float32 in products. Whoever asks for float32, or is helped out
+    with it where half precision overflowed, gets it in both. Half precision is not affected, nor are other devices.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextmanager
 def cudnn_benchmark(device: torch.device) -> Iterator[None]:
     """Within, cuDNN chooses its convolutions by timing them; nothing changes on other devices than CUDA."""
     before = torch.backends.cudnn.benchmark

@@ -33,7 +33,14 @@ from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, W
 from nnssl_adapt.inference.pipeline import Pipeline, Result
 from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
-from nnssl_adapt.inference.sliding_window import Allocate, Progress, Tiles, finish, logits_by_tiles
+from nnssl_adapt.inference.sliding_window import (
+    Allocate,
+    Progress,
+    Tiles,
+    finish,
+    logits_by_tiles,
+    with_float32_as_fallback,
+)
 from nnssl_adapt.inference.steps import Steps
 from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee
 from nnssl_adapt.inference.tile_bar import TileBar
@@ -158,19 +165,13 @@ class Predictor:
                 allocate=allocate,
             )
 
-        wanted = _PRECISIONS[self.precision]
         try:
-            return (yield from run(wanted))
-        except PredictionError as error:
-            if self.device.type != "cuda" or wanted is None:
-                raise
-            logger.warning("%s: this image is done again in float32", error)
+            return (yield from with_float32_as_fallback(run, _PRECISIONS[self.precision], self.device))
         except NotImplementedError as error:
             raise PredictionError(
                 f"PyTorch can't run a part of this network on {self.device.type}: use -device cpu"
                 + (", or export PYTORCH_ENABLE_MPS_FALLBACK=1" if self.device.type == "mps" else "")
             ) from error
-        return (yield from run(None))
 
     def predict_array(
         self,

@@ -21,7 +21,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
-from nnssl_adapt.inference.convolutions import cudnn_benchmark, onednn_convolutions
+from nnssl_adapt.inference.convolutions import cudnn_benchmark, exact_float32, onednn_convolutions
+from nnssl_adapt.inference.tile_batches import TileBatch, free_memory, tile_batch
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,6 @@ SIGMA_SCALE = 1 / 8
 
 WEIGHT_AT_CENTRE = 10.0
 """nnU-Net's scale. It matters only to float16 sums, whose smallest weights would otherwise vanish."""
-
-_BATCH_ON_CUDA = 8
-"""A tile with all its mirrored copies."""
 
 _SHARE_FOR_SUMS = 0.75
 """Of the memory that a GPU has free, what may go to an image and its logits; the network needs the rest."""
@@ -114,8 +112,9 @@ def logits_by_tiles(
             kept in main memory, and the log says so.
         autocast_dtype: precision of the network on CUDA (None: float32). Elsewhere the network runs in float32.
         accumulation_dtype: of the sums. float16 reproduces nnU-Net's rounding and needs half the memory.
-        batch_size: tiles that go through the network together; a tile's mirrored copies count as one each. None: 8 on
-            CUDA (half as many as often as its memory is too small), 1 elsewhere, where more gains nothing.
+        batch_size: tiles that go through the network together; a tile's mirrored copies count as one each. None: up to 8
+            on CUDA (see :func:`~nnssl_adapt.inference.tile_batches.tiles_at_once`; half as many as often as its memory is
+            too small), 1 elsewhere, where more gains nothing.
         allocate: makes the tensor that is returned; None: torch does.
 
     Yields:
@@ -129,12 +128,13 @@ def logits_by_tiles(
     """
     device = torch.device(device)
     whole, original = _pad_to_patch(image, patch_size)
+    network.to(device)
     window = _Window(
         tiles=_tiles(whole.shape[1:], patch_size, step),
         flips=_flips(mirror_axes),
         weights=gaussian_importance(patch_size, dtype=accumulation_dtype),
         num_heads=num_heads,
-        batch_size=batch_size or (_BATCH_ON_CUDA if device.type == "cuda" else 1),
+        batch=TileBatch(batch_size) if batch_size else tile_batch(network, num_heads, patch_size, device),
         # A padded image's sums are larger than what is returned.
         allocate=allocate if allocate is not None and whole is image else _zeros,
     )
@@ -145,21 +145,36 @@ def logits_by_tiles(
         found: Tensor = (output[0] if isinstance(output, (list, tuple)) else output).float()
         return found
 
-    network.to(device)
     # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.
     fast = onednn_convolutions(network, device) if accumulation_dtype == torch.float32 else nullcontext()
-    with _evaluating(network), cudnn_benchmark(device), fast:
+    with _evaluating(network), cudnn_benchmark(device), exact_float32(device), fast:
         keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
-        try:
-            logits = yield from _blend(run, whole, window, device, keep_on)
-        except torch.OutOfMemoryError:
-            if keep_on.type == "cpu" and device.type != "cpu":
-                raise
+        fitting = yield from _blend_if_it_fits(run, whole, window, device, keep_on)
+        if fitting is None:  # not in a handler, whose traceback would keep the first sums in memory
             _say_too_small(whole)
             _empty_cache(device)
-            logits = yield from _blend(run, whole, window, device, torch.device("cpu"))
+            fitting = yield from _blend(run, whole, window, device, torch.device("cpu"))
+        logits: Tensor = fitting
+        del fitting
     _refuse_non_finite(logits, autocast_dtype if device.type == "cuda" else accumulation_dtype)
     return _returned(logits[original], allocate or _zeros)
+
+
+def with_float32_as_fallback(
+    run: Callable[[torch.dtype | None], Tiles], precision: torch.dtype | None, device: torch.device
+) -> Tiles:
+    """``run(precision)``; once more in float32 where numbers were too large for half precision on a GPU.
+
+    Raises PredictionError where the logits are NaN or infinite in float32 too.
+    """
+    try:
+        return (yield from run(precision))
+    except PredictionError as error:
+        if device.type != "cuda" or precision is None:
+            raise
+        # As text: a record of the error would keep its traceback, and with it the tensors.
+        logger.warning("%s: this image is done again in float32", str(error))
+    return (yield from run(None))  # not in the handler, whose traceback keeps the first run's tensors in memory
 
 
 def sliding_window_logits(
@@ -188,6 +203,18 @@ def finish(tiles: Tiles, progress: Progress | None = None) -> Tensor:
                 progress(done, total)
 
 
+def _blend_if_it_fits(
+    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, keep_on: torch.device
+) -> Generator[tuple[int, int], None, Tensor | None]:
+    """:func:`_blend`; None where a GPU is too small for the sums. Raises OutOfMemoryError if they are not there anyway."""
+    try:
+        return (yield from _blend(run, image, window, device, keep_on))
+    except torch.OutOfMemoryError:
+        if keep_on.type == "cpu" and device.type != "cpu":
+            raise
+    return None
+
+
 def _returned(logits: Tensor, allocate: Allocate) -> Tensor:
     """The logits on the CPU without gaps, in memory of ``allocate`` unless they are there already."""
     if logits.device.type == "cpu" and logits.is_contiguous():
@@ -214,7 +241,7 @@ class _Window:
         flips: axes of an image (C, Z, Y, X) to mirror, one entry for each look at a tile.
         weights: of a tile's voxels, in the type of the sums.
         num_heads: outputs of the network.
-        batch_size: looks that go through the network together.
+        batch: looks that go through the network together.
         allocate: memory of the sums on the CPU.
     """
 
@@ -222,7 +249,7 @@ class _Window:
     flips: Sequence[tuple[int, ...]]
     weights: Tensor
     num_heads: int
-    batch_size: int
+    batch: TileBatch
     allocate: Allocate
 
 
@@ -238,10 +265,10 @@ def _blend(
     else:
         total = torch.zeros(shape, dtype=weights.dtype, device=keep_on)
     total_weight = torch.zeros(image.shape[1:], dtype=weights.dtype, device=keep_on)
-    batch_size, done = window.batch_size, 0
+    batch, done = window.batch, 0
     while done < len(window.tiles):
         try:
-            for logits in _means(run, image, window.tiles[done:], window.flips, batch_size, device):
+            for logits in _means(run, image, window.tiles[done:], window.flips, batch.size, device):
                 tile = window.tiles[done]
                 where = (slice(None), *tile)
                 _add(total[where], logits.to(keep_on), weights)
@@ -249,10 +276,10 @@ def _blend(
                 done += 1
                 yield done, len(window.tiles)
         except torch.OutOfMemoryError:
-            if batch_size == 1:
+            if batch.size == 1:
                 raise
-            batch_size //= 2
-            logger.debug("GPU memory is too small for batches of %d: %d from here on", 2 * batch_size, batch_size)
+            batch.size //= 2
+            logger.debug("GPU memory is too small for %d tiles at a time: %d from here on", 2 * batch.size, batch.size)
             _empty_cache(device)
     return total.div_(total_weight)
 
@@ -311,9 +338,7 @@ def _has_room(device: torch.device, window: _Window, image: Tensor) -> bool:
         return True
     voxels = image[0].numel()
     needed = (window.num_heads + 1) * voxels * window.weights.element_size() + image.numel() * image.element_size()
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed < _SHARE_FOR_SUMS * free:
+    if needed < _SHARE_FOR_SUMS * free_memory(device):
         return True
     _say_too_small(image)
     return False

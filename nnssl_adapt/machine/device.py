@@ -10,6 +10,9 @@ from nnssl_adapt.errors import DeviceUnavailable
 def check_device(device: str | torch.device) -> torch.device:
     """Return the device (``cuda``, ``cuda:1``, ``mps``, ``cpu``) if this machine has it.
 
+    A numbered CUDA device becomes the current one of this thread: what asks for "the" GPU (kernels that are compiled here,
+    events, graphs) would otherwise use the first.
+
     Raises DeviceUnavailable, saying what there is instead.
     """
     try:
@@ -21,6 +24,8 @@ def check_device(device: str | torch.device) -> torch.device:
     if wanted.type == "cuda" and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if (wanted.index or 0) < count:
+            if wanted.index is not None:
+                torch.cuda.set_device(wanted)
             return wanted
         raise DeviceUnavailable(f"device {device} does not exist: this machine has cuda:0 to cuda:{count - 1}")
     if wanted.type == "mps" and torch.backends.mps.is_available():

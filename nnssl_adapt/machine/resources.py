@@ -6,6 +6,7 @@ A machine of 128 cores says nothing about a job of 8. What counts is the least o
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -15,6 +16,9 @@ from pathlib import Path
 
 from nnssl_adapt.machine.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, words_in
 from nnssl_adapt.machine.memory import available_memory
+from nnssl_adapt.text import size_text
+
+logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -71,7 +75,16 @@ class Resources:
             each = _WORKER_BYTES + (_READ_TO_BATCH + _BATCHES_AHEAD) * batch_bytes
             count = min(count, int(_USABLE_SHARE * self.memory / each))
         if self.shared_memory is not None and batch_bytes:
-            count = min(count, int(_USABLE_SHARE * self.shared_memory / (_BATCHES_AHEAD * batch_bytes)))
+            fitting = int(_USABLE_SHARE * self.shared_memory / (_BATCHES_AHEAD * batch_bytes))
+            if fitting < count:
+                logger.warning(
+                    "/dev/shm has %s free, which is enough for %s instead of %d: batches will be late. Enlarge it "
+                    "(docker run --shm-size 8g)",
+                    size_text(self.shared_memory),
+                    f"{fitting} data worker{'s' * (fitting != 1)}" if fitting else "no data worker",
+                    count,
+                )
+            count = min(count, fitting)
         return count
 
 

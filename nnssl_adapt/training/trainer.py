@@ -17,7 +17,7 @@ from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
-from nnssl_adapt.inference.convolutions import cudnn_benchmark
+from nnssl_adapt.inference.convolutions import cudnn_benchmark, exact_float32
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.machine.lock import only_run_in
@@ -29,7 +29,7 @@ from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
 from nnssl_adapt.training.optimise.loss_choice import choose_loss, loss_mistakes
 from nnssl_adapt.training.optimise.optimizer import autocast_dtype
-from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors
+from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors, explained_validation_memory
 from nnssl_adapt.training.progress.display import log_epoch, log_file
 from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.progress.picture import ProgressPicture
@@ -208,12 +208,14 @@ class PretrainedTrainer:
             stop_on_signals(deadline, alone=self.ranks.size == 1) as stop,
             restored_random_state(self.device),
             cudnn_benchmark(self.device),
-            explained_memory_errors(self.plan, self.recipe, self.device),
+            exact_float32(self.device),
             explained_worker_death(),
         ):
             going_on = self.ranks.from_main(self.can_resume) if resume == "auto" else resume
-            network = None if validate_only else self._train_if_needed(going_on, stop)
-            self.summary = self._validate(network, checkpoint_for_validation, save_probabilities, stop)
+            with explained_memory_errors(self.plan, self.recipe, self.device):
+                network = None if validate_only else self._train_if_needed(going_on, stop)
+            with explained_validation_memory(self.plan, self.device):
+                self.summary = self._validate(network, checkpoint_for_validation, save_probabilities, stop)
         return ModelFolder.open(self.folder.model) if self.checkpointing else ModelFolder(self.folder.model)
 
     def _train_if_needed(self, resume: bool, stop: StopRequest) -> nn.Module | None:
@@ -358,6 +360,7 @@ class PretrainedTrainer:
             references=self.plan.dataset_folder / "gt_segmentations",
             folder=self.folder.path,
             device=self.device,
+            autocast_dtype=self.autocast_dtype,
             save_probabilities=save_probabilities,
             ranks=self.ranks,
         )

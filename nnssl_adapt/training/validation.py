@@ -20,7 +20,13 @@ from nnssl_adapt.errors import TrainingStopped
 from nnssl_adapt.evaluation.metrics import Summary, evaluate_folder
 from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
-from nnssl_adapt.inference.sliding_window import Progress, sliding_window_logits
+from nnssl_adapt.inference.sliding_window import (
+    Progress,
+    Tiles,
+    finish,
+    logits_by_tiles,
+    with_float32_as_fallback,
+)
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
@@ -45,6 +51,8 @@ class FoldValidation:
         references: folder with the reference labels (``gt_segmentations``).
         folder: of the fold; results go to ``validation/`` in it.
         device: where the network runs.
+        autocast_dtype: what the network computes in on CUDA, as in training; None: float32. A case whose numbers are too
+            large for it is done again in float32.
         save_probabilities: also write nnU-Net's ``.npz`` and ``.pkl``.
         ranks: the processes that share the cases; the main one judges what all have predicted.
     """
@@ -57,6 +65,7 @@ class FoldValidation:
     references: Path
     folder: Path
     device: torch.device
+    autocast_dtype: torch.dtype | None = torch.float16
     save_probabilities: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -144,15 +153,19 @@ class FoldValidation:
         case = self.store.open(identifier)
         with explained_damage(case):
             image = torch.from_numpy(case.data[:])
-        logits = sliding_window_logits(
-            network,
-            image,
-            self.plan.patch_size,
-            self.labels.num_heads,
-            mirror_axes=mirror_axes,
-            device=self.device,
-            progress=after_tile,
-        )
+
+        def run(precision: torch.dtype | None) -> Tiles:
+            return logits_by_tiles(
+                network,
+                image,
+                self.plan.patch_size,
+                self.labels.num_heads,
+                mirror_axes=mirror_axes,
+                device=self.device,
+                autocast_dtype=precision,
+            )
+
+        logits = finish(with_float32_as_fallback(run, self.autocast_dtype, self.device), after_tile)
         if self.save_probabilities:
             labels, probabilities = logits_to_probabilities(logits, case.properties, self.plan, self.labels)
             write_probabilities(self.output / identifier, probabilities, case.properties)

@@ -9,10 +9,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nnssl_adapt.errors import ConfigurationError
@@ -133,12 +135,16 @@ def wants_compiling(recipe: Recipe, device: torch.device) -> bool:
 class CompiledForward:
     """A network's compiled twin, and the network itself from the moment that compiling turns out not to work here.
 
+    The first call that wants gradients is tried before: forward and backward, on the same image, without leaving gradients
+    behind. For the backward pass is compiled apart, and a failure there would otherwise end the run.
+
     Args:
         network: (B, C, Z, Y, X) → logits; it is not changed, and has the same weights as its twin.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self._backward_works = False
         self._compiled: Callable[[Tensor], Any] | None = None
         try:
             self._compiled = torch.compile(network)
@@ -150,6 +156,8 @@ class CompiledForward:
         return self._compiled is not None
 
     def __call__(self, image: Tensor) -> Any:
+        if self._compiled is not None and torch.is_grad_enabled() and not self._backward_works:
+            self._try_backward(self._compiled, image)
         if self._compiled is None:
             return self.network(image)
         try:
@@ -157,6 +165,28 @@ class CompiledForward:
         except _failures() as error:  # the first call compiles, and later ones with a new mode or shape
             self._give_up(error)
         return self.network(image)
+
+    def _try_backward(self, compiled: Callable[[Tensor], Any], image: Tensor) -> None:
+        """One pass each way, gradients thrown away; the random state stays as it was."""
+        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+        # Gradients that are thrown away must not be sent to other processes, nor be waited for.
+        alone = self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()
+        devices = [image.device] if image.device.type == "cuda" else []
+        failure: Exception | None = None
+        with alone, torch.random.fork_rng(devices=devices):
+            try:
+                outputs = compiled(image)
+                outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+                ends = [output.float().sum() for output in outputs if output.requires_grad]
+                if ends and weights:
+                    torch.autograd.grad(ends, weights, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except _BACKEND_FAILURES as error:
+                failure = error
+        self._backward_works = True
+        if failure is not None:
+            self._give_up(failure)
 
     def _give_up(self, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -167,6 +197,20 @@ class CompiledForward:
             reason,
         )
         self._compiled = None
+
+
+_BACKEND_FAILURES = (
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ImportError,
+    OSError,
+    AssertionError,
+)
+"""What compilers raise in the backward pass, where dynamo does not wrap it. An error of the network itself comes again when
+it runs as it is."""
 
 
 def _failures() -> tuple[type[Exception], ...]:

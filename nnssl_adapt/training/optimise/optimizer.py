@@ -94,6 +94,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     settings = [{key: value for key, value in group.items() if key != "params"} for group in ours]
     groups = [{**settings[i], "params": group["params"]} if i < len(ours) else group for i, group in enumerate(theirs)]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    _lay_out_as_weights(optimizer)
+
+
+@torch.no_grad()
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give each momentum or moment the strides of its weight, which fused optimisers on CUDA insist on.
+
+    A checkpoint has them as they were: a run that was begun in another memory layout (``channels_last``) left others.
+    """
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,14 +16,35 @@ from nnssl_adapt.training.recipe.recipe import Recipe
 @contextmanager
 def explained_memory_errors(plan: FinetunePlan, recipe: Recipe, device: torch.device) -> Iterator[None]:
     """Turn torch's error for too little memory into a TrainingError that says which patch or batch would fit."""
+    with _memory_errors_as(lambda: _explanation(plan, recipe, device)):
+        yield
+
+
+@contextmanager
+def explained_validation_memory(plan: FinetunePlan, device: torch.device) -> Iterator[None]:
+    """Turn the same error into a TrainingError that says how to go on, where a trained network is validated.
+
+    Whole cases are predicted then, one patch at a time: the batch of the training has no part in it.
+    """
+    where = "the GPU's memory" if device.type == "cuda" else "the memory"
+    message = (
+        f"validation: {where} is too small for a case's tiles of {by(plan.patch_size)} and its logits. The trained weights "
+        "are saved: run the same command with --val where more is free"
+    )
+    with _memory_errors_as(lambda: message):
+        yield
+
+
+@contextmanager
+def _memory_errors_as(explanation: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise TrainingError(_explanation(plan, recipe, device)) from error
+        raise TrainingError(explanation()) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # the CPU's allocator has no exception of its own
             raise
-        raise TrainingError(_explanation(plan, recipe, device)) from error
+        raise TrainingError(explanation()) from error
 
 
 def _explanation(plan: FinetunePlan, recipe: Recipe, device: torch.device) -> str:

@@ -31,3 +31,17 @@ def test_many_slabs():
     shape = (40, 41, 43)
     logits = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
     assert np.array_equal(logits_to_labels(logits, shape, ONE, ONE), logits.astype(np.float16).argmax(0))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0, 4e4])
+def test_float32_logits_are_compared_as_float16(scale):
+    """Many ties after rounding, negative and tiny numbers, and numbers that float16 has not."""
+    rng = np.random.default_rng(3)
+    logits = (scale * rng.normal(size=(5, 10, 20, 30))).astype(np.float32)
+    logits[3] = logits[1] * np.float32(1.0002)  # often equal when rounded, and then the lower class wins
+    logits[:, :2] = -np.abs(logits[:, :2])
+    with np.errstate(over="ignore"):
+        expected = logits.astype(np.float16).argmax(0)
+    assert np.array_equal(logits_to_labels(logits, (10, 20, 30), (1, 1, 1), (1, 1, 1)), expected)
+    if scale == 1.0:
+        assert not np.array_equal(expected, logits.argmax(0))

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ import torch
 from torch import nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
-from nnssl_adapt.inference.sliding_window import gaussian_importance, sliding_window_logits, tile_positions
+from nnssl_adapt.inference import sliding_window
+from nnssl_adapt.inference.convolutions import exact_float32
+from nnssl_adapt.inference.sliding_window import (
+    finish,
+    gaussian_importance,
+    sliding_window_logits,
+    tile_positions,
+    with_float32_as_fallback,
+)
+from nnssl_adapt.inference.tile_batches import TileBatch, tiles_at_once
 
 PATCH = (8, 12, 16)
 
@@ -207,8 +217,6 @@ def test_the_result_is_an_ordinary_tensor():
 
 
 def test_when_the_gpu_is_too_small_sums_are_kept_in_main_memory_and_it_is_said(monkeypatch, caplog):
-    from nnssl_adapt.inference import sliding_window
-
     blend = sliding_window._blend
     failures = iter([torch.cuda.OutOfMemoryError("no memory")])
 
@@ -237,3 +245,86 @@ def test_cuda_agrees_with_the_cpu():
     assert exact.device.type == fast.device.type == "cpu"
     torch.testing.assert_close(exact, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(fast, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_first_sums_are_gone_when_they_are_begun_again_in_main_memory(monkeypatch):
+    made, alive = [], []
+
+    def allocate(shape, dtype):
+        alive.append([sums() is not None for sums in made])
+        sums = torch.zeros(shape, dtype=dtype)
+        made.append(weakref.ref(sums))
+        return sums
+
+    class TooLargeOnce(Pointwise):
+        def forward(self, x):
+            if len(made) == 1:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x)
+
+    logits = sliding_window_logits(TooLargeOnce(), image(2, 10, 20, 30), PATCH, 3, mirror_axes=None, allocate=allocate)
+    assert len(made) == 2 and alive == [[], [False]] and logits.shape == (3, 10, 20, 30)
+
+
+def test_numbers_too_large_for_half_precision_are_computed_again_without_the_first_ones(caplog):
+    seen = []
+
+    def run(precision):
+        seen.append((precision, [sums() is not None for sums in earlier]))
+        sums = torch.full((2, 3), 1.0 if precision is None else torch.inf)
+        earlier.append(weakref.ref(sums))
+        yield 1, 1
+        if not torch.isfinite(sums).all():
+            raise PredictionError("the numbers are too large for float16")
+        return sums
+
+    earlier = []
+    gpu = torch.device("cuda")
+    assert torch.equal(finish(with_float32_as_fallback(run, torch.float16, gpu)), torch.ones(2, 3))
+    assert seen == [(torch.float16, []), (None, [False])] and "again in float32" in caplog.text
+    with pytest.raises(PredictionError):
+        finish(with_float32_as_fallback(run, torch.float16, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("patch", "heads", "features", "free", "expected"),
+    [
+        ((128, 128, 128), 3, 64, 80 * 2**30, 8),
+        ((192, 192, 192), 3, 64, 80 * 2**30, 4),  # 2³¹ elements of 64 features
+        ((192, 192, 192), 118, 64, 80 * 2**30, 2),
+        ((192, 192, 192), 118, 64, 12 * 2**30, 1),  # no memory for more
+        ((160, 160, 160), 30, 64, 24 * 2**30, 4),
+        ((64, 64, 64), 2, 0, 2**20, 1),
+    ],
+)
+def test_as_many_tiles_at_once_as_fit(patch, heads, features, free, expected):
+    assert tiles_at_once(patch, heads, features, free) == expected
+
+
+def test_a_batch_that_was_too_large_is_not_tried_for_the_next_image(monkeypatch):
+    class Small(Pointwise):
+        sizes = ()
+
+        def forward(self, x):
+            self.sizes = (*self.sizes, len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x)
+
+    network, known = Small(), TileBatch(8)
+    monkeypatch.setattr(sliding_window, "tile_batch", lambda *arguments: known)
+    for _ in range(2):
+        sliding_window_logits(network, image(2, 10, 20, 30), PATCH, 3)
+    assert network.sizes[:3] == (8, 4, 2) and set(network.sizes[2:]) == {2}
+
+
+def test_float32_on_a_gpu_is_float32_in_convolutions_and_products():
+    def settings():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = settings()
+    with exact_float32(torch.device("cuda")):
+        assert settings() == (False, False)
+    assert settings() == before
+    with exact_float32(torch.device("cpu")):
+        assert settings() == before

@@ -1,5 +1,7 @@
 """How many workers a job may have: from folders and variables that look like a scheduler's."""
 
+import logging
+
 import pytest
 
 from nnssl_adapt.machine import resources
@@ -118,3 +120,12 @@ def test_why_a_worker_died(monkeypatch):
     )
     assert why_a_worker_died(bus, 3).startswith("shared memory is full (/dev/shm has 0.1 GB left)")
     assert "the usual cause" in why_a_worker_died("DataLoader worker (pid(s) 7) exited unexpectedly", 4)
+
+
+def test_too_little_shared_memory_for_workers_is_told(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Resources(cores=8, memory=None, shared_memory=64 << 20).workers("cuda", batch_bytes=100 << 20) == 0
+    assert "/dev/shm has 64.0 MiB free" in caplog.text and "no data worker instead of 7" in caplog.text
+    caplog.clear()
+    assert Resources(cores=8, memory=None, shared_memory=64 << 30).workers("cuda", batch_bytes=100 << 20) == 7
+    assert not caplog.text

@@ -9,8 +9,10 @@ import torch
 from support.tiny_plans import PATCH
 
 from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.errors import TrainingStopped
+from nnssl_adapt.errors import PredictionError, TrainingError, TrainingStopped
+from nnssl_adapt.training import validation as validation_module
 from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.optimise.out_of_memory import explained_validation_memory
 from nnssl_adapt.training.run.stopping import StopRequest
 from nnssl_adapt.training.starting_weights import build_initial_network
 from nnssl_adapt.training.validation import FoldValidation
@@ -165,3 +167,30 @@ def test_files_of_other_machines_are_waited_for(validation, network, monkeypatch
     main = replace(main, ranks=replace(main.ranks, local_size=1, other=work))
     assert len(main.run(network, (0,), "digest", StopRequest()).cases) == 4
     assert there.is_file() and record(main)["cases"] == list(CASES)
+
+
+def test_cases_are_predicted_in_the_precision_of_training_and_in_float32_where_it_overflows(
+    validation, network, monkeypatch, caplog
+):
+    tried = []
+    exact = replace(validation, folder=validation.folder / "exact").run(network, (), "digest", StopRequest())
+    original = validation_module.logits_by_tiles
+
+    def overflowing(*arguments, device, autocast_dtype, **options):
+        tried.append(autocast_dtype)
+        if autocast_dtype is not None:
+            raise PredictionError("the network's output is NaN or infinite")
+        return original(*arguments, device="cpu", autocast_dtype=None, **options)
+
+    monkeypatch.setattr(validation_module, "logits_by_tiles", overflowing)
+    of_gpu = replace(validation, device=torch.device("cuda"), autocast_dtype=torch.bfloat16)
+    summary = of_gpu.run(network, (), "digest", StopRequest())
+    assert tried == [torch.bfloat16, None] * len(CASES)
+    assert caplog.text.count("again in float32") == len(CASES)
+    assert summary.foreground_mean == exact.foreground_mean
+
+
+def test_too_little_memory_in_validation_is_not_blamed_on_the_training_batch(plan):
+    with pytest.raises(TrainingError, match="--val") as caught, explained_validation_memory(plan, torch.device("cuda")):
+        raise torch.OutOfMemoryError("no memory")
+    assert "weights are saved" in str(caught.value) and "batch" not in str(caught.value)

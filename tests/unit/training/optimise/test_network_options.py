@@ -286,3 +286,19 @@ def test_compiled_on_cuda(architecture):
         expected = network(image().to(device))
         got = forward(image().to(device))
     assert forward.is_compiled and torch.allclose(got, expected, atol=1e-3)
+
+
+def test_a_backward_pass_that_can_not_be_compiled_is_found_before_it_is_needed(monkeypatch, caplog):
+    from torch._dynamo.backends.common import aot_autograd
+
+    def failing(module, inputs):
+        raise OSError("no space for the backward pass")
+
+    compiling_with(monkeypatch, aot_autograd(fw_compiler=lambda module, inputs: module, bw_compiler=failing))
+    network = network_of()
+    forward = training_forward(network, Recipe(compile="on"), CPU)
+    expected, state = gradients(network), torch.random.get_rng_state()
+    assert_same(expected, gradients(network, forward))
+    assert not forward.is_compiled and torch.equal(torch.random.get_rng_state(), state)
+    (message,) = warnings_in(caplog)
+    assert "torch.compile does not work here" in message

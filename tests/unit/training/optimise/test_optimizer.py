@@ -7,6 +7,7 @@ from torch import nn
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.optimise.layers import layers_of
+from nnssl_adapt.training.optimise.network_options import channels_last
 from nnssl_adapt.training.optimise.optimizer import build_optimizer, load_optimizer_state
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, outline
@@ -249,3 +250,25 @@ def test_on_a_gpu_the_optimizer_is_fused_and_takes_the_same_steps(name):
         optimizer.step()
     for first, second in zip(*(network.parameters() for network in networks), strict=True):
         torch.testing.assert_close(first.cpu(), second, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_momenta_lie_in_memory_as_the_weights_do_after_a_change_of_layout(before):
+    def trained(last):
+        network = network_of("residual")
+        network = channels_last(network) if last else network
+        optimizer = build_optimizer(network, Recipe(), CPU)
+        for number, weight in enumerate(network.parameters()):
+            weight.grad = torch.full_like(weight, number + 1.0) * weight
+        return network, optimizer
+
+    _, first = trained(before)
+    first.step()
+    network, second = trained(not before)
+    load_optimizer_state(second, first.state_dict())
+    for weight in network.parameters():
+        momentum = second.state[weight]["momentum_buffer"]
+        assert momentum.stride() == weight.stride()  # fused optimisers refuse others
+    old = [state["momentum_buffer"] for state in first.state.values()]
+    new = [state["momentum_buffer"] for state in second.state.values()]
+    assert len(old) == len(new) > 10 and all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
