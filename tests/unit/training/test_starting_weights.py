@@ -16,6 +16,7 @@ from nnssl_adapt.evaluation.report_content import gather_folds
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
+from nnssl_adapt.planning.provenance import WeightsRecord
 from nnssl_adapt.training import starting_weights
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
@@ -220,8 +221,8 @@ def test_weights_given_to_the_training_are_on_record(plan, weights):
     recipe = Recipe(trainer_name="Given", epochs=1, iterations_per_epoch=1, validation_iterations=1, warmup_epochs=0)
     checkpoint = open_checkpoint(weights)
     model = PretrainedTrainer(bare, recipe=recipe, device="cpu", workers=0, checkpoint=str(weights)).run()
-    source = model.plan.provenance.source.to_dict()
-    assert source == {**checkpoint.origin.to_dict(), "licence": checkpoint.licence}
+    source = model.plan.provenance.source
+    assert source == WeightsRecord(**checkpoint.origin.to_dict(), licence=checkpoint.licence)
     assert model.plan.pretrain_info["citations"] == list(checkpoint.citations)
     identity = load_checkpoint(model.path / "fold_0/checkpoint_final.pth")["nnssl_adapt"]["identity"]
     debug = json.loads((model.path / "fold_0/debug.json").read_text())
@@ -230,8 +231,8 @@ def test_weights_given_to_the_training_are_on_record(plan, weights):
     again = next(line for line in commands(model, gather_folds(model), None) if "train" in line)
     assert f"-pretrained_weights {weights}" in again
     with pytest.raises(ConfigurationError, match="other weights"):  # another fold of this model, from others
-        other = {**source, "sha256": "0" * 64}
-        aside = {**model.plan.content, "nnssl_adapt": {**model.plan.provenance, "source": other}}
+        other = replace(model.plan.provenance, source=replace(source, sha256="0" * 64))
+        aside = {**model.plan.content, "nnssl_adapt": other.to_dict()}
         RunFolder(model.path, 1).refuse_other_model(FinetunePlan(aside))
 
 
