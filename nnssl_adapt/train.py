@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from nnssl_adapt.cli import train
 from nnssl_adapt.cli.common import run_command
+from nnssl_adapt.cli.parser import Parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nnssl_adapt.train", description=__doc__)
+    parser = Parser(prog="nnssl_adapt.train", description=__doc__)
     given = sys.argv[1:] if arguments is None else arguments
     if "--request" in given:  # by finetune -num_gpus, which has made up its mind
         train.add_request_arguments(parser)

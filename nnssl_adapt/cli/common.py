@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from nnssl_adapt.cli.parser import NOTES
+
 if TYPE_CHECKING:
     from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
@@ -38,6 +40,8 @@ def run_command(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[s
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             # For worker processes, which import libraries before any code of ours runs in them.
             os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+        for note in getattr(parsed, NOTES, ()):
+            logging.getLogger("nnssl_adapt.cli").info("%s", note)
         return _run(run, parsed, verbose, for_good=arguments is None)
 
 
@@ -192,10 +196,11 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 def default_workers() -> int:
-    """Processes to use when none were asked for: the cores that this job may use, at most 8 as nnU-Net."""
+    """Processes to use when none were asked for: ``nnUNet_def_n_proc``, or the cores that this job may use, at most 8."""
+    from nnssl_adapt.cli.nnunet_words import whole_number
     from nnssl_adapt.machine.resources import Resources
 
-    return min(8, Resources.here().cores)
+    return whole_number("nnUNet_def_n_proc") or min(8, Resources.here().cores)
 
 
 def checked_workers(wish: int | None) -> int:

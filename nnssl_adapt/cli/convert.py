@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnssl_adapt.cli import reorient
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+from nnssl_adapt.cli.nnunet_words import add_convert_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     msd = kinds.add_parser("msd", help="a task of the Medical Segmentation Decathlon, e.g. Task05_Prostate")
     msd.add_argument("folder")
     _add_common(msd, required=False)
+    add_convert_words(msd)
     old = kinds.add_parser("nnunetv1", help="a task of nnU-Net 1, e.g. Task005_Prostate")
     old.add_argument("folder")
     _add_common(old, required=False)

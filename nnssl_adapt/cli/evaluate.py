@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+from nnssl_adapt.cli.nnunet_words import add_evaluate_words, folders_of
 
 if TYPE_CHECKING:
     from nnssl_adapt.evaluation.lesions import LesionRule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", dest="predictions", required=True, help="folder of segmentations, CASE.nii.gz")
-    parser.add_argument("-g", dest="references", required=True, help="folder of reference labels with the same names")
+    parser.add_argument("-p", dest="predictions", help="folder of segmentations, CASE.nii.gz")
+    parser.add_argument("-g", dest="references", help="folder of reference labels with the same names")
     parser.add_argument(
         "--dataset-json",
         "-djfile",
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
+    add_evaluate_words(parser)
     add_verbose(parser)
 
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.evaluation.metrics import evaluate_folder, refuse_missing_predictions
     from nnssl_adapt.evaluation.tables import summary_table, write_summary_csv
 
-    predictions, references = Path(arguments.predictions), Path(arguments.references)
+    predictions, references = map(Path, folders_of(arguments))
     judging = Judging(arguments.tolerance, arguments.empty, arguments.surface_dice, _lesion_rule(arguments))
     workers = checked_workers(arguments.workers)
     # summary.json itself is nnU-Net's, which reads it and has its own rule for empty classes.

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+from nnssl_adapt.cli.nnunet_words import add_find_best_words, dataset_of
 
 if TYPE_CHECKING:
     from nnssl_adapt.evaluation.crossval import TrainedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name")
+    parser.add_argument("-d", dest="dataset", help="dataset id or name")
     parser.add_argument("-p", dest="plans", nargs="+", help="names of plans (default: all that were trained)")
     parser.add_argument("-c", dest="configurations", nargs="+", help="configurations (likewise)")
     parser.add_argument("-tr", dest="trainers", nargs="+", help="trainers (likewise)")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
+    add_find_best_words(parser)
     add_verbose(parser)
 
 
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.evaluation.tables import text_table
 
     selection = find_best(
-        arguments.dataset,
+        dataset_of(arguments),
         arguments.plans,
         arguments.configurations,
         arguments.trainers,

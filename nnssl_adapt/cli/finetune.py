@@ -17,6 +17,7 @@ from nnssl_adapt.cli.common import (
     source_options,
     stop_in_order,
 )
+from nnssl_adapt.cli.nnunet_words import say_ignored_variables
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 from nnssl_adapt.cli.train import add_run_flags, carry_out, deadline_of, parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_planning_flags(parser)
     parser.add_argument(
-        "-n", dest="name", default="pretrained", help="short name of the pre-training (default: pretrained)"
+        "-n",
+        "--pretraining_name",
+        dest="name",
+        default="pretrained",
+        help="short name of the pre-training (default: pretrained)",
     )
     parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
@@ -47,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.training.launch.launch import check_processes
     from nnssl_adapt.training.request import TrainingRequest
 
+    say_ignored_variables()
     fold = parse_fold(arguments.fold)
     deadline = deadline_of(arguments, started)
     require_device(arguments.device)

@@ -32,6 +32,7 @@ from nnssl_adapt.cli import (
     verify,
 )
 from nnssl_adapt.cli.common import run_command
+from nnssl_adapt.cli.parser import Parser
 
 _COMMANDS = {
     "finetune": (finetune, "raw dataset + checkpoint -> validated model, in one go"),
@@ -61,7 +62,7 @@ _COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnssl-adapt", description="Fine-tune pre-trained 3D networks for segmentation, in nnU-Net's file formats."
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

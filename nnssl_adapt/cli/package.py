@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose
+from nnssl_adapt.cli.nnunet_words import add_package_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-proof", action="store_true", help="don't predict with the finished package")
     parser.add_argument("-device", "--device", default="cpu", help="for the proof: cpu (default), cuda, …")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier package in the output folder")
+    add_package_words(parser)
     add_verbose(parser)
 
 

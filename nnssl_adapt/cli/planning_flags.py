@@ -29,6 +29,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
     parser.add_argument(
         "-pc",
+        "--pretrained_checkpoint",
         dest="source",
         required=True,
         help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL",
@@ -38,6 +39,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
     else:
         parser.add_argument(
             "-am",
+            "--adaptation_mode",
             dest="mode",
             default=MODES[0],
             choices=MODES,
@@ -45,7 +47,13 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
             "fixed (with -os), every image's own (no_resample), or auto: picked by how the dataset compares (see --dry-run)",
         )
         parser.add_argument(
-            "-os", dest="spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="spacing in mm for -am fixed"
+            "-os",
+            "--override_spacing",
+            dest="spacing",
+            nargs=3,
+            type=float,
+            metavar=("Z", "Y", "X"),
+            help="spacing in mm for -am fixed",
         )
         parser.add_argument(
             "--normalization",
@@ -70,15 +78,20 @@ def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -
     )
     parser.add_argument(
         "--fit-gpu",
+        "-gpu_memory_target",
         metavar="auto|16GB",
         help="choose the largest patch, then batch, that train in the memory of the GPU here (auto) or in this much",
     )
     parser.add_argument(
-        "-pl", dest="base_plans", help="existing nnU-Net plans to start from (default: nnUNetPlans if there)"
+        "-pl",
+        "--plans_identifier",
+        dest="base_plans",
+        help="existing nnU-Net plans to start from (default: nnUNetPlans if there)",
     )
     parser.add_argument(
         "--plans_name",
         "--plans-name",
+        "-overwrite_plans_name",
         metavar="NAME",
         help="full name of the new plan, e.g. nnUNetPlans_contrast_agnostic (default: made up of -n, spacing, normalisation)",
     )
@@ -135,7 +148,7 @@ def plan_from(
         ignore_orientation=arguments.ignore_orientation,
         normalization=arguments.normalization,
         workers=workers,
-        progress=True,
+        progress=not getattr(arguments, "no_pbar", False),
         fingerprint=fingerprint,
         preset=arguments.preset,
         fit_gpu=arguments.fit_gpu,

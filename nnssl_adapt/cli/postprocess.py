@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+from nnssl_adapt.cli.nnunet_words import add_postprocess_words
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.labels import LabelScheme
@@ -16,18 +18,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", dest="input", required=True, help="folder of segmentations")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--steps", metavar="FILE", help="postprocessing.json (or nnU-Net's .pkl) with what to do; needs -o"
+        "--steps",
+        "-pp_pkl_file",
+        metavar="FILE",
+        help="postprocessing.json (or nnU-Net's .pkl) with what to do; needs -o",
     )
     what.add_argument(
         "-g",
+        "-ref",
         dest="references",
         help="folder of reference labels: find out which steps improve the Dice, best on cross-validation's predictions",
     )
     parser.add_argument("-o", dest="output", help="folder to write to")
-    parser.add_argument("--dataset-json", help="with labels and file ending (default: the one in -i)")
+    parser.add_argument(
+        "--dataset-json",
+        "-dataset_json",
+        dest="dataset_json",
+        help="with labels and file ending (default: the one in -i)",
+    )
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
+    add_postprocess_words(parser)
     add_verbose(parser)
 
 
@@ -52,7 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         written = postprocess_folder(folder, arguments.output, steps, description.file_ending, workers, progress=True)
         print(f"{steps}: {len(written)} segmentations in {arguments.output}")
         return EXIT_OK
-    return _determine(folder, Path(arguments.references), labels, description.file_ending, workers)
+    code = _determine(folder, Path(arguments.references), labels, description.file_ending, workers)
+    if arguments.remove_postprocessed:
+        from nnssl_adapt.evaluation.postprocessing import POSTPROCESSED
+
+        shutil.rmtree(folder / POSTPROCESSED)
+        print("the processed segmentations are removed, as --remove_postprocessed says")
+    return code
 
 
 def _determine(folder: Path, references: Path, labels: LabelScheme, file_ending: str, workers: int) -> int:

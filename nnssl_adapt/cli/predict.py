@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_workers
+from nnssl_adapt.cli.nnunet_words import add_predict_words, part_of, processes_of
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.preprocess_cases import Shard
@@ -30,12 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", choices=("final", "best"), default="final")
     parser.add_argument(
-        "--step-size", type=float, default=0.5, help="tile step as a fraction of the patch (default 0.5)"
+        "--step-size", "-step_size", type=float, default=0.5, help="tile step as a fraction of the patch (default 0.5)"
     )
     parser.add_argument(
-        "--no-tta", action="store_true", help="no mirroring: up to 8 times faster, a little less accurate"
+        "--no-tta",
+        "--disable_tta",
+        action="store_true",
+        help="no mirroring: up to 8 times faster, a little less accurate",
     )
-    parser.add_argument("--save-probabilities", action="store_true", help="also write nnU-Net's .npz and .pkl")
+    parser.add_argument(
+        "--save-probabilities", "--save_probabilities", action="store_true", help="also write nnU-Net's .npz and .pkl"
+    )
     parser.add_argument(
         "--postprocess",
         metavar="FILE",
@@ -46,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="predict every image anew (the default)")
     again.add_argument(
         "--continue",
+        "--continue_prediction",
+        "--c",
         dest="keep_finished",
         action="store_true",
         help="leave out what this model with these settings has finished in the output folder",
@@ -67,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the network on a GPU (default fp16)"
     )
     parser.add_argument("-device", "--device", default="cuda", help="cuda, cuda:1, mps or cpu (default cuda)")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    add_predict_words(parser)
     add_verbose(parser)
 
 
@@ -91,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.machine.memory import reuse_freed_memory
 
     arguments.how_to_go_on = "run the same command with --continue"
-    part = _part(arguments.part)
+    part = _part(part_of(arguments))
     workers = _workers(arguments)
     predictor = na.Predictor(
         _model_folder(arguments),
@@ -116,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output,
             overwrite=not arguments.keep_finished,
             save_probabilities=arguments.save_probabilities,
-            progress=True,
+            progress=not arguments.disable_progress_bar,
             workers=workers,
             part=part,
         )
@@ -165,10 +175,11 @@ def _model_folder(arguments: argparse.Namespace) -> Path:
 def _workers(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.errors import ConfigurationError
 
-    if arguments.workers is not None:
-        if arguments.workers < 0:
-            raise ConfigurationError(f"-np {arguments.workers}: expected 0 (threads) or a number of processes")
-        return int(arguments.workers)
+    wish = processes_of(arguments)
+    if wish is not None:
+        if wish < 0:
+            raise ConfigurationError(f"-np {wish}: expected 0 (threads) or a number of processes")
+        return wish
     if arguments.device == "cpu":
         return 0  # the network takes all cores: other processes would only take them away, after seconds of starting
     given = Path(arguments.images[0])

@@ -16,6 +16,8 @@ from nnssl_adapt.cli.common import (
     run_command,
     stop_in_order,
 )
+from nnssl_adapt.cli.nnunet_words import add_preprocess_words
+from nnssl_adapt.cli.parser import Parser
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:
     """Add the flags; with ``dynamic`` those of ``nnUNetv2_plan_like_dynamic``."""
-    parser.add_argument("-n", dest="name", required=True, help="short name of the pre-training, e.g. mae")
+    parser.add_argument(
+        "-n", "--pretraining_name", dest="name", required=True, help="short name of the pre-training, e.g. mae"
+    )
     add_planning_flags(parser, dynamic)
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
@@ -40,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
         "--dry-run", action="store_true", help="compare the spacing modes, show the plan, and write nothing"
     )
     parser.add_argument("--overwrite_pp", action="store_true", help="preprocess every case again, replace the plan")
+    add_preprocess_words(parser)
     add_source(parser)
     stop_in_order(parser)
     add_verbose(parser)
@@ -50,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 
-    workers = checked_workers(arguments.workers)
+    workers = checked_workers(arguments.workers or arguments.fingerprint_processes)
     shard = Shard.parse(arguments.shard) if arguments.shard else WHOLE
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
     checkpoint = open_source(arguments)
@@ -59,7 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plan_from(arguments, dataset, checkpoint, workers)
     print(plan)
     store = na.preprocess_dataset(
-        plan, workers=workers, overwrite=arguments.overwrite_pp, shard=shard, check=arguments.check
+        plan,
+        workers=workers,
+        overwrite=arguments.overwrite_pp,
+        shard=shard,
+        check=arguments.check,
+        progress=not arguments.no_pbar,
     )
     if shard != WHOLE and not plan.plans_file.is_file():
         print(f"\npart {shard} is done; the plan is saved when all parts are")
@@ -106,7 +116,7 @@ def dataset_id(dataset_name: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``nnUNetv2_preprocess_like_nnssl``."""
-    parser = argparse.ArgumentParser(prog="nnUNetv2_preprocess_like_nnssl", description=__doc__)
+    parser = Parser(prog="nnUNetv2_preprocess_like_nnssl", description=__doc__)
     add_arguments(parser)
     return run_command(parser, run, arguments)
 

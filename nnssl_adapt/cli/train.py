@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command, source_options, stop_in_order
+from nnssl_adapt.cli.nnunet_words import say_ignored_variables
+from nnssl_adapt.cli.parser import Parser
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ranks == "slurm":
         os.environ.update(_ranks_by_slurm(arguments))
     with _only_the_main_rank_talks(arguments):
+        say_ignored_variables()
         return _train(arguments)
 
 
@@ -262,7 +265,7 @@ def parse_fold(text: str) -> int | str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``nnUNetv2_train_pretrained``."""
-    parser = argparse.ArgumentParser(prog="nnUNetv2_train_pretrained", description=__doc__)
+    parser = Parser(prog="nnUNetv2_train_pretrained", description=__doc__)
     add_arguments(parser)
     return run_command(parser, run, arguments)
 
