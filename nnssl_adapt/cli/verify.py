@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_FAILED, EXIT_OK, add_verbose, checked_workers
+
+if TYPE_CHECKING:
+    from nnssl_adapt.data.verifying.findings import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id, name or folder, e.g. 41")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="make a copy of the dataset whose labels a rounding error away from whole numbers (0.99999) are repaired",
+    )
     parser.add_argument(
         "--fix-geometry",
         action="store_true",
@@ -42,4 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         write_text(arguments.csv, verdict.to_csv())
         print(f"table: {arguments.csv}")
+    if arguments.fix:
+        return _repair(verdict, workers)
     return EXIT_OK if verdict.is_good else EXIT_FAILED
+
+
+def _repair(verdict: Verdict, workers: int) -> int:
+    from nnssl_adapt.data.convert.repair import repair_dataset
+
+    if verdict.is_good:
+        print("nothing to repair")
+        return EXIT_OK
+    copy = repair_dataset(verdict, workers, True)
+    print(f"repaired copy: {copy.folder}\nnext:\n  nnssl-adapt verify -d {copy.name}")
+    return EXIT_OK

@@ -146,13 +146,25 @@ def read_labels(path: str | Path, reader: str = SIMPLE_ITK) -> tuple[np.ndarray,
     Raises:
         CaseError: missing, unreadable, truncated, not 3D; values that are NaN, not whole numbers, or beyond int16.
     """
-    path = Path(path)
+    labels, geometry, _ = _read_labels(Path(path), reader, repair=False)
+    return labels, geometry
+
+
+def read_and_repair_labels(path: str | Path, reader: str = SIMPLE_ITK) -> tuple[np.ndarray, ImageGeometry, int]:
+    """As :func:`read_labels`, with values that are a rounding error away from a whole number (0.99999) rounded.
+
+    The third value is how many voxels were. The file stays as it is. Raises CaseError.
+    """
+    return _read_labels(Path(path), reader, repair=True)
+
+
+def _read_labels(path: Path, reader: str, repair: bool) -> tuple[np.ndarray, ImageGeometry, int]:
     opened = OpenImage.open(path, reader)
     if opened.channels not in (None, 1):
         raise CaseError(f"{path}: labels must be 3D, got {opened.channels} volumes", path=path)
     labels = np.empty((1, *opened.geometry.size), np.int16)
-    opened.read_labels(labels)
-    return labels, opened.geometry
+    repaired = opened.read_labels(labels, repair)
+    return labels, opened.geometry, repaired
 
 
 def read_geometry(path: str | Path, reader: str = SIMPLE_ITK) -> ImageGeometry:
@@ -218,16 +230,16 @@ class OpenImage:
 
     def read(self, out: np.ndarray) -> Extremes:
         """Fill ``out``, contiguous float32 (C, Z, Y, X), and return its least and largest value. Raises CaseError."""
-        if isinstance(self.source, nibabel_io.NibabelImage):
-            return fill_floats(self.path, self.source.pieces(), out)
-        return fill_floats(self.path, voxel_pieces(self.path, self.source), out)
+        return fill_floats(self.path, self._pieces(), out)
 
-    def read_labels(self, out: np.ndarray) -> None:
-        """Fill ``out``, contiguous int16. Raises CaseError."""
+    def read_labels(self, out: np.ndarray, repair: bool = False) -> int:
+        """Fill ``out``, contiguous int16; return how many voxels were repaired. Raises CaseError."""
+        return fill_labels(self.path, self._pieces(), out, repair)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
         if isinstance(self.source, nibabel_io.NibabelImage):
-            fill_labels(self.path, self.source.pieces(), out)
-        else:
-            fill_labels(self.path, voxel_pieces(self.path, self.source), out)
+            return self.source.pieces()
+        return voxel_pieces(self.path, self.source)
 
 
 def write_labels(path: str | Path, labels: np.ndarray, geometry: ImageGeometry) -> None:

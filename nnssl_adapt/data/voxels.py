@@ -26,6 +26,25 @@ class ShearedAffine(CaseError):
     """The image's axes are not at right angles, which SimpleITK can't read and nibabel can."""
 
 
+ROUNDING = 1e-3
+"""Labels no further from a whole number than this differ from it by rounding (0.99999), not by interpolation."""
+
+
+class FractionalLabels(CaseError):
+    """``count`` voxels of a label file are not whole numbers, and up to ``worst`` away from one."""
+
+    def __init__(self, path: Path, count: int, worst: float, example: float) -> None:
+        self.by_rounding = worst <= ROUNDING
+        cause = (
+            ": a rounding error; 'nnssl-adapt verify --fix' makes a copy of the dataset with such labels repaired"
+            if self.by_rounding
+            else "; was it resampled with interpolation?"
+        )
+        super().__init__(
+            f"{path}: labels must be whole numbers, {count} voxels are not (e.g. {example:.7g}){cause}", path=path
+        )
+
+
 @dataclass(frozen=True)
 class Extremes:
     """The least and the largest value of an image."""
@@ -76,10 +95,11 @@ def fill_floats(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray) -> Ex
     return Extremes(float(low), float(high))
 
 
-def fill_labels(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray) -> None:
+def fill_labels(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray, repair: bool = False) -> int:
     """Fill ``out``, int16 of the image's shape, with pieces of any number type.
 
-    Raises CaseError for values that are NaN, not whole numbers, or beyond int16.
+    With ``repair``, values within :data:`ROUNDING` of a whole number become that number; returns how many did.
+    Raises CaseError for values that are NaN, beyond int16, or not whole numbers (:class:`FractionalLabels`).
     """
     flat, start = out.reshape(-1), 0
     limits = np.iinfo(np.int16)
@@ -104,23 +124,13 @@ def fill_labels(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray) -> No
             start += len(piece)
     if unusable.any():
         raise CaseError(_said_of_non_finite(path, *unusable), path=path)
-    if fractions:
-        raise CaseError(_said_of_fractions(path, fractions, worst, example), path=path)
+    if fractions and not (repair and worst <= ROUNDING):
+        raise FractionalLabels(path, fractions, worst, example)
     if low < limits.min or high > limits.max:
         raise CaseError(
             f"{path}: labels must lie between {limits.min} and {limits.max}, got {low:g} to {high:g}", path=path
         )
-
-
-ROUNDING = 1e-3
-"""Labels no further from a whole number than this differ from it by rounding (0.99999), not by interpolation."""
-
-
-def _said_of_fractions(path: Path, count: int, worst: float, example: float) -> str:
-    text = f"{path}: labels must be whole numbers, {count} voxels are not (e.g. {example:.7g})"
-    if worst <= ROUNDING:
-        return f"{text}: a rounding error; 'nnssl-adapt verify --fix' makes a dataset with them repaired"
-    return f"{text}; was it resampled with interpolation?"
+    return fractions
 
 
 def voxel_pieces(path: Path, reader: sitk.ImageFileReader) -> Iterator[np.ndarray]:

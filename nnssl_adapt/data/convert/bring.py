@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl_adapt.data.convert.cases import SourceFile, Target, ending_of, some
-from nnssl_adapt.data.images import distinct_values, read_image, read_labels, write_labels
+from nnssl_adapt.data.images import distinct_values, read_and_repair_labels, read_image, write_labels
 from nnssl_adapt.data.voxels import write_image_file
 from nnssl_adapt.errors import CaseError, OutputError
 from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, explain_write_errors, make_folder
@@ -28,8 +28,8 @@ def bring(file: SourceFile, target: Target) -> None:
         image = sitk.ReadImage(str(file.source))
         for number, place in enumerate(places):
             write_image_file(image[..., number], place)
-    elif file.renumbered:
-        _renumber(file, places[0])
+    elif file.renumbered or _is_inexact(file):
+        _write_repaired(file, places[0])
     elif ending_of(file.source) != ending_of(places[0]):
         read_image([file.source])
         write_image_file(sitk.ReadImage(str(file.source)), places[0])
@@ -42,8 +42,12 @@ def bring(file: SourceFile, target: Target) -> None:
         _link(file.source, places[0], target.link)
 
 
-def _renumber(file: SourceFile, place: Path) -> None:
-    labels, geometry = read_labels(file.source)
+def _write_repaired(file: SourceFile, place: Path) -> None:
+    """Labels a rounding error away from whole numbers are repaired too, whether or not they get other numbers."""
+    labels, geometry, _ = read_and_repair_labels(file.source)
+    if not file.renumbered:
+        write_labels(place, labels[0], geometry)
+        return
     new_value = dict(file.renumbered)
     unknown = [value for value in distinct_values(labels) if value not in new_value]
     if unknown:
@@ -52,6 +56,11 @@ def _renumber(file: SourceFile, place: Path) -> None:
     for old, new in file.renumbered:
         renumbered[labels[0] == old] = new
     write_labels(place, renumbered, geometry)
+
+
+def _is_inexact(file: SourceFile) -> bool:
+    """Whether these are labels with values such as 0.99999, which must be written anew."""
+    return file.targets[0].startswith("labels") and read_and_repair_labels(file.source)[2] > 0
 
 
 def _is_4d(path: Path) -> bool:

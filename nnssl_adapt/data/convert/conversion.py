@@ -20,7 +20,13 @@ from nnssl_adapt.data.convert.bring import bring
 from nnssl_adapt.data.convert.cases import SourceCase, Target
 from nnssl_adapt.data.convert.dataset_json import write_dataset_json
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.images import distinct_values, geometry_doubts, geometry_problems, read_geometry, read_labels
+from nnssl_adapt.data.images import (
+    distinct_values,
+    geometry_doubts,
+    geometry_problems,
+    read_and_repair_labels,
+    read_geometry,
+)
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError
 from nnssl_adapt.files import TEMPORARY_PREFIX, write_json, write_text
 from nnssl_adapt.machine.workers import over_cases
@@ -106,7 +112,14 @@ def convert_case(case: SourceCase, target: Target) -> tuple[list[int], list[str]
         return list(kept["values"]), []
     note.unlink(missing_ok=True)
     doubts = _check(case)
-    values = [] if case.label is None else distinct_values(read_labels(case.label.source)[0])
+    values: list[int] = []
+    if case.label is not None:
+        labels, _, repaired = read_and_repair_labels(case.label.source)
+        values = distinct_values(labels)
+        if repaired:
+            doubts.append(
+                f"{case.label.source}: {repaired} voxels were a rounding error away from a whole number: repaired in the copy"
+            )
     try:
         for file in case.files:
             bring(file, target)

@@ -19,6 +19,7 @@ from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.data.verifying.findings import Finding
 from nnssl_adapt.data.verifying.grids import TOLERANCE, compare_grids
 from nnssl_adapt.data.verifying.measures import CaseMeasures, measured
+from nnssl_adapt.data.voxels import FractionalLabels
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.geometry.orientation import orientation_code
@@ -192,6 +193,9 @@ def _seen(case: RawCase, request: LookRequest) -> CaseLook:
 
 def unreadable(identifier: str, path: Path, error: CaseError) -> Finding:
     """What is said of a file that can't be read, with the fix that fits."""
+    if isinstance(error, FractionalLabels) and error.by_rounding:
+        fix = "rounding only: --fix makes a copy of the dataset with such labels repaired"
+        return Finding("error", identifier, "rounding", str(error), fix)
     said = str(error).replace(str(path), "")
     check = next((check for check in ("NaN", "whole numbers") if check in said), "readable")
     fix = {
