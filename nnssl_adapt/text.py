@@ -69,6 +69,15 @@ def read_json(path: str | Path, error: type[NnsslAdaptError], what: str = "JSON 
     return content
 
 
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A record that we wrote ourselves; empty when it is missing or damaged, which both mean "not done yet"."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, READERS, SIMPLE_ITK, cou
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.paths import find_dataset_name, raw_folder
+from nnssl_adapt.text import lines_and_more, read_json
 
 MAX_LISTED = 20
 """How many bad files one error message names."""
@@ -58,16 +58,12 @@ class DatasetJson(BaseModel):
     def load(cls, path: str | Path) -> DatasetJson:
         """Read and check a file. Raises DatasetJsonError naming the file, every wrong key, and what was expected."""
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.is_file():
             raise DatasetJsonError(
-                f"{path} is missing: every dataset needs it, with channel_names, labels, numTraining and file_ending"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise DatasetJsonError(f"{path} can't be read as JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise DatasetJsonError(f"{path}: expected a JSON object, got {type(content).__name__}")
+                f"{path} is missing: every dataset needs it, with channel_names, labels, numTraining and file_ending",
+                path=path,
+            )
+        content = read_json(path, DatasetJsonError, "dataset.json")
         return cls.from_content(content, path)
 
     @classmethod
@@ -323,5 +319,4 @@ def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> 
 
 def _raise_listing(problems: Sequence[str], title: str) -> None:
     if problems:
-        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise CaseError(f"{title}:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+        raise CaseError(f"{title}:\n" + lines_and_more(problems), mistakes=problems)

@@ -51,9 +51,20 @@ class LabelScheme:
         declared = {name: value for name, value in labels.items() if name != "ignore"}
         values = sorted({v for entry in declared.values() for v in _values(entry)})
         if values != list(range(len(values))):
+            if ignore is not None and sorted({*values, ignore}) == list(range(len({*values, ignore}))):
+                raise DatasetJsonError(
+                    f"{where}: 'labels': 'ignore' is {ignore}, in the middle of the others ({values}); it must be the "
+                    f"highest value: renumber here and in the label files so that 'ignore' is {len(values)}"
+                )
             raise DatasetJsonError(
                 f"{where}: 'labels' must use the values 0, 1, 2, ... without gaps, got {values}; renumber them here and "
                 "in the label files"
+            )
+        if ignore is not None and ignore in values:
+            others = [name for name, entry in declared.items() if ignore in _values(entry)]
+            raise DatasetJsonError(
+                f"{where}: 'labels': 'ignore' and {', '.join(map(repr, others))} share the value {ignore}; 'ignore' must have "
+                "a value of its own, the highest"
             )
         if ignore is not None and ignore != len(values):
             raise DatasetJsonError(

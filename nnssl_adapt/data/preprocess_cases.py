@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.data.dataset import MAX_LISTED, RawCase, RawDataset
+from nnssl_adapt.data.dataset import RawCase, RawDataset
 from nnssl_adapt.data.images import SIMPLE_ITK, read_geometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import PreprocessSettings, digest_of, preprocess_case
@@ -17,6 +17,7 @@ from nnssl_adapt.data.store import CaseStore, describe_source
 from nnssl_adapt.errors import CaseError, ConfigurationError, PreprocessingError
 from nnssl_adapt.geometry.spacing import resampled_shape
 from nnssl_adapt.machine.workers import over_cases
+from nnssl_adapt.text import lines_and_more
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +123,10 @@ def preprocess_cases(
         if outcome.error is not None
     ]
     if failures:
-        more = f"\n  ... and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
         raise PreprocessingError(
             f"{len(failures)} of {len(mine)} cases could not be preprocessed; the others are done. Correct these "
-            "and run the same command again:\n  " + "\n  ".join(sorted(failures)[:MAX_LISTED]) + more
+            "and run the same command again:\n" + lines_and_more(sorted(failures)),
+            mistakes=sorted(failures),
         )
     return store
 

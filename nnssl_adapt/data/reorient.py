@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, orientation_code
 from nnssl_adapt.machine.workers import over_cases
 from nnssl_adapt.paths import free_dataset_id, preprocessed_folder, raw_folder
+from nnssl_adapt.text import lines_and_more, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,9 @@ def reorient_dataset(raw: RawDataset, code: str, workers: int = 2, progress: boo
             problems.append(f"{outcome.identifier}: {outcome.complaint}")
     if problems:
         raise PreprocessingError(
-            f"{len(problems)} of {len(copies)} files of {raw.name} could not be reoriented; mend them and run again:\n  "
-            + "\n  ".join(problems[:20])
+            f"{len(problems)} of {len(copies)} files of {raw.name} could not be reoriented; correct them and run again:\n"
+            + lines_and_more(problems),
+            mistakes=problems,
         )
     _copy_splits(splits, folder)
     content = {key: value for key, value in raw.json.raw.items() if key != "dataset"}
@@ -107,10 +108,7 @@ class FileCopy:
         """Whether the copy is whole, in this orientation, and of the source as it is now."""
         if not self.target.is_file() or not self.record.is_file():
             return False
-        try:
-            return bool(json.loads(self.record.read_text(encoding="utf-8")) == self.state(code))
-        except ValueError:
-            return False
+        return read_record(self.record) == self.state(code)
 
     def state(self, code: str) -> dict[str, Any]:
         """What the note says of a copy that stands."""
@@ -206,17 +204,14 @@ def _find_copy(raw: RawDataset, code: str) -> Path | None:
     """The copy that an earlier call made or began."""
     for folder in sorted(raw_folder().glob("Dataset[0-9][0-9][0-9]_*")):
         for path, keys in ((folder / _RECORDS / _MARKER, ()), (folder / "dataset.json", (_OURS,))):
-            if _read_json(path, keys) == _marker(raw, code):
+            if _entry(path, keys) == _marker(raw, code):
                 return folder
     return None
 
 
-def _read_json(path: Path, keys: tuple[str, ...] = ()) -> Any:
+def _entry(path: Path, keys: tuple[str, ...] = ()) -> Any:
     """An entry of a JSON file, or None where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    content: Any = read_record(path)
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
@@ -244,5 +239,5 @@ def _copy_splits(candidates: Sequence[Path], folder: Path) -> None:
 
 
 def _write_if_other(path: Path, content: dict[str, Any]) -> None:
-    if _read_json(path) != content:
+    if _entry(path) != content:
         write_json(path, content)

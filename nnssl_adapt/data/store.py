@@ -29,6 +29,7 @@ from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, DatasetNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json
 from nnssl_adapt.machine.scratch import remove_abandoned, workplace
+from nnssl_adapt.text import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class CaseStore:
     @property
     def settings(self) -> dict[str, Any]:
         """What :meth:`begin` noted: the exact settings of this folder; empty where nnU-Net made it."""
-        return _read_json(self._records / "settings.json")
+        return read_record(self._records / "settings.json")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Note what the folder is for before any case is written; ``settings["digest"]`` tells its cases from others.
@@ -134,12 +135,12 @@ class CaseStore:
         """
         if not self._records.is_dir():
             return digest is None and sources is None and all(path.is_file() for path in self._paths(identifier))
-        record = _read_json(self._record(identifier))
+        record = read_record(self._record(identifier))
         if not record or (digest is not None and record.get("digest") != digest):
             return False
         if sources is not None and record.get("sources") != list(sources):
             return False
-        sizes, sums = record.get("outputs", {}), record.get("crc32", {})
+        sizes, sums = _mapping(record, "outputs"), _mapping(record, "crc32")
         paths = self._paths(identifier)
         if not all(path.is_file() and path.stat().st_size == sizes.get(path.name) for path in paths):
             return False
@@ -211,8 +212,8 @@ class CaseStore:
         digests = {}
         for case in identifiers:
             data_path, seg_path, _ = self._paths(case)
-            sums = _read_json(self._record(case)).get("crc32", {})
-            recorded = [sums[path.name] for path in (data_path, seg_path) if path.name in sums]
+            sums = _mapping(read_record(self._record(case)), "crc32")
+            recorded = [sums[path.name] for path in (data_path, seg_path) if isinstance(sums.get(path.name), int)]
             sizes = [path.stat().st_size for path in (data_path, seg_path) if path.is_file()]
             digests[case] = " ".join(f"{number:08x}" for number in recorded or sizes)
         return digests
@@ -251,6 +252,12 @@ class CaseStore:
             self.folder / f"{identifier}_seg.b2nd",
             self.folder / f"{identifier}.pkl",
         )
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An entry of a record; empty where somebody has put something else there."""
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def describe_source(path: Path) -> dict[str, Any]:
@@ -362,7 +369,7 @@ def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarr
     ``class_id`` and ``count`` over runs, ``base`` where a case's runs start). Classes that are absent get empty arrays.
     """
     shared = folder / "fg_sampling"
-    meta = _read_json(shared / "meta.json")
+    meta = read_record(shared / "meta.json")
     if identifier not in meta.get("identifiers", ()):
         return None
     try:
@@ -381,12 +388,3 @@ def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarr
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise CaseError(f"{shared} is damaged ({type(error).__name__}: {error}): preprocess again") from error
     return locations
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Content of a record; empty when it is missing or damaged, which both mean "not done"."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from nnssl_adapt.data.images import (
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError
 from nnssl_adapt.files import TEMPORARY_PREFIX, write_json, write_text
 from nnssl_adapt.machine.workers import over_cases
+from nnssl_adapt.text import lines_and_more, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,11 @@ def convert_cases(
             logger.warning("%s", doubt)
         values[outcome.identifier] = found
     if problems:
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         others = " (the others were)" if len(problems) < len(cases) else ""
         raise DatasetError(
-            f"{len(problems)} of {len(cases)} cases could not be converted{others}; mend them and run the same command "
-            "again:\n  " + "\n  ".join(sorted(problems)[:20]) + more
+            f"{len(problems)} of {len(cases)} cases could not be converted{others}; correct them and run the same command "
+            "again:\n" + lines_and_more(sorted(problems)),
+            mistakes=sorted(problems),
         )
     _write_table(target.folder, kind, source, cases)
     return values
@@ -107,8 +108,8 @@ def memory_to_convert(case: SourceCase) -> int:
 def convert_case(case: SourceCase, target: Target) -> tuple[list[int], list[str]]:
     """Check and copy one case; nothing of it stays behind when that fails. Return its label values and doubts."""
     note = target.folder / _NOTES / f"{case.part}_{case.identifier}.json"
-    kept = _read_json(note)
-    if isinstance(kept, dict) and kept.get("state") == _state(case, target):
+    kept = read_record(note)
+    if kept.get("state") == _state(case, target) and isinstance(kept.get("values"), list):
         return list(kept["values"]), []
     note.unlink(missing_ok=True)
     doubts = _check(case)
@@ -166,7 +167,7 @@ def _state(case: SourceCase, target: Target) -> dict[str, Any]:
 
 def _claim(folder: Path, marker: dict[str, str]) -> None:
     """Only a folder that the same conversion began may be gone on with, without the half-written files of one that was killed."""
-    if folder.exists() and _read_json(folder / _MARKER) != marker and any(folder.iterdir()):
+    if folder.exists() and read_record(folder / _MARKER) != marker and any(folder.iterdir()):
         raise ConfigurationError(
             f"{folder} exists and was not made by this conversion: choose another dataset with -d and --name, or remove it"
         )
@@ -182,12 +183,20 @@ def _remove_orphans(folder: Path, cases: Sequence[SourceCase]) -> None:
     for note in sorted((folder / _NOTES).glob("*.json")):
         if note.name in wanted:
             continue
-        content = _read_json(note)
-        for file in (content or {}).get("state", {}).get("files", []):
-            for name in file[3]:
-                (folder / name).unlink(missing_ok=True)
+        content = read_record(note)
+        for name in _noted_targets(content):
+            (folder / name).unlink(missing_ok=True)
         logger.warning("%s: no longer in the source, removed", note.stem)
         note.unlink()
+
+
+def _noted_targets(note: dict[str, Any]) -> list[str]:
+    """The files that a case's note says it became; none of a note that is not ours, or of files elsewhere."""
+    try:
+        names = [str(name) for file in note["state"]["files"] for name in file[3]]
+    except (KeyError, TypeError, IndexError):
+        return []
+    return [name for name in names if re.fullmatch(r"(images|labels)T[rs]/[^/]+", name)]
 
 
 def _refuse_same_targets(cases: Sequence[SourceCase]) -> None:
@@ -223,10 +232,3 @@ def _write_table(folder: Path, kind: str, source: str, cases: Sequence[SourceCas
     writer.writerow(_COLUMNS)
     writer.writerows(rows)
     write_text(folder / f"{_TABLE}.csv", text.getvalue())
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from nnssl_adapt.data.convert.conversion import convert_cases
 from nnssl_adapt.data.dataset import DatasetJson, RawDataset
 from nnssl_adapt.errors import CaseError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.files import write_json
+from nnssl_adapt.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _translated(root: Path, dropped: tuple[str, ...]) -> dict[str, Any]:
     """The old dataset.json in nnU-Net 2's words: labels name → value, ``modality`` called ``channel_names``."""
     path = root / "dataset.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, DatasetJsonError, "dataset.json")
         if "channel_names" in content:
             raise DatasetJsonError(f"{path} is in nnU-Net 2's format already: put the folder into nnUNet_raw as it is")
         labels = {str(name): int(value) for value, name in content["labels"].items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from nnssl_adapt.data.convert.cases import (
 from nnssl_adapt.data.convert.conversion import convert_cases, finish
 from nnssl_adapt.data.convert.label_names import named_labels, numbered
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.splits import SPLITS_FILE, crossval_splits
+from nnssl_adapt.data.splits import SPLITS_FILE, Split, crossval_splits, read_splits
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError, DatasetNotFound
 from nnssl_adapt.files import write_json
 
@@ -167,10 +166,17 @@ def subject_splits(cases: Sequence[SourceCase], target: Target, folds: int = 5) 
         for split in crossval_splits(subjects, folds=min(folds, len(subjects)))
     ]
     path = target.folder / SPLITS_FILE
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != splits:
+    if path.is_file() and not _is_of(path, splits):
         logger.warning("%s is replaced: the cases or subjects have changed", path)
     write_json(path, splits)
     return path
+
+
+def _is_of(path: Path, splits: list[Split]) -> bool:
+    try:
+        return read_splits(path) == splits
+    except DatasetError:
+        return False
 
 
 def _finished(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,14 @@ from nnssl_adapt.data.store import RECORDS_FOLDER, describe_source
 from nnssl_adapt.data.verifying.measures import CaseMeasures, merged
 from nnssl_adapt.errors import DatasetError
 from nnssl_adapt.files import sha256_of, write_json
+from nnssl_adapt.text import read_json, read_record
 
 TOTAL_DRAWS = 10e7
 """Foreground voxels drawn from the whole dataset, in equal parts from each case (nnU-Net's number)."""
+
+
+_LONGEST = 1 << 24
+"""More voxels along an axis than any image has."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,40 @@ class DatasetFingerprint:
     def load(cls, path: str | Path) -> DatasetFingerprint:
         """Read a file, ours or nnU-Net's. Raises DatasetError naming the file and what is wrong."""
         path = Path(path)
+        content = read_json(path, DatasetError, "dataset fingerprint")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
+            fingerprint = cls(
                 spacings=tuple(tuple(float(s) for s in spacing) for spacing in content["spacings"]),
                 shapes_after_crop=tuple(tuple(int(n) for n in shape) for shape in content["shapes_after_crop"]),
-                intensity={str(k): dict(v) for k, v in content["foreground_intensity_properties_per_channel"].items()},
+                intensity={
+                    str(channel): {str(name): float(value) for name, value in statistics.items()}
+                    for channel, statistics in content["foreground_intensity_properties_per_channel"].items()
+                },
                 median_relative_size_after_cropping=float(content["median_relative_size_after_cropping"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+            problem = fingerprint._problem()
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            problem = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        if problem is not None:
             raise DatasetError(
-                f"{path} is not a usable dataset fingerprint ({what}): delete it, it is made anew"
-            ) from error
+                f"{path} is not a usable dataset fingerprint ({problem[:200]}): delete it, it is made anew", path=path
+            )
+        return fingerprint
+
+    def _problem(self) -> str | None:
+        """What can't be planned from, if anything."""
+        if not self.spacings or len(self.spacings) != len(self.shapes_after_crop):
+            return f"{len(self.spacings)} spacings, {len(self.shapes_after_crop)} shapes"
+        for spacing in self.spacings:
+            if len(spacing) != 3 or not all(0 < s < math.inf for s in spacing):
+                return f"spacing {spacing} is not three positive numbers"
+        for shape in self.shapes_after_crop:
+            if len(shape) != 3 or not 1 <= min(shape) <= max(shape) <= _LONGEST:
+                return f"shape {shape} is not three numbers of voxels"
+        values = [value for statistics in self.intensity.values() for value in statistics.values()]
+        if not all(map(math.isfinite, [*values, self.median_relative_size_after_cropping])):
+            return "a statistic is no finite number"
+        return None
 
     def save(self, path: str | Path) -> None:
         """Write the file as nnU-Net does. Raises OutputError if it can't be written."""
@@ -96,11 +122,8 @@ def changed_cases(path: Path, dataset: RawDataset) -> list[str]:
 
     Empty also where that is not known, as of a fingerprint that nnU-Net made.
     """
-    try:
-        noted = json.loads(_sources_file(path).read_text(encoding="utf-8"))
-        before = noted["sources"] if noted["sha256"] == sha256_of(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        before = None
+    noted = read_record(_sources_file(path))
+    before = noted.get("sources") if noted.get("sha256") == sha256_of(path) else None
     if not isinstance(before, dict):
         return []
     now = _sources(dataset)
