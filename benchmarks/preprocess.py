@@ -1,9 +1,11 @@
 """Preprocessing of whole cases, from .nii.gz to the stored case: ours beside nnunetv2's, one thread, in one run.
 
     python benchmarks/preprocess.py [--cases A B …] [--repeats 3]
+    python benchmarks/preprocess.py --road [--cases A B …]
 
 Makes the volumes, runs both on the same files (ours alone where nnunetv2 is not installed), checks that labels are the same
 and intensities agree, and prints medians and ratios. Machines are noisy: read the ratios.
+With ``--road`` the commands that a user types, from the raw dataset to the preprocessed cases, one worker each.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np
 import SimpleITK as sitk
+from road import compare
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.labels import LabelScheme
@@ -202,8 +205,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["A", "A2", "B", "D", "C", "C2"], choices=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--road", action="store_true", help="the whole commands, verification and fingerprint included")
     arguments = parser.parse_args()
     has_peer = importlib.util.find_spec("nnunetv2") is not None
+    if arguments.road:
+        with tempfile.TemporaryDirectory() as temporary:
+            compare(
+                Path(temporary), arguments.cases, max(CASES[name][2] for name in arguments.cases), make_case, has_peer
+            )
+        return
     print(f"{'case':6s} {'ours s':>8s} {'nnunetv2 s':>11s} {'ratio':>6s} {'ours MB':>8s} {'peer MB':>8s}  differences")
     ratios, shares = [], []
     with tempfile.TemporaryDirectory() as temporary:

@@ -48,7 +48,7 @@ def test_regions_and_ignore() -> None:
         ({"organ": 1}, None, "'background': 0, it is missing"),
         ({"background": 1, "organ": 0}, None, "'background': 0, got 1"),
         ({"background": 0, "organ": 2}, None, r"without gaps, got \[0, 2\]"),
-        ({"background": 0, "organ": 1, "ignore": 1}, None, "'ignore' must be the highest value, expected 2, got 1"),
+        ({"background": 0, "organ": 1, "ignore": 1}, None, "'ignore' and 'organ' share the value 1"),
         ({"background": 0, "organ": 1, "ignore": 5}, None, "expected 2, got 5"),
         ({"background": 0, "organ": 1, "ignore": [2]}, None, "'ignore' must be one number"),
         ({"background": 0, "all": [1, 2], "core": 2}, None, "'regions_class_order' is needed"),
@@ -110,7 +110,9 @@ def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
         DatasetJson.load(path)
 
 
-@pytest.mark.parametrize("text, message", [(None, "is missing"), ("{", "JSON"), ("[]", "expected a JSON object")])
+@pytest.mark.parametrize(
+    "text, message", [(None, "is missing"), ("{", "not a dataset.json"), ("[]", "expected an object")]
+)
 def test_unreadable_dataset_json(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "dataset.json"
     if text is not None:

@@ -55,7 +55,7 @@ def broken_link(root):
         (lambda root: write_json(root, labels=["background", "core"]), "must map numbers to names"),
         (lambda root: write_json(root, channel_names={"0": "MR"}), "nnU-Net 2's format already"),
         (lambda root: (root / "dataset.json").write_text("{}"), "key 'labels' is missing"),
-        (lambda root: (root / "dataset.json").unlink(), "is missing"),
+        (lambda root: (root / "dataset.json").unlink(), "there is no dataset.json"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_copied(task, spoil, problem):
