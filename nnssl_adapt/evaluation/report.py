@@ -30,6 +30,7 @@ from nnssl_adapt.evaluation.report_content import (
 from nnssl_adapt.files import write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.paths import preprocessed_folder, raw_folder
+from nnssl_adapt.planning.provenance import NOT_LOADED
 from nnssl_adapt.weights.transfer.rows import percent
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,9 @@ def _origin(model: ModelFolder, folds: Sequence[FoldResult]) -> Iterator[str]:
         ("channels", ", ".join(model.channel_names)),
         ("classes", ", ".join(model.labels.class_names)),
     ]
-    if source:
+    if plan.provenance.given == NOT_LOADED:
+        rows.insert(0, ("pre-trained weights", f"none: trained from random weights (the plan was made for {source})"))
+    elif source:
         revision = f" at revision {source.revision}" if source.revision else ""
         name = source.repo_id or Path(source.source or NOT_KNOWN).name
         rows.insert(0, ("pre-trained weights", f"{name}{revision}, {source.filename}"))
@@ -141,7 +144,7 @@ def _origin(model: ModelFolder, folds: Sequence[FoldResult]) -> Iterator[str]:
         yield html.heading("What became of every tensor", 3)
         yield html.picture(_png(transfer.plot()), "The network's modules, coloured by what became of their numbers")
         yield html.details("the table", html.code(str(transfer)))
-    citations = plan.pretrain_info.get("citations") or []
+    citations = [] if plan.provenance.given == NOT_LOADED else plan.pretrain_info.get("citations") or []
     texts = [text for entry in citations if isinstance(entry, dict) for text in entry.get("apa_citations") or ()]
     if texts:
         yield html.heading("Please cite", 3)

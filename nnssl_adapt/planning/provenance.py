@@ -16,6 +16,10 @@ KEY = "nnssl_adapt"
 """Where the record stands in a plans file. nnU-Net ignores it."""
 
 
+NOT_LOADED = "nothing"
+"""Value of ``given`` in the plan of a model that was trained from random weights instead of those the plan was made for."""
+
+
 def package_version() -> str:
     """Version of the installed nnssl-adapt, or ``unknown`` in a bare source tree."""
     try:
@@ -83,7 +87,8 @@ class Provenance:
         topology: the network that was planned here by nnU-Net's rules instead: ``planned_by``, ``preset``.
         architecture_preset: published name of the network, such as ``ResEncL``.
         preprocessing_digest: SHA-256 of the exact preprocessing settings.
-        given: ``training`` where the weights were named by the training's command.
+        given: ``training`` where the weights were named by the training's command; :data:`NOT_LOADED` in the plan of a model
+            that was trained from random ones.
         fit_gpu: how patch and batch were fitted to a GPU; see :func:`~nnssl_adapt.planning.fit_gpu.fit_plan`.
         licence: of the trained model, in a package of it.
         trained_by: trainer of the model in a package.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
-from nnssl_adapt.planning.provenance import WeightsRecord
+from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.sharing.catalogue import find_known
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
@@ -99,6 +99,8 @@ def _use() -> str:
 
 def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:
     info, provenance = model.plan.pretrain_info, model.plan.provenance
+    if provenance.given == NOT_LOADED:
+        return "None: the network was trained from random weights."
     if not info:
         return "None is recorded: the network was trained from random weights, or by another program."
     source = provenance.source or WeightsRecord()
@@ -166,7 +168,8 @@ def _label_name(model: ModelFolder, label: str) -> str:
 
 
 def _citations(model: ModelFolder) -> list[str]:
-    found: list[Any] = [*(model.plan.pretrain_info.get("citations") or ()), NNUNET_CITATION]
+    loaded = model.plan.provenance.given != NOT_LOADED
+    found: list[Any] = [*((model.plan.pretrain_info.get("citations") or ()) if loaded else ()), NNUNET_CITATION]
     lines = []
     for entry in found:
         if not isinstance(entry, Mapping):

@@ -35,6 +35,7 @@ from nnssl_adapt.training.starting_weights import (
     fill_with_starting_weights,
     find_checkpoint,
     freezing_warnings,
+    naming_none,
     naming_the_same,
 )
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
@@ -134,11 +135,12 @@ class RunStart:
         check_resumable(path, content, named_now, self.accept_changed, finished)
         recorded = recorded_identity(path, content, identity)
         plan = naming_the_same(identity.plan, self.folder.recorded_plan(identity.plan.configuration))
+        plan = naming_none(plan) if identity.recipe.from_scratch else plan
         identity = replace(
             identity,
             plan=plan,
             seen_before=tuple(sorted(cases_seen(recorded) - set(identity.training_cases))),
-            weights=recorded.get("weights") or source_of(plan) or None,
+            weights=None if identity.recipe.from_scratch else recorded.get("weights") or source_of(plan) or None,
             citations=tuple(content["nnssl_adapt"].get("citations", identity.citations)),
         )
         state = self._state_of(new_network(identity), identity)

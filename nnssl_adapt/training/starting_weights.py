@@ -17,7 +17,7 @@ from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptErr
 from nnssl_adapt.planning.content import pretrain_info
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preflight import find_other_orientations
-from nnssl_adapt.planning.provenance import KEY, Provenance, WeightsRecord
+from nnssl_adapt.planning.provenance import KEY, NOT_LOADED, Provenance, WeightsRecord
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.folder import source_of
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -102,7 +102,7 @@ def fill_with_starting_weights(
         TransferError: they don't fit.
     """
     if from_scratch:
-        return StartingWeights(scratch_report(network), plan)
+        return StartingWeights(scratch_report(network), naming_none(plan))
     found = find_checkpoint(plan, checkpoint, options)
     if not source_of(plan):  # nobody has compared the plan with the weights yet
         _compare_axes(plan, found)
@@ -130,6 +130,14 @@ def naming_weights(plan: FinetunePlan, checkpoint: Checkpoint) -> FinetunePlan:
     return FinetunePlan(content, plan.configuration, plan.path)
 
 
+def naming_none(plan: FinetunePlan) -> FinetunePlan:
+    """The plan, saying that the weights it was made for were not loaded: a baseline from random weights."""
+    if not source_of(plan):
+        return plan
+    content = {**plan.content, KEY: replace(plan.provenance, given=NOT_LOADED).to_dict()}
+    return FinetunePlan(content, plan.configuration, plan.path)
+
+
 def naming_the_same(plan: FinetunePlan, recorded: FinetunePlan | None) -> FinetunePlan:
     """The plan, naming the weights that an earlier run's copy of it names, where it names none itself."""
     if source_of(plan) or recorded is None or not source_of(recorded):
@@ -154,14 +162,14 @@ def describe_citations(citations: Sequence[Mapping[str, Any]]) -> str:
 def _compare_axes(plan: FinetunePlan, checkpoint: Checkpoint) -> None:
     """Warn where a plan made by hand or by nnU-Net shows the weights other axes than they were trained on."""
     pretraining = checkpoint.plan
-    mend = "nnUNetv2_preprocess_like_nnssl makes a plan that agrees"
+    advice = "nnUNetv2_preprocess_like_nnssl makes a plan that agrees"
     if pretraining.supervised and plan.transpose_forward != pretraining.transpose_forward:
         logger.warning(
             "plan %s puts the images' axes in the order %s, the weights were trained with %s: %s",
             plan.plans_name,
             list(plan.transpose_forward),
             list(pretraining.transpose_forward),
-            mend,
+            advice,
         )
     if pretraining.orientation is None:
         return
@@ -181,7 +189,7 @@ def _compare_axes(plan: FinetunePlan, checkpoint: Checkpoint) -> None:
             len(others),
             plan.dataset_name,
             *next(iter(others.items())),
-            mend,
+            advice,
         )
 
 

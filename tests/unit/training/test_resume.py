@@ -18,8 +18,8 @@ from support.training_runs import Killed, assert_same_training, at, fold_of, int
 from nnssl_adapt.errors import ConfigurationError, NothingToResume, TrainingStopped, UnreadableCheckpoint
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training import validation
+from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
-from nnssl_adapt.training.trainer import PretrainedTrainer
 from nnssl_adapt.weights.network.architectures import Architecture
 
 
@@ -110,7 +110,7 @@ def test_killed_between_the_last_checkpoint_and_tidying_up(plan, recipe, monkeyp
     model = trainer_of(plan, recipe).run()
     final = fold_of(model) / "checkpoint_final.pth"
     (fold_of(model) / "checkpoint_latest.pth").write_bytes(b"of the epoch before")
-    monkeypatch.setattr(PretrainedTrainer, "_train", None)
+    monkeypatch.setattr(TrainingLoop, "run", None)
     before = final.read_bytes()
     trainer_of(plan, recipe).run(resume=True)
     assert final.read_bytes() == before
@@ -127,7 +127,7 @@ def test_auto_starts_or_goes_on_or_stays_finished(plan, recipe, tmp_path, packag
     assert "going on from" in package_log.text
     assert_same_training(whole, model)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(PretrainedTrainer, "_train", None)
+        patched.setattr(TrainingLoop, "run", None)
         trainer_of(plan, recipe).run(resume="auto")
 
 
@@ -139,7 +139,7 @@ def test_nothing_to_resume(plan, recipe):
 def test_a_finished_run_is_only_validated(plan, recipe, monkeypatch):
     model = trainer_of(plan, recipe).run()
     before = (fold_of(model) / "checkpoint_final.pth").stat().st_mtime_ns
-    monkeypatch.setattr(PretrainedTrainer, "_train", None)
+    monkeypatch.setattr(TrainingLoop, "run", None)
     trainer_of(plan, recipe).run(resume=True)
     assert (fold_of(model) / "checkpoint_final.pth").stat().st_mtime_ns == before
 

@@ -11,12 +11,12 @@ from support.model_folders import write_model_folder
 from support.synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFound
-from nnssl_adapt.evaluation.report import commands
+from nnssl_adapt.evaluation.report import commands, make_report
 from nnssl_adapt.evaluation.report_content import gather_folds
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
-from nnssl_adapt.planning.provenance import WeightsRecord
+from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
 from nnssl_adapt.training import starting_weights
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
@@ -234,6 +234,18 @@ def test_weights_given_to_the_training_are_on_record(plan, weights):
         other = replace(model.plan.provenance, source=replace(source, sha256="0" * 64))
         aside = {**model.plan.content, "nnssl_adapt": other.to_dict()}
         RunFolder(model.path, 1).refuse_other_model(FinetunePlan(aside))
+
+
+def test_a_baseline_does_not_name_weights_that_it_did_not_load(plan, weights):
+    preprocess_dataset(plan, workers=1, progress=False)
+    recipe = Recipe(epochs=2, iterations_per_epoch=1, validation_iterations=1, warmup_epochs=0, from_scratch=True)
+    trainer = PretrainedTrainer(plan, recipe=recipe.override(epochs=1), device="cpu", workers=0)
+    model = trainer.run()
+    assert model.plan.provenance.given == NOT_LOADED
+    assert trainer.identity.weights is None
+    longer = PretrainedTrainer(plan, recipe=recipe, device="cpu", workers=0)
+    assert longer.run(resume=True).plan.provenance.given == NOT_LOADED and longer.identity.weights is None
+    assert "trained from random weights" in make_report(model, overlays=False).html
 
 
 def report_of(**fates):
