@@ -23,6 +23,7 @@ from nnssl_adapt.cli.train import add_run_flags, carry_out, deadline_of, parse_f
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
+    from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.training.request import TrainingRequest
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="pretrained",
         help="short name of the pre-training (default: pretrained)",
     )
-    parser.add_argument("-f", dest="fold", default="0", help="fold: 0 to 4, or all (default 0)")
+    parser.add_argument("-f", dest="fold", help="fold: 0 to 4, or all (default 0; all where one case can't be split)")
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
     add_training_flags(parser)
     add_run_flags(parser)
@@ -53,12 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.training.request import TrainingRequest
 
     say_ignored_variables()
-    fold = parse_fold(arguments.fold)
     deadline = deadline_of(arguments, started)
-    require_device(arguments.device)
     _refuse_launchers()
-    check_processes(arguments.num_gpus, arguments.device)
     dataset = RawDataset.open(arguments.dataset)
+    fold = _fold(arguments.fold, dataset)
+    require_device(arguments.device)  # what was typed about the data is judged first
+    check_processes(arguments.num_gpus, arguments.device)
     checkpoint = open_source(arguments)
     recipe = recipe_from(arguments, checkpoint.architecture, dataset.labels)
     processes = checked_workers(arguments.processes)
@@ -85,6 +86,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_gpus > 1:
         return _train_in_processes(request, arguments.num_gpus, arguments.verbose)
     return carry_out(request, plan, checkpoint)
+
+
+def _fold(text: str | None, dataset: RawDataset) -> int | str:
+    """The fold asked for, which the dataset must have; without one, 0, or ``all`` where a single case can't be split."""
+    from nnssl_adapt.data.splits import count_folds
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.paths import preprocessed_folder
+
+    folds = count_folds(
+        preprocessed_folder() / dataset.name, [case.identifier for case in dataset.cases], dataset.folder
+    )
+    fold = parse_fold(text if text is not None else "0" if folds else "all")
+    if isinstance(fold, int) and fold >= folds:
+        known = (
+            f"it has the folds 0 to {folds - 1}, and all" if folds else "one case can't be split: -f all trains on it"
+        )
+        raise ConfigurationError(f"-f {fold}: {dataset.name} has no such fold; {known}")
+    return fold
 
 
 def _refuse_launchers() -> None:

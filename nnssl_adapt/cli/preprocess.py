@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
+    from nnssl_adapt.data.splits import count_folds
 
     workers = checked_workers(arguments.workers or arguments.fingerprint_processes)
     shard = Shard.parse(arguments.shard) if arguments.shard else WHOLE
@@ -76,9 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     print(f"\n{len(store.identifiers)} cases preprocessed in {store.folder}")
     print(f"plan {plan.plans_name}\n  in {plan.plans_file}")
-    print(
-        f"next:\n  nnUNetv2_train_pretrained -d {dataset_id(plan.dataset_name)} -c 3d_fullres -f 0 -p {plan.plans_name}"
-    )
+    identifiers = [case.identifier for case in dataset.cases]
+    fold = "0" if count_folds(plan.dataset_folder, identifiers, dataset.folder) else "all"
+    words = f"-d {dataset_id(plan.dataset_name)} -c {plan.configuration} -f {fold} -p {plan.plans_name}"
+    print(f"next:\n  nnUNetv2_train_pretrained {words}")
     return EXIT_OK
 
 

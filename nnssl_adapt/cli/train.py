@@ -156,10 +156,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.source and arguments.from_scratch:
         raise ConfigurationError("-pretrained_weights and --from_scratch contradict each other: give one of them")
     deadline = deadline_of(arguments, started)
-    require_device(arguments.device)
+    plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
+    require_device(arguments.device)  # what was typed about the data is judged first
     if launch_wanted(arguments.num_gpus):
         return run_ranks(without_subcommand(arguments.command_line), arguments.num_gpus, arguments.device)
-    plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
     recipe = recipe_from(arguments, plan.architecture, plan.labels)
     if arguments.source and recipe.from_scratch:
         raise ConfigurationError(

@@ -93,6 +93,14 @@ def load_or_make_splits(folder: Path, identifiers: Sequence[str], raw_folder: Pa
     return splits
 
 
+def count_folds(folder: Path, identifiers: Sequence[str], raw_folder: Path) -> int:
+    """How many folds :func:`load_or_make_splits` finds or makes; nothing is written. 0: only ``all`` can be trained."""
+    for path in (folder / SPLITS_FILE, raw_folder / SPLITS_FILE):
+        if path.is_file():
+            return len(read_splits(path))
+    return min(5, len(identifiers)) if len(identifiers) > 1 else 0
+
+
 def load_splits(path: Path, identifiers: Sequence[str]) -> list[Split]:
     """Read a splits file. Raises DatasetError: it is none, or names cases that are not among ``identifiers``."""
     return _load(path, sorted(identifiers))

@@ -16,6 +16,7 @@ from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.planning.plan_check import mistakes_of_configuration, mistakes_of_plan
 from nnssl_adapt.planning.plans_json import read_plans, refuse_ignored_keys
 from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.weights.network.architectures import Architecture
@@ -278,34 +279,16 @@ def _rule(kwargs: Mapping[str, Any] | None, order: int) -> ResamplingRule:
     )
 
 
-_NEEDED = ("dataset_name", "plans_name", "transpose_forward", "transpose_backward", "configurations")
-_NEEDED_IN_CONFIGURATION = (
-    "data_identifier",
-    "patch_size",
-    "batch_size",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "architecture",
-)
-
-
 def _check(content: Any, configuration: str, path: Path | None) -> None:
     where = str(path) if path is not None else "the plan"
     if not isinstance(content, dict):
-        raise PlanError(f"{where}: expected a JSON object with nnU-Net's plans, got {type(content).__name__}")
-    problems = [f"key {key!r} is missing" for key in _NEEDED if key not in content]
+        raise PlanError(
+            f"{where}: expected a JSON object with nnU-Net's plans, got {type(content).__name__}", path=path
+        )
+    problems = list(mistakes_of_plan(content))
     if not problems:
         chosen = resolve_configuration(content, configuration)
-        problems = [
-            f"key {key!r} of configuration {configuration!r} is missing"
-            for key in _NEEDED_IN_CONFIGURATION
-            if key not in chosen
-        ]
-        if "architecture" not in chosen and "UNet_class_name" in chosen:
-            problems = ["it is in the format before nnU-Net 2.3; run nnUNetv2_plan_experiment of a newer nnU-Net again"]
-        elif not problems and len(chosen["patch_size"]) != 3:
-            problems = [f"configuration {configuration!r} is not 3D (patch {chosen['patch_size']})"]
+        problems = list(mistakes_of_configuration(chosen, configuration))
     if problems:
-        raise PlanError(f"{where} is not a usable plans file: {'; '.join(problems)}")
+        raise PlanError(f"{where} is not a usable plans file: {'; '.join(problems)}", path=path, mistakes=problems)
+    Provenance.parse(content.get(KEY), path or where)

@@ -46,11 +46,13 @@ def read_plans(path: Path) -> Any:
         return content
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=collect)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=collect)
     except FileNotFoundError:
         raise PlanError(f"no plans file {path}{_plans_beside(path)}") from None
+    except RecursionError:
+        raise PlanError(f"{path} is not a plans file: its content is nested too deeply", path=path) from None
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} is not a plans file: {error}") from error
+        raise PlanError(f"{path} is not a plans file: {error}", path=path) from error
     for key in dict.fromkeys(twice):
         logger.warning("%s has the key %r twice, with different values: the last one counts", path, key)
     return content

@@ -130,7 +130,7 @@ def test_configurations_inherit(plan):
         (lambda c: c.pop("transpose_forward"), "'transpose_forward' is missing"),
         (
             lambda c: c["configurations"]["3d_fullres"].pop("patch_size"),
-            "'patch_size' of configuration '3d_fullres' is missing",
+            "patch_size' is missing",
         ),
         (
             lambda c: c["configurations"].update({"2d": c["configurations"].pop("3d_fullres")}),
