@@ -49,7 +49,7 @@ def _is_rule(value: Any) -> bool:
 
 def _is_statistics(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(channel, Mapping) and all(_is_number(number) for number in channel.values())
+        isinstance(channel, Mapping) and all(isinstance(number, Real) for number in channel.values())
         for channel in value.values()
     )
 
