@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nnssl_adapt.cluster.resumable import Resumable
+    from nnssl_adapt.cluster.submit import submit
     from nnssl_adapt.data.convert.dataset_json import write_dataset_json
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.preprocess import preprocess_case
@@ -49,6 +51,7 @@ _HOME = {
     "RawDataset": "nnssl_adapt.data.dataset",
     "Recipe": "nnssl_adapt.training.recipe.recipe",
     "Report": "nnssl_adapt.evaluation.report",
+    "Resumable": "nnssl_adapt.cluster.resumable",
     "Study": "nnssl_adapt.studies.study",
     "TransferReport": "nnssl_adapt.weights.transfer.report",
     "TransferSettings": "nnssl_adapt.weights.transfer.settings",
@@ -66,6 +69,7 @@ _HOME = {
     "push_model": "nnssl_adapt.sharing.push",
     "reorient_dataset": "nnssl_adapt.data.reorient",
     "show": "nnssl_adapt.evaluation.show",
+    "submit": "nnssl_adapt.cluster.submit",
     "transfer_weights": "nnssl_adapt.weights.transfer.transfer",
     "write_dataset_json": "nnssl_adapt.data.convert.dataset_json",
     "write_report": "nnssl_adapt.evaluation.report",
@@ -83,6 +87,7 @@ __all__ = [
     "RawDataset",
     "Recipe",
     "Report",
+    "Resumable",
     "Study",
     "TransferReport",
     "TransferSettings",
@@ -100,6 +105,7 @@ __all__ = [
     "push_model",
     "reorient_dataset",
     "show",
+    "submit",
     "transfer_weights",
     "write_dataset_json",
     "write_report",

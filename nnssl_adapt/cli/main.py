@@ -28,6 +28,7 @@ from nnssl_adapt.cli import (
     reorient,
     report,
     study,
+    submit,
     train,
     verify,
 )
@@ -40,6 +41,7 @@ _COMMANDS = {
     "inspect": (inspect, "what a checkpoint is, and what a dataset would get of it"),
     "preprocess": (preprocess, "plan and preprocess a dataset (as nnUNetv2_preprocess_like_nnssl)"),
     "train": (train, "fine-tune one fold (as nnUNetv2_train_pretrained)"),
+    "submit": (submit, "the whole road as jobs of a cluster: preprocess, train the folds, choose; with their status"),
     "convert": (convert, "make a dataset of the Decathlon's, BIDS or any other files"),
     "verify": (verify, "everything that is wrong with a raw dataset, with the fix for each"),
     "reorient": (reorient, "copies of a dataset whose images all lie the same way"),

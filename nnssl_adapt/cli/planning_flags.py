@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings_from
 
@@ -24,14 +24,14 @@ WEIGHTS_OWN = "as-weights"
 """``--reorient`` without a code: the orientation that the weights want."""
 
 
-def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False) -> None:
+def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False, source_required: bool = True) -> None:
     """Add ``-d -pc -am -os -pl`` and the flags of orientation and transfer; with ``dynamic`` those of --keep-topology only."""
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
     parser.add_argument(
         "-pc",
         "--pretrained_checkpoint",
         dest="source",
-        required=True,
+        required=source_required,
         help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL",
     )
     if dynamic:
@@ -121,6 +121,20 @@ def plan_from(
 ) -> FinetunePlan:
     """The plan that the flags of :func:`add_planning_flags` ask for. Raises what :func:`make_plan` raises."""
     import nnssl_adapt as na
+
+    return na.make_plan(
+        dataset,
+        checkpoint,
+        name=arguments.name,
+        workers=workers,
+        progress=not getattr(arguments, "no_pbar", False),
+        fingerprint=fingerprint,
+        **plan_options_from(arguments, dataset, checkpoint),
+    )
+
+
+def plan_options_from(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What these flags say, as keywords of :func:`make_plan`. Raises ConfigurationError where they contradict each other."""
     from nnssl_adapt.errors import ConfigurationError
 
     if arguments.keep_topology and arguments.normalization != "from_pretraining":
@@ -134,22 +148,16 @@ def plan_from(
             raise ConfigurationError(
                 "--reorient: these weights don't say which orientation they want; add one, e.g. RPI"
             )
-    return na.make_plan(
-        dataset,
-        checkpoint,
-        mode=arguments.mode,
-        name=arguments.name,
-        spacing=arguments.spacing,
-        base_plans=arguments.base_plans,
-        transfer=transfer_settings_from(arguments, dataset.channel_names),
-        plans_name=arguments.plans_name,
-        keep_topology=arguments.keep_topology,
-        reorient=reorient,
-        ignore_orientation=arguments.ignore_orientation,
-        normalization=arguments.normalization,
-        workers=workers,
-        progress=not getattr(arguments, "no_pbar", False),
-        fingerprint=fingerprint,
-        preset=arguments.preset,
-        fit_gpu=arguments.fit_gpu,
-    )
+    return {
+        "mode": arguments.mode,
+        "spacing": arguments.spacing,
+        "base_plans": arguments.base_plans,
+        "transfer": transfer_settings_from(arguments, dataset.channel_names),
+        "plans_name": arguments.plans_name,
+        "keep_topology": arguments.keep_topology,
+        "reorient": reorient,
+        "ignore_orientation": arguments.ignore_orientation,
+        "normalization": arguments.normalization,
+        "preset": arguments.preset,
+        "fit_gpu": arguments.fit_gpu,
+    }

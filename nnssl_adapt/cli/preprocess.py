@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
         "--shard", metavar="I/N", help="do only part I of N of the cases, so that N jobs can fill one store together"
     )
     parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="verify and fingerprint the dataset and see that it can be planned, but preprocess nothing: once, before N parts",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="compare what is there with its checksums, and make damaged cases again"
     )
     parser.add_argument(
@@ -64,6 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_only(arguments, dataset, checkpoint, workers)
     plan = plan_from(arguments, dataset, checkpoint, workers)
     print(plan)
+    if arguments.prepare:
+        print(f"\n{dataset.name} is verified and fingerprinted; nothing was preprocessed")
+        return EXIT_OK
     store = na.preprocess_dataset(
         plan,
         workers=workers,

@@ -10,9 +10,9 @@ from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import SIMPLE_ITK
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard, preprocess_cases
 from nnssl_adapt.data.splits import load_or_make_splits
-from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.data.store import RECORDS_FOLDER, CaseStore
 from nnssl_adapt.errors import PlanError
-from nnssl_adapt.files import atomic_path
+from nnssl_adapt.files import atomic_path, write_json
 from nnssl_adapt.planning.make import copy_dataset_json
 from nnssl_adapt.planning.naming import refuse_to_replace_stranger
 from nnssl_adapt.planning.plan import FinetunePlan
@@ -48,7 +48,7 @@ def preprocess_dataset(
         OutputError: the folder can't be written, or the disk is full.
     """
     raw = RawDataset.open(plan.dataset_name).read_with(str(plan.content.get("image_reader_writer", SIMPLE_ITK)))
-    _refuse_to_replace_another(plan, overwrite)
+    refuse_to_replace_another(plan, overwrite)
     copy_dataset_json(raw, plan.dataset_folder)
     load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)
     _copy_reference_labels(raw, plan.dataset_folder / "gt_segmentations")
@@ -69,11 +69,21 @@ def preprocess_dataset(
         )
     else:
         plan.save()
+    if shard != WHOLE:
+        write_json(
+            part_record(plan, shard), {"part": str(shard), "cases": len(store.identifiers), "of": len(raw.cases)}
+        )
     return store
 
 
-def _refuse_to_replace_another(plan: FinetunePlan, overwrite: bool) -> None:
-    """A plan of the same name but of other weights or settings belongs to runs that may still need it."""
+def part_record(plan: FinetunePlan, shard: Shard) -> Path:
+    """The file that says that a part of the plan's cases is preprocessed."""
+    name = f"{plan.plans_name}__{shard.number}_of_{shard.total}.json"
+    return plan.dataset_folder / RECORDS_FOLDER / "parts" / name
+
+
+def refuse_to_replace_another(plan: FinetunePlan, overwrite: bool = False) -> None:
+    """Raise PlanError where a plan of this name was made from other weights or settings: runs may still need it."""
     refuse_to_replace_stranger(plan.plans_file)
     if overwrite or not plan.plans_file.is_file():
         return

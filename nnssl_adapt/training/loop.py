@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import NonFiniteLoss, TrainingError, TrainingStopped
+from nnssl_adapt.files import write_json
 from nnssl_adapt.training.batches.patches import seeds_for
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.optimise.losses import count_overlap, pseudo_dice
@@ -26,7 +27,7 @@ from nnssl_adapt.training.progress.display import EpochDisplay
 from nnssl_adapt.training.progress.history import History
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import CheckpointWriter, TrainingState, predicting
-from nnssl_adapt.training.run.stopping import StopRequest
+from nnssl_adapt.training.run.stopping import STOPPED, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,8 @@ class TrainingLoop:
 
     def _stop(self, state: TrainingState, checkpoints: CheckpointWriter, stop: StopRequest) -> NoReturn:
         checkpoints.stopping(state)
+        if checkpoints.enabled and self.ranks.is_main:  # for whoever asks whether the run gets ahead
+            write_json(checkpoints.folder / STOPPED, {"epoch": state.epoch, "step": state.iteration})
         self.ranks.barrier()  # nobody leaves before the one that writes has written
         where = (
             f"stopped by {stop.reason or 'another process'} in epoch {state.epoch + 1} after {state.iteration} of "

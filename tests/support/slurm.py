@@ -81,17 +81,18 @@ class Slurm:
         """Until a job is in one of these states; a job that was queued again is made to start at once."""
 
         def reached() -> str:
+            self.hurry()
             state = self.state(job)
-            if state == "PENDING" and "PENDING" not in states:
-                self.hurry(job)
             return state if state in states else ""
 
         return str(eventually(reached, f"for job {job} to be {' or '.join(states)}", patience))
 
-    def hurry(self, job: str) -> None:
-        """Start a job that was queued again, and would wait for two minutes."""
-        if self.facts(job).get("Reason") == "BeginTime":
-            self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
+    def hurry(self) -> None:
+        """Start jobs that were queued again, and would wait for two minutes."""
+        for line in self.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%i %r", check=False).splitlines():
+            job, _, reason = line.partition(" ")
+            if reason == "BeginTime":
+                self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
 
     def clear(self) -> None:
         """No jobs, and both nodes in service."""

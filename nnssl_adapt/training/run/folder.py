@@ -18,6 +18,7 @@ from nnssl_adapt.inference.trainer_class import write_trainer_class
 from nnssl_adapt.paths import results_folder
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.run.checkpointing import BEST, FINAL, LATEST
+from nnssl_adapt.training.run.stopping import STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _OF_ONE_RUN = (
     "debug.json",
     "validation",
     "validation_done.json",
+    STOPPED,
 )
 
 

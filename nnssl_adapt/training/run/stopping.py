@@ -27,6 +27,9 @@ from nnssl_adapt.training.run.signals import (
 
 logger = logging.getLogger(__name__)
 
+STOPPED = "stopped.json"
+"""File in the fold's folder: epoch (from 0) and step of it at which the last round was stopped."""
+
 _RECENT = 50
 """Steps that the longest step is looked for in: the first ones, which compile and tune, don't count for ever."""
 

@@ -1,11 +1,8 @@
 """Processes that are started together end together: with one exit code, one clear error, and nobody left behind."""
 
-import argparse
 import os
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -15,10 +12,7 @@ import pytest
 import torch
 from support import rank_program
 from support.killing import forked
-from torch.distributed.run import get_args_parser
 
-from nnssl_adapt.cli import train
-from nnssl_adapt.cli.main import build_parser
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, TrainingError
 from nnssl_adapt.training.launch import launch
 from nnssl_adapt.training.launch.launch import launch_wanted, run_ranks
@@ -146,40 +140,3 @@ def test_what_is_set_stays_set(tmp_path, monkeypatch):
 
 
 # -- the guide -------------------------------------------------------------------------------------------------------------
-
-
-def commands_of_the_guide():
-    """The guide's scripts, and their commands as words."""
-    text = (Path(launch.__file__).parents[3] / "docs" / "cluster.md").read_text(encoding="utf-8")
-    text = re.sub(r"\$SLURM_\w+|\$MASTER_\w+", "1", text)
-    scripts = [block.split("```")[0] for block in text.split("```bash\n")[1:]]
-    lines = [
-        line for script in scripts for line in script.replace("\\\n", " ").replace('"$@"\' train', "").splitlines()
-    ]
-    return scripts, [shlex.split(line, comments=True) for line in lines if "-d 41" in line or "nnssl-adapt" in line]
-
-
-def test_the_scripts_of_the_guide_are_bash():
-    scripts, _ = commands_of_the_guide()
-    assert len(scripts) == 8
-    for script in scripts:
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-
-
-def test_the_commands_of_the_guide_exist():
-    _, commands = commands_of_the_guide()
-    alone, seen = argparse.ArgumentParser(), []
-    train.add_arguments(alone)
-    for words in commands:
-        words = [word for word in words if word != "srun"]
-        if words[0] == "nnssl-adapt":
-            build_parser().parse_args(words[1:])
-        elif words[0] == "torchrun":
-            given = get_args_parser().parse_args(words[1:])
-            assert given.module and given.training_script == "nnssl_adapt.train"
-            alone.parse_args(given.training_script_args)
-        else:
-            assert words[0] == "nnUNetv2_train_pretrained" or words[:4] == ["exec", "python", "-m", "nnssl_adapt.train"]
-            alone.parse_args(words[words.index("-d") :])
-        seen.append(words[0])
-    assert sorted(set(seen)) == ["exec", "nnUNetv2_train_pretrained", "nnssl-adapt", "torchrun"], seen

@@ -1,0 +1,198 @@
+"""From a raw dataset and a checkpoint to a cross-validated model, as jobs of Slurm (or, without one, on this machine).
+
+The same command again submits only what is missing. --status shows where everything stands, --cancel ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnssl_adapt.cli.common import (
+    EXIT_FAILED,
+    EXIT_OK,
+    add_source,
+    add_verbose,
+    open_source,
+    source_options,
+    stop_in_order,
+)
+from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_options_from
+from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
+
+if TYPE_CHECKING:
+    from nnssl_adapt.cluster.graph import Resources
+    from nnssl_adapt.cluster.scripts import SlurmSettings
+    from nnssl_adapt.cluster.submission import Submission
+
+_RENEWED_EVERY = 20.0  # seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_planning_flags(parser, source_required=False)
+    parser.add_argument("-n", dest="name", help="short name of the pre-training (default: pretrained)")
+    group = parser.add_argument_group("the jobs")
+    group.add_argument("--folds", default="0-4", help="such as 0-4 (default) or 0,2")
+    group.add_argument(
+        "--shards", type=int, default=1, help="jobs that preprocess, each a part of the cases (default 1)"
+    )
+    group.add_argument(
+        "--gpus", help="GPUs of each machine, or TYPE:NUMBER such as a100:2 (default 1; on CPUs: processes)"
+    )
+    group.add_argument("--nodes", type=int, default=1, help="machines that train one fold together (default 1)")
+    group.add_argument("--cpus", type=int, default=8, help="cores for each process, of each GPU (default 8)")
+    group.add_argument("--mem", default="", help="memory of each machine, as Slurm writes it (48G)")
+    group.add_argument(
+        "--time", default="", help="of each job, in any form of Slurm's (24:00:00); it is queued again if need be"
+    )
+    group.add_argument("--partition", default="")
+    group.add_argument("--account", default="")
+    group.add_argument("--throttle", type=int, default=0, metavar="K", help="most folds that train at the same time")
+    group.add_argument(
+        "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
+    )
+    group.add_argument(
+        "--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch (repeatable)"
+    )
+    group.add_argument(
+        "--cluster", choices=("slurm", "local"), default="slurm", help="local: run it all on this machine"
+    )
+    group.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="tensorboard|wandb",
+        help="send each epoch's figures there as well",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check everything, show the scripts, and submit nothing")
+    what.add_argument("--status", action="store_true", help="where everything stands")
+    what.add_argument("--watch", action="store_true", help="the same, renewed until all is over")
+    what.add_argument("--cancel", action="store_true", help="cancel all jobs; none of them comes back")
+    add_training_flags(parser)
+    add_source(parser)
+    stop_in_order(parser)
+    add_verbose(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.errors import ConfigurationError
+
+    if arguments.status or arguments.watch:
+        return _show_status(arguments)
+    if arguments.cancel:
+        return _cancel(arguments)
+    if arguments.source is None:
+        raise ConfigurationError(
+            "-pc is missing: which pre-trained weights? (only --status, --watch and --cancel go without)"
+        )
+    return _submit(arguments)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.cluster.submit import submit
+    from nnssl_adapt.data.dataset import RawDataset
+
+    arguments.name = arguments.name or "pretrained"
+    dataset = RawDataset.open(arguments.dataset)
+    checkpoint = open_source(arguments)
+    submitted = submit(
+        dataset.name,
+        arguments.source,
+        arguments.name,
+        folds=parse_folds(arguments.folds),
+        shards=arguments.shards,
+        recipe=recipe_from(arguments, checkpoint.architecture),
+        device=arguments.device,
+        resources=_resources(arguments),
+        throttle=arguments.throttle,
+        cluster=arguments.cluster,
+        settings=_settings(arguments),
+        plan_options=plan_options_from(arguments, dataset, checkpoint),
+        source_options=source_options(arguments),
+        training=_training_words(arguments),
+        dry_run=arguments.dry_run,
+        command=("nnssl-adapt", *arguments.command_line),
+    )
+    if arguments.dry_run:
+        _show_scripts(submitted.submission, _settings(arguments))
+        print("Nothing was written or submitted: leave --dry-run out to go on")
+        return EXIT_OK
+    print(submitted)
+    print(f"next:\n  nnssl-adapt submit -d {arguments.dataset} -n {arguments.name} --status")
+    return EXIT_OK
+
+
+def _show_scripts(submission: Submission, settings: SlurmSettings) -> None:
+    from nnssl_adapt.cluster.scripts import group_script
+
+    for group in submission.graph.groups:
+        print(f"# {submission.script(group)}")
+        print(group_script(submission.folder, submission.graph, group, settings, submission.command))
+
+
+def _show_status(arguments: argparse.Namespace) -> int:
+    """Exits with 1 when something failed."""
+    from nnssl_adapt.cluster.status import FAILED, status_of
+    from nnssl_adapt.cluster.submission import find_submissions
+
+    while True:
+        found = [status_of(submission) for submission in find_submissions(arguments.dataset, arguments.name)]
+        if arguments.watch and sys.stdout.isatty():
+            print("\033[2J\033[H", end="")  # an empty screen
+        print("\n\n".join(str(status) for status in found), flush=True)
+        if not arguments.watch or all(status.is_over for status in found):
+            failed = any(step.state == FAILED for status in found for step in status.steps)
+            return EXIT_FAILED if failed else EXIT_OK
+        time.sleep(_RENEWED_EVERY)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from nnssl_adapt.cluster.submission import find_submissions
+
+    for submission in find_submissions(arguments.dataset, arguments.name):
+        print(f"{submission.graph.name}: {submission.cancel()} jobs cancelled; what is finished is kept")
+    return EXIT_OK
+
+
+def _resources(arguments: argparse.Namespace) -> Resources:
+    """On CPUs, --gpus counts processes."""
+    from nnssl_adapt.cluster.graph import Resources
+
+    gpus = arguments.gpus or ("1" if arguments.device == "cuda" else "0")
+    asked = Resources(cpus=arguments.cpus, gpus=gpus, nodes=arguments.nodes, mem=arguments.mem, time=arguments.time)
+    return asked if arguments.device == "cuda" else replace(asked, gpus="0", tasks=max(1, asked.num_gpus))
+
+
+def _settings(arguments: argparse.Namespace) -> SlurmSettings:
+    from nnssl_adapt.cluster.scripts import SlurmSettings
+
+    flags = tuple(word for text in arguments.sbatch for word in shlex.split(text))
+    setup = None if arguments.setup is None else arguments.setup.expanduser().resolve()
+    return SlurmSettings(arguments.partition, arguments.account, setup, flags)
+
+
+def _training_words(arguments: argparse.Namespace) -> list[str]:
+    """Flags of the training beside the recipe, which the jobs get as a file."""
+    words = ["--npz"] if arguments.npz else []
+    words += [] if arguments.workers is None else ["--workers", str(arguments.workers)]
+    return [*words, *(word for tracker in arguments.track for word in ("--track", tracker))]
+
+
+def parse_folds(text: str) -> list[int]:
+    """``0-4``, ``0,2`` or ``0,2-4``. Raises ConfigurationError."""
+    from nnssl_adapt.errors import ConfigurationError
+
+    folds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ConfigurationError(f"--folds {text}: expected such as 0-4, or 0,2")
+        folds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return folds
