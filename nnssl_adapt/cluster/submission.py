@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from nnssl_adapt.cluster.rounds import begin_rounds
 from nnssl_adapt.cluster.scripts import SlurmSettings, group_script, log_name
 from nnssl_adapt.errors import ConfigurationError, NnsslAdaptError
 from nnssl_adapt.files import make_folder, write_json, write_text
+from nnssl_adapt.machine.heartbeat import Holder
 from nnssl_adapt.machine.lock import InUse, held
 from nnssl_adapt.paths import find_dataset_name, results_folder
 
@@ -137,13 +140,13 @@ class Submission:
                 path=self.folder,
             )
 
-    def local_runner(self) -> str | None:
-        """Who runs it on this machine or another, if anybody does."""
+    def local_runner(self) -> Holder | None:
+        """Which process runs it without Slurm, on this machine or another, if any does."""
         try:
             with held(self.folder / ".running"):
                 return None
         except InUse as used:
-            return str(used.holder or "another process")
+            return used.holder
 
     # -- from here to Slurm and back -----------------------------------------------------------------------------------
 
@@ -197,11 +200,27 @@ class Submission:
         return {step.name: f"{number}_{everyone.index(step)}" for step in steps}
 
     def cancel(self) -> int:
-        """Cancel what waits or runs, so that nothing of it comes back; returns the number of jobs. Raises SlurmError."""
+        """Cancel what waits or runs, so that nothing of it comes back; returns the number of jobs (without Slurm: of runners).
+
+        Raises SlurmError; ConfigurationError where it runs on another machine, without Slurm.
+        """
         write_text(self.folder / _CANCELLED, time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        if self.cluster == LOCAL:
+            return self._end_runner()
         alive = self.queued()
         slurm.cancel(job.number for job in alive.values())
         return len(alive)
+
+    def _end_runner(self) -> int:
+        runner = self.local_runner()
+        if runner is None:
+            return 0
+        if runner.machine != platform.node():
+            raise ConfigurationError(
+                f"{self.folder.parent.name} is being run by {runner}: cancel it there", path=self.folder
+            )
+        os.kill(runner.process, signal.SIGTERM)
+        return 1
 
 
 @contextmanager

@@ -56,3 +56,16 @@ def test_the_whole_graph_interrupted_twice(folders, slurm, undisturbed):
     assert (model_in(results) / "report.html").exists()
     assert [line.split()[1] for line in table.splitlines()[1:9]] == ["done"] * 8
     assert "0 steps submitted, 8 are done already" in submit(*FLAGS, "--folds", "0-2", "--shards", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--partition", "nowhere"], "invalid partition specified: nowhere"),
+        (["--sbatch", "--gres=unknown:1"], "Invalid generic resource"),
+    ],
+)
+def test_what_slurm_refuses_leaves_nothing(prepared, slurm, flags, said):
+    text = submit(*FLAGS, "--folds", "0", *flags, code=1)
+    assert "sbatch refused 03_train.sh" in text and said in text
+    assert not slurm.run("squeue", "-h")

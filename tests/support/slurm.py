@@ -50,6 +50,7 @@ class Slurm:
 
     folder: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,10 +103,46 @@ class Slurm:
             self.run("scancel", *jobs, check=False)
         eventually(lambda: not self.run("squeue", "-h", check=False), "for the jobs to end")
         for node in ("n1", "n2"):
-            if "IDLE" not in self.run("scontrol", "show", "node", node) or "DOWN" in self.run(
-                "scontrol", "show", "node", node
-            ):
+            if self.node_state(node) != "IDLE":
                 self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        eventually(lambda: {self.node_state(node) for node in ("n1", "n2")} == {"IDLE"}, "for two idle nodes")
+
+    def node_state(self, node: str) -> str:
+        return re.findall(r"State=(\S+)", self.run("scontrol", "show", "node", node))[0]
+
+    def kill_node(self, node: str) -> None:
+        """What a power failure does: all that runs there is gone, and nobody answers."""
+        daemon = self.nodes[node]
+        daemon.kill()
+        daemon.wait()
+        for job in self.run("squeue", "-h", "-w", node, "-o", "%A", check=False).split():
+            for pid in self._started_by(job):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def _started_by(self, job: str) -> list[int]:
+        """Processes of a job, by their environment, and its slurmstepds, by their names."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                variables = (process / "environ").read_bytes().split(b"\0")
+                of_job = f"SLURM_JOB_ID={job}".encode() in variables
+                of_job |= f"slurmstepd: [{job}.".encode() in (process / "cmdline").read_bytes()
+                if of_job and f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables:
+                    found.append(int(process.name))
+        return found
+
+    def start_node(self, node: str) -> None:
+        """Its daemon, of a new node or of one that was killed."""
+        command = [_program("slurmd"), "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
+        self.nodes[node] = self._start(command, f"slurmd_{node}")
+
+    def _start(self, command: list[str | None], name: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / "log" / f"{name}_daemon.txt").open("ab")
+        process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)  # type: ignore[arg-type]
+        self.processes.append(process)
+        return process
 
 
 @contextmanager
@@ -124,21 +161,14 @@ def real_slurm(folder: Path) -> Iterator[Slurm]:
     (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-3]\n")
     slurm = Slurm(folder)
     conf = str(folder / "slurm.conf")
-    commands = [
-        [_program("munged"), "--foreground", "--force"]
-        + [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
-        + [f"--socket={folder}/munge/socket"],
-        [_program("slurmctld"), "-D", "-c", "-f", conf],
-        *([_program("slurmd"), "-D", "-N", node, "-f", conf] for node in ("n1", "n2")),
-    ]
+    munged = [_program("munged"), "--foreground", "--force", f"--socket={folder}/munge/socket"]
+    munged += [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
     try:
-        for number, command in enumerate(commands):
-            log = (folder / "log" / f"daemon_{number}.txt").open("wb")
-            slurm.processes.append(
-                subprocess.Popen(command, env=slurm.environment, stdout=log, stderr=log, start_new_session=True)  # type: ignore[arg-type]
-            )
-            if number == 0:
-                eventually((folder / "munge" / "socket").exists, "for munged")
+        slurm._start(munged, "munged")
+        eventually((folder / "munge" / "socket").exists, "for munged")
+        slurm._start([_program("slurmctld"), "-D", "-c", "-f", conf], "slurmctld")
+        for node in ("n1", "n2"):
+            slurm.start_node(node)
         eventually(lambda: slurm.run("sinfo", "-h", "-o", "%T", check=False) == "idle", "for two idle nodes")
         yield slurm
     finally:

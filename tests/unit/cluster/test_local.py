@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -101,7 +100,7 @@ def test_stopped_and_gone_on_with(submission, tmp_path):
         seen.append(status_of(made)["one"].state)
         with pytest.raises(ConfigurationError, match=f"is being run by process {os.getpid()}"):
             made.refuse_if_alive()
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert made.cancel() == 1  # by SIGTERM
 
     seen: list[str] = []
     asking = threading.Thread(target=ask_to_stop)
@@ -109,6 +108,7 @@ def test_stopped_and_gone_on_with(submission, tmp_path):
     with pytest.raises(TrainingStopped, match="stopped by SIGTERM; the same command goes on"):
         LocalRun(made, gpu_slots([], 0)).run()
     asking.join()
+    assert made.cancel() == 0
     assert seen == ["running"] and not (tmp_path / "two.out").exists()
     LocalRun(made, gpu_slots([], 0)).run()
     assert status_of(made).is_done
