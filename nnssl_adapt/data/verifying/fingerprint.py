@@ -90,9 +90,8 @@ class DatasetFingerprint:
         for shape in self.shapes_after_crop:
             if len(shape) != 3 or not 1 <= min(shape) <= max(shape) <= _LONGEST:
                 return f"shape {shape} is not three numbers of voxels"
-        values = [value for statistics in self.intensity.values() for value in statistics.values()]
-        if not all(map(math.isfinite, [*values, self.median_relative_size_after_cropping])):
-            return "a statistic is no finite number"
+        if not math.isfinite(self.median_relative_size_after_cropping):  # nnU-Net writes NaN only for statistics
+            return "the median relative size is no finite number"
         return None
 
     def save(self, path: str | Path) -> None:
