@@ -29,7 +29,11 @@ def commands() -> str:
     """A section a command: what it does, and a table of its options."""
     parser = build_parser()
     (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parts = ["# Commands\n\nEach is `nnssl-adapt COMMAND`; `nnssl-adapt COMMAND -h` shows the same."]
+    parts = [
+        "# Commands\n\nEach is `nnssl-adapt COMMAND`; `nnssl-adapt COMMAND -h` shows the same. Three have names of their own, as "
+        "commands of nnU-Net have: `nnUNetv2_preprocess_like_nnssl` is `nnssl-adapt preprocess`, `nnUNetv2_train_pretrained` is "
+        "`nnssl-adapt train`, and `nnUNetv2_plan_like_dynamic` is `nnssl-adapt preprocess --keep-topology`."
+    ]
     for name, command in subparsers.choices.items():
         parts.append(f"## {name}\n\n{_escaped(command.description or '')}")
         rows = [_row(action) for action in command._actions if action.help is not argparse.SUPPRESS]

@@ -118,7 +118,9 @@ def find_best(
 
     Args:
         dataset: id or name.
-        plans, configurations, trainers: see :func:`find_models`.
+        plans: names to compare; None for all, as for the next two.
+        configurations: of the plans.
+        trainers: names, as model folders begin with them.
         folds: None: those that the models have.
         ensembles: whether to try ensembles, for which every model must have saved probabilities.
         workers: processes, one case each.

@@ -64,7 +64,9 @@ def push_model(
         source: model folder, package zip, or the folder of a package.
         private: make the new repository private.
         overwrite: commit over files that are there; those of the old model are removed in the same commit.
-        licence, orientation, folds: as of :func:`nnssl_adapt.sharing.package.make_package`.
+        licence: as of :func:`nnssl_adapt.sharing.package.make_package`.
+        orientation: as there.
+        folds: as there.
         message: of the commit.
 
     Raises:

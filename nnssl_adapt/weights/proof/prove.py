@@ -134,7 +134,8 @@ def prove_transfer(
         scope: what was filled; where that is ``encoder+decoder`` (or ``auto``, of supervised weights) the decoder is compared
             too, up to the segmentation heads.
         channels: the rule by which its stem was filled, which says what images to compare on.
-        token_order, waive: for the transfer done here. What the pre-trained network did is always taken from the file.
+        token_order: for the transfer done here. What the pre-trained network did is always taken from the file.
+        waive: patterns of tensors that may be left behind in the transfer done here.
         tolerance: largest relative difference that counts as none.
 
     A CNN is compared on a small image, a transformer on the network's own patch: seconds for the one, minutes on a CPU

@@ -53,7 +53,10 @@ def transfer_weights(
     Args:
         checkpoint: from :func:`~nnssl_adapt.weights.checkpoint.checkpoint.open_checkpoint`; never changed.
         network: from :func:`~nnssl_adapt.weights.network.architectures.build_network`, on any device, in any floating dtype.
-        scope, channels, token_order, waive: see :class:`~nnssl_adapt.weights.transfer.settings.TransferSettings`.
+        scope: this and the next three: see :class:`~nnssl_adapt.weights.transfer.settings.TransferSettings`.
+        channels: how the stem's input channels are paired.
+        token_order: of a Primus.
+        waive: patterns of tensors that may be left behind.
         head_names: what the network's outputs stand for, in order (:attr:`LabelScheme.head_names`); heads of a
             supervised network are taken over where names agree.
         channel_names: of the network's image channels, in order; with ``channels`` at ``auto`` each takes the kernel of the
