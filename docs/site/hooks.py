@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import inspect
 import re
 from dataclasses import fields
@@ -50,13 +51,15 @@ def _row(action: argparse.Action) -> str:
         value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
         takes = f" `{' '.join(value) if isinstance(value, tuple) else value}`"
     text = (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
-    return f"| {names}{takes.replace('|', chr(92) + '|')} | {_escaped(text)} |"
+    return f"| {names}{takes} | {_escaped(text)} |"
 
 
 def _escaped(text: str) -> str:
-    for character in "|<>*_[]":
+    """Text as it stands, in a cell of a table; what is in double backticks as code."""
+    text = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+    for character in "*_[]":
         text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+    return re.sub(r"``(.+?)``", r"<code>\1</code>", text)
 
 
 def recipe_fields() -> str:
@@ -81,7 +84,7 @@ def _attributes(docstring: str) -> dict[str, str]:
             found.update(dict.fromkeys(names, entry[2]))
         elif line.startswith("        "):
             found.update({name: f"{found[name]} {line.strip()}" for name in names})
-    return {name: text.replace("``", "'") for name, text in found.items()}
+    return found
 
 
 def python() -> str:
