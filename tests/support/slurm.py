@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -89,11 +90,16 @@ class Slurm:
         return str(eventually(reached, f"for job {job} to be {' or '.join(states)}", patience))
 
     def hurry(self) -> None:
-        """Start jobs that were queued again, and would wait for two minutes."""
+        """Start jobs soon that were queued again, and would wait for two minutes.
+
+        Not at once: a node refuses a job that it has killed within the same second.
+        """
         for line in self.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%i %r", check=False).splitlines():
             job, _, reason = line.partition(" ")
-            if reason == "BeginTime":
-                self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
+            if reason != "BeginTime" or (start := self.facts(job).get("EligibleTime", "")) in ("", "Unknown"):
+                continue
+            if (datetime.fromisoformat(start) - datetime.now()).total_seconds() > 10:
+                self.run("scontrol", "update", f"jobid={job}", "starttime=now+4", check=False)
 
     def clear(self) -> None:
         """No jobs, and both nodes in service."""
