@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnssl_adapt.data import nibabel_io
 from nnssl_adapt.data.nibabel_io import Affines
@@ -249,6 +248,8 @@ def write_labels(path: str | Path, labels: np.ndarray, geometry: ImageGeometry) 
     nibabel read are written with its affine, turned back where it was turned; then the file must be NIfTI.
     Raises OutputError if the file can't be written.
     """
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     path = Path(path)
     if labels.shape != geometry.size:
         raise ValueError(f"labels have shape {labels.shape}, the geometry is of {geometry.size}")

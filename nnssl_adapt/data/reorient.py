@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
@@ -23,6 +22,9 @@ from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, 
 from nnssl_adapt.machine.workers import over_cases
 from nnssl_adapt.paths import free_dataset_id, preprocessed_folder, raw_folder
 from nnssl_adapt.text import lines_and_more, read_record
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ def reorient_file(copy: FileCopy, code: str) -> None:
 
     Raises CaseError if the source can't be read, OutputError if the copy can't be written.
     """
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     image = _read(copy.source)
     wanted = opposite(code)  # SimpleITK names the sides that axes go to
     if image.GetDimension() == 4:
@@ -144,6 +148,8 @@ def reorient_file(copy: FileCopy, code: str) -> None:
 
 def _read(path: Path) -> sitk.Image:
     """The image with its own number type. SimpleITK reads truncated NIfTI files without a word, so those are read twice."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     read_geometry(path)  # says what is wrong with a file that is none, and with flat or odd images
     try:
         image = sitk.ReadImage(str(path))

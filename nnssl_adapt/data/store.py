@@ -22,7 +22,6 @@ from typing import Any
 
 import blosc2
 import numpy as np
-import SimpleITK as sitk
 from isal import isal_zlib
 
 from nnssl_adapt.data.properties import load_properties
@@ -277,6 +276,8 @@ def _checksum(path: Path) -> int:
 @cache
 def _versions() -> dict[str, str]:
     """What decides the voxels of a case, beside its settings."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     versions = {"numpy": np.__version__, "SimpleITK": sitk.Version_VersionString(), "blosc2": blosc2.__version__}
     for package in ("nnssl-adapt", "scipy"):
         try:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnssl_adapt.data.nifti import NIFTI_ENDINGS, IncompleteFile, NiftiVoxels, is_nifti, open_nifti
 from nnssl_adapt.errors import CaseError, OutputError
 from nnssl_adapt.files import atomic_path
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 FLAT_IMAGE_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".gif")
 """Endings of picture formats, which have no spacing; nnU-Net reads some of them, we don't."""
@@ -55,6 +58,8 @@ class Extremes:
 
 def open_image(path: Path) -> sitk.ImageFileReader:
     """Return a reader that has read the header of a 3D or 4D image with one number a voxel. Raises CaseError."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     if not path.is_file():
         raise CaseError(f"{path}: no such file", path=path)
     if path.name.lower().endswith(FLAT_IMAGE_ENDINGS):
@@ -135,6 +140,8 @@ def fill_labels(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray, repai
 
 def voxel_pieces(path: Path, reader: sitk.ImageFileReader) -> Iterator[np.ndarray]:
     """The voxels in file order, in flat pieces of the file's own number type."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     voxels: NiftiVoxels | None = None
     if is_nifti(path):
         voxels = open_nifti(path, tuple(reader.GetSize()[::-1]))
@@ -172,6 +179,8 @@ def write_image_file(image: sitk.Image, path: Path) -> None:
 
     Raises OutputError.
     """
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     # ITK finds formats anywhere in a name, so the temporary one has nothing of the case's (which may be "c00.hdr").
     with atomic_path(path, ending=ending_of(path)) as temporary:
         try:

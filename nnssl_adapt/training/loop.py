@@ -185,29 +185,29 @@ class TrainingLoop:
         stop: StopRequest,
     ) -> tuple[float, list[float]] | None:
         """Mean loss and pseudo-Dice of each class, by the weights that are to predict; None when asked to stop."""
-        losses = []
-        counts = torch.zeros(3, len(self.labels.class_names), dtype=torch.int64)
+        losses: list[Tensor] = []
+        counts = torch.zeros(3, len(self.labels.class_names), dtype=torch.int64, device=self.device)
         state.network.eval()
         with predicting(state):
             for batch in itertools.islice(batches, self.recipe.validation_iterations):
                 loss, overlap = self.judge(forward, batch)
                 losses.append(loss)
                 counts += overlap
-                display.step(loss)
+                display.step(float(loss) if self.device.type == "cpu" else None)  # a GPU is not waited for
                 if self.ranks.any(stop.asked()):
                     return None
-        return _mean(losses), pseudo_dice(counts)
+        return _mean(torch.stack(losses).tolist() if losses else ()), pseudo_dice(self.ranks.sum(counts).cpu())
 
     @torch.no_grad()
-    def judge(self, forward: Callable[[Tensor], Any], batch: Batch) -> tuple[float, Tensor]:
-        """Loss of a validation batch, and its overlap counts (3, classes), both over all processes."""
+    def judge(self, forward: Callable[[Tensor], Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of a validation batch over all processes, and this one's overlap counts (3, classes); on the device."""
         image, target = moved(batch, self.device)
         with self._autocast():
             output = forward(image)
             loss = self.loss(output, target) * (len(image) / self.batch_size)
         logits = output[0] if isinstance(output, (list, tuple)) else output
         counts = count_overlap(logits, target, self.labels)
-        return float(self.ranks.sum(loss.float())), self.ranks.sum(counts.to(self.device)).cpu()
+        return self.ranks.sum(loss.float()), counts
 
     # -- around them -------------------------------------------------------------------------------------------------
 

@@ -13,3 +13,11 @@ def test_slow_libraries_are_loaded_when_they_are_used(module):
     code = f"import sys, {module}; print(*[name for name in {SLOW} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.split() == []
+
+
+@pytest.mark.parametrize(
+    "module", ["training.loop", "training.batches.augment_gpu", "planning.memory", "inference.sliding_window"]
+)
+def test_what_trains_on_a_bare_machine_is_loaded_without_simpleitk(module):
+    code = f"import sys; sys.modules['SimpleITK'] = None; import nnssl_adapt.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True)

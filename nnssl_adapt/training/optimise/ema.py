@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         tensors = network.state_dict(keep_vars=True)
+        self._followed: tuple[weakref.ref[nn.Module], list[Tensor], list[tuple[Tensor, Tensor]]] | None = None
         firsts: dict[int, str] = {}
         self._first_name = {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         self._averages = {name: tensors[name].detach().clone() for name in firsts.values()}
@@ -36,15 +38,24 @@ class WeightAverage:
         """Take in the network's present weights (changes the average, not the network)."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        tensors = network.state_dict()
-        averages, weights = [], []
-        for name, average in self._averages.items():
-            if average.is_floating_point():
-                averages.append(average)
-                weights.append(tensors[name])
-            else:
-                average.copy_(tensors[name])
+        averages, weights, copies = self._pairs(network)
         torch._foreach_lerp_(averages, weights, 1 - decay)  # one pass over all of them on a GPU
+        for average, tensor in copies:
+            average.copy_(tensor)
+
+    def _pairs(self, network: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Averages and the tensors that they follow, and those that are copied. Collected once for a network.
+
+        Walking its hundreds of names takes longer than the averages. Its parameters and buffers stay the same objects
+        whatever is loaded into them.
+        """
+        if self._followed is None or self._followed[0]() is not network:
+            tensors = network.state_dict(keep_vars=True)
+            floating = [name for name, average in self._averages.items() if average.is_floating_point()]
+            others = [(average, tensors[name]) for name, average in self._averages.items() if name not in floating]
+            self._followed = weakref.ref(network), [tensors[name] for name in floating], others
+        averages = [average for average in self._averages.values() if average.is_floating_point()]
+        return averages, self._followed[1], self._followed[2]
 
     def weights(self) -> dict[str, Tensor]:
         """The averages under all names of the network's state dict; a tensor with two names is one, as there."""

@@ -11,6 +11,7 @@ from torch import nn
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.text import and_more
 from nnssl_adapt.training.optimise.losses import SMOOTH, DeepSupervisionLoss, Reduce, alone, build_loss
+from nnssl_adapt.training.optimise.one_pass import in_one_pass
 from nnssl_adapt.training.optimise.other_losses import (
     FOCAL_GAMMA,
     TOP_PERCENT,
@@ -44,7 +45,7 @@ def choose_loss(
     """
     pooled = batch_dice if recipe.batch_dice is None else recipe.batch_dice
     if recipe.loss == "dice_ce" and recipe.dice_smooth == SMOOTH and not recipe.class_weights:
-        return build_loss(labels, pooled, deep_supervision_strides, reduce)
+        return in_one_pass(build_loss(labels, pooled, deep_supervision_strides, reduce))
     overlap = partial(Overlap, pooled, recipe.dice_smooth, reduce=reduce)
     tversky = partial(overlap, false_positives=TVERSKY_FALSE_POSITIVES, false_negatives=TVERSKY_FALSE_NEGATIVES)
     voxels = partial(CrossEntropy, labels.ignore_label, weights_in_order(recipe, labels), reduce=reduce)

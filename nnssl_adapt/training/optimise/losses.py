@@ -203,26 +203,29 @@ def build_loss(
 def count_overlap(logits: Tensor, target: Tensor, labels: LabelScheme) -> Tensor:
     """Count (true positive, false positive, false negative) voxels of a batch for each foreground class or region.
 
-    ``logits`` (B, K, Z, Y, X); ``target`` as the loss takes it. Returns int64 (3, number of classes), on the CPU. Voxels of
-    the ignore label are left out.
+    ``logits`` (B, K, Z, Y, X); ``target`` as the loss takes it. Returns int64 (3, number of classes) on the
+    device of the logits. Voxels of the ignore label are left out.
     """
-    if labels.has_regions:
-        predicted = logits > 0  # sigmoid above one half
-        target = target.bool()
-        truth = target[:, :-1] if labels.ignore_label is not None else target
-        counted = ~target[:, -1:] if labels.ignore_label is not None else None
-    else:
-        classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
-        predicted = logits.argmax(1, keepdim=True) == classes
-        truth = target == classes
-        counted = target != labels.ignore_label if labels.ignore_label is not None else None
+    if not labels.has_regions:
+        return _count_classes(logits.argmax(1), target[:, 0].long(), logits.shape[1], labels.ignore_label)
+    predicted = logits > 0  # sigmoid above one half
+    target = target.bool()
+    truth = target[:, :-1] if labels.ignore_label is not None else target
+    counted = ~target[:, -1:] if labels.ignore_label is not None else None
     if counted is not None:
         predicted, truth = predicted & counted, truth & counted
     axes = (0, *range(2, logits.ndim))
-    counts = torch.stack(
-        [(predicted & truth).sum(axes), (predicted & ~truth).sum(axes), (~predicted & truth).sum(axes)]
-    )
-    return counts.cpu()
+    return torch.stack([(predicted & truth).sum(axes), (predicted & ~truth).sum(axes), (~predicted & truth).sum(axes)])
+
+
+def _count_classes(predicted: Tensor, truth: Tensor, classes: int, ignore_label: int | None) -> Tensor:
+    """The same of labels (B, Z, Y, X) that exclude each other: all pairs of them are counted at once."""
+    pairs = truth * classes + predicted
+    if ignore_label is not None:
+        pairs = torch.where(truth == ignore_label, classes**2, pairs)  # a bin of its own, which nobody asks for
+    table = torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[: classes**2].view(classes, classes)
+    hit = table.diagonal()
+    return torch.stack([hit, table.sum(0) - hit, table.sum(1) - hit])[:, 1:]
 
 
 def pseudo_dice(counts: Tensor) -> list[float]:

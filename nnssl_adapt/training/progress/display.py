@@ -54,6 +54,7 @@ class EpochDisplay:
         self, history: History, epoch: int, epochs: int, steps: int, done: int, learning_rate: float, shown: bool
     ) -> None:
         self._bar: Any = None
+        self._loss = math.nan
         self._figures = {"lr": f"{learning_rate:.2e}"}
         if len(history):
             self._figures["pseudo-Dice"] = f"{history.mean_fg_dice[-1]:.4f}"
@@ -67,9 +68,10 @@ class EpochDisplay:
                 total=steps, initial=done, desc=self._title, leave=False, dynamic_ncols=True, unit="it"
             )
 
-    def step(self, loss: float) -> None:
-        """Advance by one batch with this loss."""
+    def step(self, loss: float | None) -> None:
+        """Advance by one batch with this loss; None: not known yet, the last one stays."""
         self._done += 1
+        loss = self._loss = self._loss if loss is None else loss
         if self._bar is not None:
             self._bar.set_postfix({"loss": f"{loss:.4f}", **self._figures}, refresh=False)
             self._bar.update()
