@@ -303,7 +303,7 @@ def peer(setting: Setting) -> None:
 
 
 _TRAIN_STEP: dict[bool, list[str]] = {
-    True: ["steps", "--patch", "32", "--labels", "3", "--steps", "1"],
+    True: ["steps", "--patch", "64", "--labels", "3", "--steps", "1"],
     False: ["steps", "--patch", "160", "--labels", "5"],
 }
 
