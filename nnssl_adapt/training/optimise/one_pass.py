@@ -35,6 +35,8 @@ class OnePassDiceCELoss(DiceCELoss):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         ignored = -1 if self.ignore_label is None else self.ignore_label
+        entropy: Tensor
+        sums: Tensor
         entropy, sums = _CrossEntropyAndOverlap.apply(logits.flatten(2), labels.flatten(2), ignored)
         dice = _dice_of(sums[:, :, 1:], self.batch_dice, self.reduce)
         if self.ignore_label is None:
@@ -47,6 +49,8 @@ class OnePassDiceBCELoss(DiceBCELoss):
     """:class:`~nnssl_adapt.training.optimise.losses.DiceBCELoss`, in one pass. Arguments and results are the same."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        entropy: Tensor
+        sums: Tensor
         entropy, sums = _BinaryEntropyAndOverlap.apply(logits.flatten(2), target.bool().flatten(2), self.ignore)
         dice = _dice_of(sums, self.batch_dice, self.reduce)
         if not self.ignore:
@@ -70,7 +74,8 @@ def in_one_pass(loss: nn.Module) -> nn.Module:
 def _dice_of(sums: Tensor, batch_dice: bool, reduce: Reduce) -> Tensor:
     """Mean soft Dice of sums (3, B, K): shared, predicted, true."""
     shared, predicted, true = reduce(sums.sum(1)) if batch_dice else sums
-    return ((2 * shared + SMOOTH) / (true + predicted + SMOOTH).clamp(min=1e-8)).mean()
+    dice: Tensor = ((2 * shared + SMOOTH) / (true + predicted + SMOOTH).clamp(min=1e-8)).mean()
+    return dice
 
 
 def _slabs(logits: Tensor) -> Iterator[slice]:
