@@ -168,14 +168,12 @@ def _cases(summary: Mapping[str, Any], ending: str) -> Iterator[tuple[str, dict[
 
 
 def _file_ending(run: StudyRun) -> str:
-    assert run.fold_folder is not None
     return DatasetJson.load(run.fold_folder.parent / "dataset.json").file_ending
 
 
 def _judged(study: StudySpec, run: StudyRun) -> dict[str, Any]:
     """A run's summary by the study's rule; made once, and kept beside nnU-Net's."""
     folder = run.fold_folder
-    assert folder is not None
     path = folder / "validation" / "summary_study.json"
     rule = study.judging.describe()
     if path.is_file():
@@ -196,9 +194,8 @@ def _judged(study: StudySpec, run: StudyRun) -> dict[str, Any]:
 
 def hours_of(run: StudyRun) -> float:
     """Hours that the epochs took so far; 0 before the first one."""
-    folder = run.fold_folder
-    path = None if folder is None else folder / "metrics.jsonl"
-    if path is None or not path.is_file():
+    path = run.fold_folder / "metrics.jsonl"
+    if not path.is_file():
         return 0.0
     try:
         epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

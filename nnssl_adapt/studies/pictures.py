@@ -77,8 +77,8 @@ def training_curves(study: StudySpec, runs: Sequence[StudyRun]) -> Figure:
 
 
 def _pseudo_dice(run: StudyRun) -> list[float]:
-    path = None if run.fold_folder is None else run.fold_folder / "metrics.jsonl"
-    if path is None or not path.is_file():
+    path = run.fold_folder / "metrics.jsonl"
+    if not path.is_file():
         return []
     epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return [math.nan if (value := epoch["pseudo_dice_smoothed"]) is None else value for epoch in epochs]

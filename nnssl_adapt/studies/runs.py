@@ -16,8 +16,16 @@ from typing import Any
 from nnssl_adapt.data.splits import Split
 from nnssl_adapt.paths import preprocessed_folder, results_folder
 from nnssl_adapt.studies.spec import Arm, StudySpec
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.checkpointing import FINAL
+from nnssl_adapt.training.setup import without_pretraining
 
 CONFIGURATION = "3d_fullres"
+
+_TRAINER = "Study"
+"""Trainer name of all runs, whatever their recipe: a run's folder must be known before its network is."""
+
+_TRAINING = Recipe(trainer_name=_TRAINER)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class StudyRun:
         arm, fraction, fold, seed: of the study.
         plans_name: that it is trained with.
         dataset_name: ``Dataset041_Name``.
+        trainer_name: first part of the model folder's name.
         results: its own results folder.
         words: of ``nnssl-adapt train``.
     """
@@ -58,6 +67,7 @@ class StudyRun:
     seed: int
     plans_name: str
     dataset_name: str
+    trainer_name: str
     results: Path
     words: tuple[str, ...]
 
@@ -66,17 +76,25 @@ class StudyRun:
         return f"{self.arm}__{self.fraction:g}__fold{self.fold}__seed{self.seed}"
 
     @property
-    def fold_folder(self) -> Path | None:
-        """Where the training writes, once it has begun."""
-        found = sorted(self.results.glob(f"{self.dataset_name}/*__{self.plans_name}__{CONFIGURATION}/fold_{self.fold}"))
-        return found[0] if found else None
+    def fold_folder(self) -> Path:
+        """Where the training writes."""
+        model = f"{self.trainer_name}__{self.plans_name}__{CONFIGURATION}"
+        return self.results / self.dataset_name / model / f"fold_{self.fold}"
+
+    @property
+    def summary(self) -> Path:
+        """Written when the training is validated."""
+        return self.fold_folder / "validation" / "summary.json"
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """What is there when the run is done."""
+        return self.fold_folder / FINAL, self.summary
 
     @property
     def is_done(self) -> bool:
         """Trained and validated; files say so, never an exit code."""
-        folder = self.fold_folder
-        needed = ("checkpoint_final.pth", "validation/summary.json")
-        return folder is not None and all((folder / name).is_file() for name in needed)
+        return all(path.is_file() for path in self.outputs)
 
 
 def study_folder(dataset_name: str, name: str) -> Path:
@@ -116,7 +134,17 @@ def runs_of(
                     split = splits[fraction][fold]
                     results = pool / _digest([words, split["train"], split["val"]])
                     placed = ("--splits", str(files[fraction]), "--results", str(results), "-device", study.device)
-                    yield StudyRun(arm.name, fraction, fold, seed, plans_name, dataset_name, results, (*words, *placed))
+                    yield StudyRun(
+                        arm=arm.name,
+                        fraction=fraction,
+                        fold=fold,
+                        seed=seed,
+                        plans_name=plans_name,
+                        dataset_name=dataset_name,
+                        trainer_name=without_pretraining(_TRAINING).trainer_name if arm.from_scratch else _TRAINER,
+                        results=results,
+                        words=(*words, *placed),
+                    )
 
 
 def _training_words(arm: Arm, plans_name: str, dataset_name: str, fold: int, seed: int) -> list[str]:
@@ -125,7 +153,7 @@ def _training_words(arm: Arm, plans_name: str, dataset_name: str, fold: int, see
         words += ["-tr", arm.trainer]
     elif arm.recipe is not None:
         words += ["--recipe", arm.recipe]
-    for name, value in (*arm.settings, ("seed", str(seed))):
+    for name, value in (*arm.settings, ("seed", str(seed)), ("trainer_name", _TRAINER)):
         words += ["--set", f"{name}={value}"]
     return [*words, "--from_scratch"] if arm.from_scratch else words
 

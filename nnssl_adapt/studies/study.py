@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nnssl_adapt.cluster import slurm
+from nnssl_adapt.cluster.graph import Resources
+from nnssl_adapt.cluster.local import LocalRun, gpu_slots, gpus_here
+from nnssl_adapt.cluster.scripts import SlurmSettings
+from nnssl_adapt.cluster.status import status_of
+from nnssl_adapt.cluster.submission import FOLDER, LOCAL, SLURM, Submission, only_submitter, versions_here
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.verifying.together import owner_function
@@ -18,13 +26,14 @@ from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.studies.answers import Cell, answers, hours_of, save_cells
-from nnssl_adapt.studies.execute import run_here
+from nnssl_adapt.studies.graph import study_graph
 from nnssl_adapt.studies.page import study_page
 from nnssl_adapt.studies.runs import Preparation, StudyRun, preparation_of, runs_of, study_folder
-from nnssl_adapt.studies.spec import StudySpec
+from nnssl_adapt.studies.spec import Arm, StudySpec
 from nnssl_adapt.studies.study_file import read_study_file, study_from
 from nnssl_adapt.studies.subsets import nested_subsets, write_subsets
 from nnssl_adapt.studies.words import study_table
+from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,7 @@ class Study:
         preparations: what has to be preprocessed.
         runs: all trainings, small fractions first.
         training_cases: mean number of a fold's training cases, by fraction.
+        file: that it can be read from again, as it is.
     """
 
     spec: StudySpec
@@ -46,6 +56,7 @@ class Study:
     preparations: tuple[Preparation, ...]
     runs: tuple[StudyRun, ...]
     training_cases: Mapping[float, float]
+    file: Path
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], **changes: Any) -> Study:
@@ -83,31 +94,78 @@ class Study:
         files = write_subsets(folder, splits, spec.fractions, owner)
         preparations = dict.fromkeys(preparation_of(arm, dataset.name) for arm in spec.arms)
         counts = {f: sum(sizes[f][fold] for fold in spec.folds) / len(spec.folds) for f in spec.fractions}
-        return cls(spec, dataset.name, tuple(preparations), tuple(runs_of(spec, dataset.name, subsets, files)), counts)
+        runs = tuple(runs_of(spec, dataset.name, subsets, files))
+        return cls(spec, dataset.name, tuple(preparations), runs, counts, _kept_file(spec, source, changes, folder))
 
     @property
     def folder(self) -> Path:
         """``<nnUNet_results>/<dataset>/studies/<name>``, with the subsets, the tables and the page."""
         return study_folder(self.dataset_name, self.spec.name)
 
-    def run(self) -> Study:
-        """Do what is missing, here and one after another, then write the results. Call it again to go on.
+    def run(
+        self,
+        cluster: str = LOCAL,
+        resources: Resources | None = None,
+        throttle: int = 0,
+        settings: SlurmSettings | None = None,
+        command: Sequence[str] = (),
+    ) -> Submission:
+        """Do what is missing, and write the results. Call it again to go on: files say what is done.
+
+        Args:
+            cluster: ``local``: on this machine, one run after another (or as many as there are GPUs), before this returns.
+                ``slurm``: as jobs, which are submitted; the last one writes the results.
+            resources: of each training; None: eight cores, one GPU where the study's device is CUDA.
+            throttle: most trainings of a plan at the same time; 0: all.
+            settings: of all Slurm jobs.
+            command: that asked for it, for the record.
 
         Raises:
-            TrainingStopped: a signal asked for it; what is done is kept.
-            TrainingError: a run failed (the others were done); its output is in the study's folder.
+            ConfigurationError: the study is running already, or there is no Slurm; SlurmError: Slurm refused.
+            SourceError: weights can't be fetched, which jobs without internet need.
+            TrainingStopped: of ``local``: a signal asked for it; what is done is kept.
+            StepFailed: of ``local``: a run failed (the others were done); its output is in the study's folder.
         """
+        resources = resources or Resources(gpus="1" if self.spec.device.startswith("cuda") else "0")
+        answer = ("study", str(self.file), "--table")
+        page = self.folder / "study.html"
+        graph = study_graph(
+            f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle
+        )
+        submission = Submission(
+            self.folder / FOLDER, graph, cluster, tuple(command), versions_here(package_version())
+        )
+        if cluster == SLURM:
+            slurm.require_slurm()
+            for source in dict.fromkeys(source for arm in self.spec.arms for source in _sources_of(arm)):
+                open_checkpoint(source)
+            with only_submitter(submission.folder):
+                return submission.renewed(settings or SlurmSettings()).submit()
+        slots = gpu_slots(gpus_here(), resources.num_gpus)
+        with only_submitter(submission.folder):
+            submission = submission.renewed(settings or SlurmSettings())
         try:
-            run_here(self.preparations, self.runs, self.folder)
+            LocalRun(submission, slots, settings.setup if settings else None).run()
         finally:
             self.save()
-        return self
+        return submission
+
+    def cancel(self) -> int:
+        """Cancel what waits or runs; returns the number of jobs. Raises ConfigurationError where nothing was submitted."""
+        return Submission.load(self.folder / FOLDER).cancel()
 
     def status(self) -> str:
         """The matrix of runs: how many are finished, and how far the others are."""
-        header = ("arm", "fraction", "fold", "seed", "state", "epochs", "hours")
+        header = ("arm", "fraction", "fold", "seed", "state", "epochs", "hours", "node", "last words")
+        submitted = Submission.exists(self.folder / FOLDER)
+        steps = {s.step: s for s in status_of(Submission.load(self.folder / FOLDER)).steps} if submitted else {}
         rows = [
-            (run.arm, f"{run.fraction:g}", str(run.fold), str(run.seed), *_state(run), f"{hours_of(run):.2f}")
+            (
+                *(run.arm, f"{run.fraction:g}", str(run.fold), str(run.seed)),
+                *(steps[run.key].state if run.key in steps and not run.is_done else _state(run), str(_epochs(run))),
+                *(f"{hours_of(run):.2f}", steps[run.key].node if run.key in steps else ""),
+                steps[run.key].detail or steps[run.key].last_line if run.key in steps else "",
+            )
             for run in self.runs
         ]
         prepared = sum(preparation.plans_file.is_file() for preparation in self.preparations)
@@ -158,9 +216,26 @@ class Study:
         return found
 
 
-def _state(run: StudyRun) -> tuple[str, str]:
-    if run.fold_folder is None:
-        return "waiting", "0"
+def _kept_file(spec: StudySpec, source: str | Path | Mapping[str, Any], changes: Mapping[str, Any], folder: Path) -> Path:
+    """The study's own file; where entries were changed, or there is none, one in its folder that has all of it."""
+    if spec.file is not None and not changes:
+        return spec.file.resolve()
+    content = source if isinstance(source, Mapping) else yaml.safe_load(Path(str(spec.file)).read_text(encoding="utf-8"))
+    path = folder / f"{spec.name}.yaml"
+    write_text(path, yaml.safe_dump({**content, "name": spec.name, **changes}, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def _sources_of(arm: Arm) -> tuple[str, ...]:
+    return (arm.network,) if arm.from_scratch else (arm.network, arm.weights)
+
+
+def _state(run: StudyRun) -> str:
+    if run.is_done:
+        return "finished"
+    return "begun" if run.fold_folder.is_dir() else "waiting"
+
+
+def _epochs(run: StudyRun) -> int:
     path = run.fold_folder / "metrics.jsonl"
-    epochs = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line) if path.is_file() else 0
-    return ("finished" if run.is_done else "begun"), str(epochs)
+    return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line) if path.is_file() else 0
