@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     jobs.add_argument("--partition", default="")
     jobs.add_argument("--account", default="")
     jobs.add_argument("--throttle", type=int, default=0, metavar="K", help="most trainings of a plan at the same time")
-    jobs.add_argument("--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment")
+    jobs.add_argument(
+        "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
+    )
     jobs.add_argument("--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show the commands of all runs, and do nothing")
@@ -67,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.table:
         submission = _run(study, arguments)
         if submission.cluster == "slurm":
-            print(f"{len(submission.graph.steps)} steps in {submission.folder}\nnext:\n  nnssl-adapt study {study.file} --status")
+            print(
+                f"{len(submission.graph.steps)} steps in {submission.folder}\nnext:\n  nnssl-adapt study {study.file} --status"
+            )
             return EXIT_OK
     print(study)
     print(f"\npage: {study.save()}\nnumbers: {study.folder / 'study.csv'}")
@@ -86,7 +90,7 @@ def _run(study: Study, arguments: argparse.Namespace) -> Submission:
         SlurmSettings(
             arguments.partition,
             arguments.account,
-            arguments.setup,
+            None if arguments.setup is None else arguments.setup.expanduser().resolve(),
             tuple(word for text in arguments.sbatch for word in shlex.split(text)),
         ),
         ("nnssl-adapt", *arguments.command_line),

@@ -186,3 +186,13 @@ class LocalRun:
 
     def _log(self, name: str) -> Path:
         return self.submission.log(self.submission.graph.step(name))
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that processes started here can be given, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [device.strip() for device in chosen.split(",") if device.strip()]
+    return [str(number) for number in range(torch.cuda.device_count())]

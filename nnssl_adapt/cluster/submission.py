@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -147,6 +148,28 @@ class Submission:
                 return None
         except InUse as used:
             return used.holder
+
+    def renewed(self, settings: SlurmSettings) -> Submission:
+        """Write its scripts and record into its folder; jobs of an earlier one, which must have ended, stay known.
+
+        Raises ConfigurationError if any job of the earlier one waits or runs.
+        """
+        renewed = self
+        if Submission.exists(self.folder):
+            earlier = Submission.load(self.folder)
+            earlier.refuse_if_alive()
+            known = {step.name for step in self.graph.steps}
+            jobs = {step: number for step, number in earlier.jobs.items() if step in known}
+            kept = jobs if self.cluster == earlier.cluster else {}
+            renewed = replace(self, jobs=kept, submitted=earlier.submitted)
+        make_folder(self.folder)
+        for script in self.folder.glob("[0-9][0-9]_*.sh"):
+            script.unlink()
+        shutil.rmtree(self.folder / "running", ignore_errors=True)
+        if self.cluster == SLURM:
+            renewed.write_scripts(settings)
+        renewed.save()
+        return renewed
 
     # -- from here to Slurm and back -----------------------------------------------------------------------------------
 

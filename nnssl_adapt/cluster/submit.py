@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from nnssl_adapt.cluster import slurm
 from nnssl_adapt.cluster.checks import check_folds, check_memory, check_results_folder, check_setup, planned
 from nnssl_adapt.cluster.finetuning import Finetuning, planning_words, source_words
 from nnssl_adapt.cluster.graph import Graph, Resources
-from nnssl_adapt.cluster.local import LocalRun, gpu_slots
+from nnssl_adapt.cluster.local import LocalRun, gpu_slots, gpus_here
 from nnssl_adapt.cluster.scripts import SlurmSettings
 from nnssl_adapt.cluster.status import SubmissionStatus, status_of
 from nnssl_adapt.cluster.submission import CLUSTERS, FOLDER, LOCAL, SLURM, Submission, only_submitter, versions_here
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.files import make_folder, write_text
+from nnssl_adapt.files import write_text
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.recipe.recipe import Recipe
@@ -154,9 +153,10 @@ def submit(
     missing = tuple(step.name for step in graph.missing())
     if dry_run:
         return Submitted(submission, missing)
-    slots = gpu_slots(_gpus_here(), resources.num_gpus) if cluster == LOCAL else []
+    slots = gpu_slots(gpus_here(), resources.num_gpus) if cluster == LOCAL else []
     with only_submitter(submission.folder):
-        submission = _written(submission, finetuning.recipe, recipe, settings)
+        submission = submission.renewed(settings)
+        write_text(finetuning.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         if cluster == SLURM:
             return Submitted(submission.submit(), missing)
     LocalRun(submission, slots, settings.setup).run()
@@ -218,42 +218,3 @@ def _finetuning(
         ),
         recipe,
     )
-
-
-def _written(submission: Submission, recipe_file: Path, recipe: Recipe, settings: SlurmSettings) -> Submission:
-    """The submission in its folder, with what is known of an earlier one that has ended."""
-    if Submission.exists(submission.folder):
-        earlier = Submission.load(submission.folder)
-        earlier.refuse_if_alive()
-        known = {step.name for step in submission.graph.steps}
-        jobs = {step: number for step, number in earlier.jobs.items() if step in known}
-        submission = Submission(
-            submission.folder,
-            submission.graph,
-            submission.cluster,
-            submission.command,
-            submission.versions,
-            jobs if submission.cluster == earlier.cluster else {},
-            earlier.submitted,
-        )
-    make_folder(submission.folder)
-    for script in submission.folder.glob("[0-9][0-9]_*.sh"):
-        script.unlink()
-    shutil.rmtree(submission.folder / "running", ignore_errors=True)
-    write_text(recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    if submission.cluster == SLURM:
-        submission.write_scripts(settings)
-    submission.save()
-    return submission
-
-
-def _gpus_here() -> list[str]:
-    """The GPUs that processes started here can be given, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    import os
-
-    import torch
-
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [device.strip() for device in chosen.split(",") if device.strip()]
-    return [str(number) for number in range(torch.cuda.device_count())]

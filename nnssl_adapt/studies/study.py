@@ -129,12 +129,8 @@ class Study:
         resources = resources or Resources(gpus="1" if self.spec.device.startswith("cuda") else "0")
         answer = ("study", str(self.file), "--table")
         page = self.folder / "study.html"
-        graph = study_graph(
-            f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle
-        )
-        submission = Submission(
-            self.folder / FOLDER, graph, cluster, tuple(command), versions_here(package_version())
-        )
+        graph = study_graph(f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle)
+        submission = Submission(self.folder / FOLDER, graph, cluster, tuple(command), versions_here(package_version()))
         if cluster == SLURM:
             slurm.require_slurm()
             for source in dict.fromkeys(source for arm in self.spec.arms for source in _sources_of(arm)):
@@ -216,11 +212,15 @@ class Study:
         return found
 
 
-def _kept_file(spec: StudySpec, source: str | Path | Mapping[str, Any], changes: Mapping[str, Any], folder: Path) -> Path:
+def _kept_file(
+    spec: StudySpec, source: str | Path | Mapping[str, Any], changes: Mapping[str, Any], folder: Path
+) -> Path:
     """The study's own file; where entries were changed, or there is none, one in its folder that has all of it."""
     if spec.file is not None and not changes:
         return spec.file.resolve()
-    content = source if isinstance(source, Mapping) else yaml.safe_load(Path(str(spec.file)).read_text(encoding="utf-8"))
+    content = (
+        source if isinstance(source, Mapping) else yaml.safe_load(Path(str(spec.file)).read_text(encoding="utf-8"))
+    )
     path = folder / f"{spec.name}.yaml"
     write_text(path, yaml.safe_dump({**content, "name": spec.name, **changes}, sort_keys=False, allow_unicode=True))
     return path

@@ -49,7 +49,7 @@ def test_stopped_and_gone_on_with_and_answered(study_file, capsys):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
     study = Study.load(study_file)
     first = study.runs[0]
-    while process.poll() is None and not first.fold_folder:  # the first training has begun
+    while process.poll() is None and not first.fold_folder.is_dir():  # the first training has begun
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
