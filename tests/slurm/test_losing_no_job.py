@@ -99,6 +99,7 @@ def hold(prepared, slurm, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.interruptions
 def test_asked_to_stop_at_any_place(hold, slurm, undisturbed):
     runs = {name: hold(name, place, call=2 if place == STEP else 1) for name, place in PLACES.items()}
     for name, run in runs.items():
@@ -117,6 +118,7 @@ def test_asked_to_stop_at_any_place(hold, slurm, undisturbed):
     assert "stopped" not in runs["in the report"].log
 
 
+@pytest.mark.interruptions
 def test_time_limit_requeue_and_scancel(hold, slurm, undisturbed):
     """Without --signal; the run knows its end by squeue."""
     limited = hold("time limit", STEP, call=2, resources=Resources(cpus=1, time="1"))
@@ -150,6 +152,7 @@ def test_a_cancelled_job_stays_cancelled_whoever_cancels_it(hold, slurm):
     assert "not queued again" in run.log or "queued again" not in run.log
 
 
+@pytest.mark.interruptions
 def test_a_node_goes_down(hold, slurm, undisturbed):
     run = hold("node down", STEP, call=2)
     run.wait()
@@ -190,6 +193,7 @@ def test_a_rank_is_killed_on_two_nodes(hold, slurm):
     assert_same_weights(whole.model, again.model, 0)
 
 
+@pytest.mark.interruptions
 def test_a_failed_shard(folders, hold, slurm, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(folders / "nnUNet_preprocessed"))
     run = hold("shards", "nnssl_adapt.data.preprocess_cases:preprocess_case", fails="yes", shards=2)
