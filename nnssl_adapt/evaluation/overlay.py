@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nnssl_adapt.files import atomic_path
-from nnssl_adapt.geometry.orientation import orientation_code
+from nnssl_adapt.geometry.orientation import Turn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+UPRIGHT = "RPI"
+"""Axes (Z, Y, X) run to the head, to the front and to the patient's left: as pictures are drawn from below, right is left."""
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c")
 
@@ -62,10 +64,10 @@ def overlay_figure(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    view = _View.of(direction)
-    image, spacing = view.turn(image), [spacing[axis] for axis in view.axes]
+    turn = Turn() if direction is None else Turn.to(UPRIGHT, direction)
+    image, spacing = turn.apply(image), [spacing[axis] for axis in turn.axes]
     given = {
-        what: None if labels is None else view.turn(labels)
+        what: None if labels is None else turn.apply(labels)
         for what, labels in (("reference", reference), ("prediction", prediction))
     }
     columns = {"image": None, **{what: labels for what, labels in given.items() if labels is not None}}
@@ -90,8 +92,8 @@ def overlay_figure(
             if labels is not None:
                 plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
             plot.set_aspect(spacing[down] / spacing[across])
-            plot.set_title(f"{what}, {view.name(axis, index, image.shape)}", fontsize=9)
-            if view.known:
+            plot.set_title(f"{what}, {_slice_name(turn, direction is not None, axis, index, image.shape)}", fontsize=9)
+            if direction is not None:
                 side = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5}
                 plot.text(0.02, 0.5, "IPR"[across], color="#ffd700", fontsize=8, transform=plot.transAxes, bbox=side)
             plot.set_axis_off()
@@ -102,40 +104,11 @@ def overlay_figure(
     return figure
 
 
-@dataclass(frozen=True)
-class _View:
-    """How an array is turned so that its axes run to superior, anterior and left, in this order.
-
-    Attributes:
-        axes: for each of these the stored axis (0 is Z).
-        reversed: whether the stored one runs the other way.
-        known: whether it is known which way they run.
-    """
-
-    axes: tuple[int, ...] = (0, 1, 2)
-    reversed: tuple[bool, ...] = (False, False, False)
-    known: bool = False
-
-    @classmethod
-    def of(cls, direction: Sequence[float] | None) -> _View:
-        if direction is None:
-            return cls()
-        stored = orientation_code(direction)[::-1]  # of Z, Y, X
-        axes = [next(axis for axis, letter in enumerate(stored) if letter in ends) for ends in ("IS", "PA", "RL")]
-        return cls(tuple(axes), tuple(stored[axis] not in "IPR" for axis in axes), True)
-
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """A view of the array, turned."""
-        found: np.ndarray = array.transpose(self.axes)[
-            tuple(slice(None, None, -1 if back else 1) for back in self.reversed)
-        ]
-        return found
-
-    def name(self, axis: int, index: int, shape: Sequence[int]) -> str:
-        """A slice's plane and its number in the file."""
-        stored = shape[axis] - 1 - index if self.reversed[axis] else index
-        number = f"{'zyx'[self.axes[axis]]} = {stored}"
-        return f"{('axial', 'coronal', 'sagittal')[axis]}, {number}" if self.known else number
+def _slice_name(turn: Turn, known: bool, axis: int, index: int, shape: Sequence[int]) -> str:
+    """A slice's plane and its number in the file."""
+    stored = shape[axis] - 1 - index if turn.flips[axis] else index
+    number = f"{'zyx'[turn.axes[axis]]} = {stored}"
+    return f"{('axial', 'coronal', 'sagittal')[axis]}, {number}" if known else number
 
 
 def _coloured(labels: np.ndarray, classes: int) -> np.ndarray:

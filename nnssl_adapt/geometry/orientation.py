@@ -11,6 +11,7 @@ ITK's world is LPS: +x to the left, +y to posterior, +z to superior.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -64,6 +65,52 @@ def check_code(code: str) -> str:
 def opposite(code: str) -> str:
     """The same orientation in the words of those who say where axes go to (nibabel, SimpleITK), and back."""
     return "".join(OPPOSITE[letter] for letter in check_code(code))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How an array is turned into another orientation: axes are put into another order, and some are reversed. Exact.
+
+    Attributes:
+        axes: for each axis (Z, Y, X) of the turned array, the stored one.
+        flips: for each axis of the turned array, whether the stored one is reversed.
+    """
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+
+    @classmethod
+    def to(cls, code: str, direction: Sequence[float]) -> Turn:
+        """What turns an image of this direction (nine cosines, ITK's) to the orientation ``code``.
+
+        An image that has it already stays, also where it lies exactly between two orientations.
+        """
+        if is_oriented(direction, code):
+            return cls()
+        stored, wanted = orientation_code(direction)[::-1], check_code(code)[::-1]  # of Z, Y, X
+        axes = [next(i for i, letter in enumerate(stored) if letter in (end, OPPOSITE[end])) for end in wanted]
+        flips = [stored[axis] != end for axis, end in zip(axes, wanted, strict=True)]
+        return cls((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]))
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is turned."""
+        return self == Turn()
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """A view of the array (…, Z, Y, X), turned."""
+        first = array.ndim - 3
+        return self._flipped(array.transpose(*range(first), *(first + axis for axis in self.axes)))
+
+    def undo(self, array: np.ndarray) -> np.ndarray:
+        """A view of a turned array (…, Z, Y, X) as it was stored."""
+        first = array.ndim - 3
+        return self._flipped(array).transpose(*range(first), *(first + self.axes.index(axis) for axis in range(3)))
+
+    def _flipped(self, array: np.ndarray) -> np.ndarray:
+        z, y, x = (slice(None, None, -1 if flip else 1) for flip in self.flips)
+        flipped: np.ndarray = array[..., z, y, x]
+        return flipped
 
 
 def _axis_of(letter: str) -> str:

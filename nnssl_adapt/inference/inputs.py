@@ -2,57 +2,107 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnssl_adapt.data.dataset import RawCase, find_images
-from nnssl_adapt.data.images import ImageGeometry, geometry_problems
+from nnssl_adapt.data.dataset import RawCase
+from nnssl_adapt.data.images import NIBABEL_REORIENT, SIMPLE_ITK, ImageGeometry, geometry_problems
+from nnssl_adapt.data.nifti import is_nifti
 from nnssl_adapt.errors import CaseError, ConfigurationError
-from nnssl_adapt.inference.model_folder import ModelFolder
-from nnssl_adapt.inference.task import IMAGE_ENDINGS, ImageTask, without_ending
+from nnssl_adapt.inference.model_folder import NIBABEL_ORIENTATION, ModelFolder
+from nnssl_adapt.inference.pairing import Pairing, pair_files, pair_folder
+from nnssl_adapt.inference.task import IMAGE_ENDINGS, ImageTask
+from nnssl_adapt.text import and_more, lines_and_more
+
+logger = logging.getLogger(__name__)
 
 Images = np.ndarray | sitk.Image | str | Path | Sequence[str | Path] | Sequence[sitk.Image]
 """What can be predicted: an array, SimpleITK images, a folder, a file, or files."""
 
 
-def image_tasks(
+@dataclass(frozen=True)
+class Inputs:
+    """What is to be predicted.
+
+    Attributes:
+        tasks: the images.
+        refused: identifier → what is wrong with the files of an image that can't be one.
+        several: whether more than one image was asked for, or a folder.
+    """
+
+    tasks: list[ImageTask]
+    refused: dict[str, CaseError] = field(default_factory=dict)
+    several: bool = False
+
+
+def gather_inputs(
     model: ModelFolder,
     images: Images,
     output: Path | None,
     geometry: ImageGeometry | None = None,
     spacing: Sequence[float] | None = None,
-) -> list[ImageTask]:
+    keep_folders: bool = False,
+    keep_orientation: bool = False,
+) -> Inputs:
     """Work out the single images, see :meth:`nnssl_adapt.inference.predictor.Predictor.predict`.
 
-    Raises CaseError when files are missing or don't fit the model's channels, and ConfigurationError when input and
-    output don't go together; above all when an image would be overwritten.
+    Raises CaseError when there is nothing to predict, and ConfigurationError when input and output don't go together;
+    above all when an image would be overwritten.
     """
     if not isinstance(images, np.ndarray) and (geometry is not None or spacing is not None):
         raise ConfigurationError("geometry and spacing go with arrays; files have their own")
+    orientation = None if keep_orientation else model.image_orientation
     if is_in_memory(images):
         if not isinstance(images, np.ndarray):
             images, geometry = from_simpleitk(images)  # type: ignore[arg-type]
+        if geometry is None:
+            orientation = None  # nothing tells how the array lies
         loaded = checked_array(model, images, geometry, spacing)
         if output is not None and not is_image_file(output):
             raise ConfigurationError(
                 f"an array has no name: give an output file, e.g. {output}/case{model.file_ending}"
             )
-        return [ImageTask("array", (), output, loaded)]
-    if isinstance(images, (str, Path)) and Path(images).is_dir():
-        cases = _find_cases(model, Path(images))
-        if output is not None and output.resolve() == Path(images).resolve():
-            raise ConfigurationError(f"{output} is the folder of the images: choose another output")
-        several = f"{images} is a folder of images"
-    else:
-        files = (images,) if isinstance(images, (str, Path)) else images
-        cases = _cases_of(model, tuple(Path(str(file)) for file in files))  # type: ignore[union-attr]
-        several = f"{len(cases)} images were given" if len(cases) > 1 else ""
+        return Inputs([ImageTask("array", (), output, loaded, orientation=orientation)])
+    pairing, several = _paired(model, images, output, keep_folders)
+    if not pairing.cases:
+        listed = lines_and_more([str(error) for error in pairing.refused.values()], indent="" if not several else "  ")
+        raise CaseError(f"{listed}\n{expected_channels(model)}", mistakes=[str(e) for e in pairing.refused.values()])
     if several and output is not None and (is_image_file(output) or output.is_file()):
-        raise ConfigurationError(f"{several}: the output must be a folder, got {output}")
-    return [_task(model, case, output) for case in cases]
+        raise ConfigurationError(f"several images need an output folder, got {output}")
+    tasks = [_task(model, case, output, keep_orientation) for case in pairing.cases]
+    return Inputs(tasks, pairing.refused, several)
+
+
+def _paired(model: ModelFolder, images: Any, output: Path | None, keep_folders: bool) -> tuple[Pairing, bool]:
+    """The cases that a folder or files hold, and whether there are several of them, or a folder was given."""
+    if isinstance(images, (str, Path)) and Path(images).is_dir():
+        folder = Path(images)
+        if output is not None and output.resolve() == folder.resolve():
+            raise ConfigurationError(f"{output} is the folder of the images: choose another output")
+        endings = (*IMAGE_ENDINGS, model.file_ending.lower())
+        files = [
+            path
+            for path in folder.iterdir()
+            if not path.name.startswith(".") and path.name.lower().endswith(endings) and not path.is_dir()
+        ]
+        if not files:
+            raise CaseError(f"{folder} has no images: expected names like CASE_0000{model.file_ending}", path=folder)
+        return pair_folder(folder, files, model.channel_names), True
+    files = [Path(images)] if isinstance(images, (str, Path)) else [Path(str(file)) for file in images]
+    if not files:
+        raise CaseError("no image was given")
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise CaseError(f"no such file or folder: {and_more(missing)}", path=missing[0])
+    pairing = pair_files(files, model.channel_names, keep_folders)
+    return pairing, len(pairing.cases) + len(pairing.refused) > 1
 
 
 def is_in_memory(images: Images) -> bool:
@@ -64,59 +114,48 @@ def is_in_memory(images: Images) -> bool:
 
 def is_image_file(path: Path) -> bool:
     """Whether an output is meant as a file."""
-    return path.name.endswith(IMAGE_ENDINGS) and not path.is_dir()
+    return path.name.lower().endswith(IMAGE_ENDINGS) and not path.is_dir()
 
 
-def _task(model: ModelFolder, case: RawCase, output: Path | None) -> ImageTask:
+def _task(model: ModelFolder, case: RawCase, output: Path | None, keep_orientation: bool) -> ImageTask:
     target = output
     if output is not None and not is_image_file(output):
         target = output / f"{case.identifier}{model.file_ending}"
     if target is not None and target.resolve() in {path.resolve() for path in case.images}:
         raise ConfigurationError(f"{target} is the image itself: choose another output")
-    return ImageTask(case.identifier, case.images, target, reader=model.image_reader)
+    reader, orientation = model.image_reader, None if keep_orientation else model.image_orientation
+    if reader == NIBABEL_REORIENT:
+        orientation = None  # the reader turns images itself
+    if not all(is_nifti(path) for path in case.images):  # nibabel reads no other format
+        orientation = NIBABEL_ORIENTATION if reader == NIBABEL_REORIENT else orientation
+        reader = SIMPLE_ITK
+    return ImageTask(case.identifier, case.images, target, reader=reader, orientation=orientation)
 
 
-def _find_cases(model: ModelFolder, folder: Path) -> tuple[RawCase, ...]:
-    try:
-        return find_images(folder, model.file_ending, len(model.channel_names))
-    except CaseError as error:
-        raise CaseError(f"{error}\n{expected_channels(model)}") from error
+# -- how images lie ------------------------------------------------------------------------------------------------
 
 
-def _cases_of(model: ModelFolder, files: tuple[Path, ...]) -> tuple[RawCase, ...]:
-    """The images that files belong to: those of ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz`` by their names, else all to one."""
-    if not files:
-        raise CaseError("no image was given")
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise CaseError(f"no such file or folder: {', '.join(missing)}")
-    channels = len(model.channel_names)
-    if channels == 1 and len(files) > 1:
-        return _different(tuple(RawCase(_case_and_channel(file)[0], (file,)) for file in files))
-    if len(files) in (1, channels):  # a single file may hold all channels (4D)
-        return (RawCase(_case_and_channel(files[0])[0], files),)
-    groups: dict[str, dict[int, Path]] = {}
-    for file in files:
-        name, channel = _case_and_channel(file)
-        groups.setdefault(name, {})[-1 if channel is None else channel] = file
-    if any(set(group) != set(range(channels)) for group in groups.values()):
-        raise CaseError(f"got {len(files)} files; {expected_channels(model)}. For several images give their folder")
-    return tuple(RawCase(name, tuple(group[c] for c in range(channels))) for name, group in groups.items())
-
-
-def _different(cases: tuple[RawCase, ...]) -> tuple[RawCase, ...]:
-    names = [case.identifier for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CaseError(f"several files are called {', '.join(twice)}, and would overwrite each other's segmentation")
-    return cases
-
-
-def _case_and_channel(file: Path) -> tuple[str, int | None]:
-    """``("CASE", 1)`` for ``CASE_0001.nii.gz``, ``("CASE", None)`` for ``CASE.nii.gz``."""
-    name = without_ending(file.name)
-    stem, _, channel = name.rpartition("_")
-    return (stem, int(channel)) if stem and len(channel) == 4 and channel.isdigit() else (name, None)
+def tell_orientation(model: ModelFolder, tasks: Sequence[ImageTask], lies: Sequence[str | None]) -> None:
+    """Say in the log how images lie (one code a task, None where nothing tells), and whether they are turned."""
+    counts = Counter(code for code in lies if code is not None)
+    found = ", ".join(f"{code} ({count})" for code, count in counts.most_common())
+    wanted = next((task.orientation for task in tasks if task.orientation is not None), None)
+    if wanted is not None and set(counts) - {wanted}:
+        logger.info("images lie as %s: turned to %s as the training images, and segmentations back", found, wanted)
+    elif wanted is not None:
+        logger.info("images lie as the training images, %s", wanted)
+    elif model.image_reader == NIBABEL_REORIENT or not counts:
+        return
+    elif model.image_orientation is not None:
+        logger.info("images are taken as they lie, %s; the training images lay as %s", found, model.image_orientation)
+    elif len(counts) > 1:
+        logger.warning(
+            "images lie differently, %s, and the model does not say how its training images lay (image_orientation in its "
+            "dataset.json): they are taken as they are",
+            found,
+        )
+    else:
+        logger.info("images are taken as they lie, %s: the model does not say how its training images lay", found)
 
 
 # -- images in memory ----------------------------------------------------------------------------------------------

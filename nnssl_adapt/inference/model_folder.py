@@ -16,9 +16,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nnssl_adapt.data.dataset import DatasetJson
-from nnssl_adapt.data.images import READERS, SIMPLE_ITK
+from nnssl_adapt.data.images import NIBABEL_REORIENT, READERS, SIMPLE_ITK
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.reorient import ORIENTATION_KEY
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
+from nnssl_adapt.geometry.orientation import check_code
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
@@ -27,6 +29,9 @@ from nnssl_adapt.weights.network.architectures import Architecture, build_networ
 
 Fold = int | Literal["all"]
 Which = Literal["final", "best"]
+
+NIBABEL_ORIENTATION = "LPI"
+"""What nnU-Net's ``NibabelIOWithReorient`` turns images to (RAS in nibabel's words)."""
 
 _CHECKPOINTS: tuple[Which, ...] = ("final", "best")
 
@@ -127,6 +132,32 @@ class ModelFolder:
     def image_reader(self) -> str:
         """nnU-Net's name of the reader of the model's images."""
         return str(self.plan.content.get("image_reader_writer", SIMPLE_ITK))
+
+    @cached_property
+    def image_orientation(self) -> str | None:
+        """How the training images lay (``RPI``: where the axes x, y, z come from), by dataset.json or the plans.
+
+        None where neither says. With nnU-Net's ``NibabelIOWithReorient``, what that reader turns images to.
+        Raises ModelFolderError when the code is none, or they contradict each other.
+        """
+        if self.image_reader == NIBABEL_REORIENT:
+            return NIBABEL_ORIENTATION
+        stated = {
+            name: content[ORIENTATION_KEY]
+            for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plan.content))
+            if content.get(ORIENTATION_KEY)
+        }
+        try:
+            codes = {name: check_code(code) for name, code in stated.items()}
+        except ConfigurationError as error:
+            raise ModelFolderError(f"{self.path}: {ORIENTATION_KEY}: {error}", path=self.path) from None
+        if len(set(codes.values())) > 1:
+            raise ModelFolderError(
+                f"{self.path}: {ORIENTATION_KEY} is {codes['dataset.json']} in dataset.json and {codes['plans.json']} in "
+                "plans.json: correct the one that is wrong",
+                path=self.path,
+            )
+        return next(iter(codes.values()), None)
 
     @property
     def file_ending(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,8 @@ class _Run:
         self.running = task.identifier
         try:
             prepared = self.hands.prepared(future)
+            for doubt in prepared.doubts:
+                logger.warning("%s: %s", task.identifier, doubt)
             self._move_on()  # the next image may come in now
             logits = self._driven(self.predict(task, prepared.data, self.hands.allocate))
             self.exporting[self.hands.export(task, logits, prepared)] = task
@@ -196,7 +198,7 @@ class _Threads:
         return future.result()
 
     def export(self, task: ImageTask, logits: Tensor, prepared: PreparedImage) -> Future[Any]:
-        return self.pool.submit(self.steps.export, task, logits, prepared.properties, prepared.geometry)
+        return self.pool.submit(self.steps.export, task, logits, prepared)
 
 
 class _Processes:
@@ -217,8 +219,9 @@ class _Processes:
     def prepared(self, future: Future[Any]) -> PreparedImage:
         memory = self._images.pop(future)
         try:
-            shape, properties, geometry = future.result()
-            return PreparedImage(memory.array(shape, np.float32), properties, geometry)
+            shape, prepared = future.result()
+            whole: PreparedImage = replace(prepared, data=memory.array(shape, np.float32))
+            return whole
         finally:
             memory.close()
 
@@ -237,9 +240,8 @@ class _Processes:
         memory, _ = self._logits
         self._logits = None
         shape, dtype = tuple(logits.shape), _numpy_name(logits.dtype)
-        future = self.pool.submit(
-            export_in_worker, self.steps, task, memory.path, shape, dtype, prepared.properties, prepared.geometry
-        )
+        known = replace(prepared, data=np.empty(0, np.float32))
+        future = self.pool.submit(export_in_worker, self.steps, task, memory.path, shape, dtype, known)
         future.add_done_callback(lambda _: memory.close())
         return future
 

@@ -22,11 +22,11 @@ from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionE
 from nnssl_adapt.files import atomic_path, make_folder, sha256_of
 from nnssl_adapt.inference.inputs import (
     Images,
-    checked_array,
     expected_channels,
-    image_tasks,
+    gather_inputs,
     is_image_file,
     is_in_memory,
+    tell_orientation,
     to_simpleitk,
 )
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
@@ -63,13 +63,15 @@ class Predictor:
         device: ``cuda``, ``cuda:1``, ``mps`` or ``cpu``.
         step: largest distance between tiles, as a fraction of the patch.
         tta: average over mirrored images too, where training mirrored: more accurate, up to 8 times slower.
-        accumulation_dtype: of the sums over tiles. float16 gives nnU-Net's labels to the voxel, with its rounding: there
-            logits are off by a thousandth, and by up to 0.5 in the corners of the image.
+        accumulation_dtype: of the sums over tiles. float16 comes close to nnU-Net's labels (of 19 images 2 differed, in one voxel
+            each), with its rounding: there logits are off by a thousandth, and by up to 0.5 in the corners of the image.
         precision: of the network on CUDA: ``fp16`` as nnU-Net, ``bf16``, or ``fp32``. An image whose numbers are too large
             for it is done again in float32. Other devices always compute in float32.
         batch_size: tiles, mirrored copies included, that go through the network together; None: as fits the device.
         postprocessing: done to every segmentation, or the file that says what (``postprocessing.json``, or nnU-Net's
             ``.pkl``); None: nothing.
+        keep_orientation: take images as they lie, as nnU-Net does. Otherwise they are turned to how the training images lay
+            (:attr:`ModelFolder.image_orientation`), exactly, and their segmentations back.
 
     Raises:
         DeviceUnavailable: this machine has no such device.
@@ -90,6 +92,7 @@ class Predictor:
         precision: Precision = "fp16",
         batch_size: int | None = None,
         postprocessing: Postprocessing | str | Path | None = None,
+        keep_orientation: bool = False,
     ) -> None:
         self.device = check_device(device)
         if precision not in _PRECISIONS:
@@ -106,6 +109,7 @@ class Predictor:
         self.accumulation_dtype = accumulation_dtype
         self.precision = precision
         self.batch_size = batch_size
+        self.keep_orientation = keep_orientation
         self.postprocessing = _opened(postprocessing, self.model)
         self._network = self.model.build_network(empty=True)
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
@@ -185,7 +189,7 @@ class Predictor:
         Args:
             image: (C, Z, Y, X), or (Z, Y, X) for a model of one channel; raw intensities, any number type; unchanged.
             geometry: where its voxels lie, or
-            spacing: (Z, Y, X) in millimetres, which is all that matters here.
+            spacing: (Z, Y, X) in millimetres. The image then counts as lying like the training images.
             progress: called after each tile.
 
         Returns:
@@ -195,10 +199,10 @@ class Predictor:
             ConfigurationError: neither geometry nor spacing was given.
             CaseError: the image has another number of axes or channels, or NaN voxels.
         """
-        task = ImageTask("array", (), None, checked_array(self.model, image, geometry, spacing))
-        steps = self._steps(False)
+        given = gather_inputs(self.model, image, None, geometry, spacing, keep_orientation=self.keep_orientation)
+        task, steps = given.tasks[0], self._steps(False)
         prepared = steps.prepare(task)
-        return steps.export(task, self.predict_logits(prepared.data, progress), prepared.properties, prepared.geometry)
+        return steps.export(task, self.predict_logits(prepared.data, progress), prepared)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -214,15 +218,17 @@ class Predictor:
         progress: bool = False,
         workers: int = 0,
         part: Shard = WHOLE,
+        keep_folders: bool = False,
     ) -> np.ndarray | sitk.Image | dict[str, np.ndarray] | list[Path]:
         """Segment one image, or many.
 
         Reading, preprocessing, the network and export overlap; no more images are in memory than fit, by their headers.
 
         Args:
-            images: a folder (``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, … for each case), files (of one image, or of
-                several that are called as in a folder), an array (see :meth:`predict_array`), or a SimpleITK image (or
-                the list of its channels).
+            images: a folder (``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, … for each case; any format that can be read),
+                files (paired by their names in the same way; see :func:`~nnssl_adapt.inference.pairing.pair_files` for
+                those without a channel's number), an array (see :meth:`predict_array`), or a SimpleITK image (or the list
+                of its channels).
             output: a folder, where each segmentation is called as its case; for one image also a file. None: the
                 segmentation is returned and not written.
             geometry: of an array.
@@ -234,6 +240,8 @@ class Predictor:
             workers: processes that read and export (Linux; a script that calls this then needs the usual
                 ``if __name__ == "__main__":``); 0: threads of this process. Images in memory stay in this process.
             part: do only a part of the images, for several machines.
+            keep_folders: of files in different folders, write each segmentation into a folder of the same name, so that
+                cases may be called alike.
 
         Returns:
             The files, if there is an output; else labels (Z, Y, X) as an array, or as a SimpleITK image if such was given;
@@ -249,21 +257,23 @@ class Predictor:
         if output is None and save_probabilities:
             raise ConfigurationError("probabilities are written to files: give an output folder")
         target = None if output is None else Path(output)
-        tasks = image_tasks(self.model, images, target, geometry, spacing)
-        several = len(tasks) > 1 or (isinstance(images, (str, Path)) and Path(images).is_dir())
-        tasks = tasks[part.number - 1 :: part.total]
+        inputs = gather_inputs(self.model, images, target, geometry, spacing, keep_folders, self.keep_orientation)
+        several, tasks = inputs.several, inputs.tasks[part.number - 1 :: part.total]
         record = None
         if target is not None and not is_image_file(target):
             record = PredictionRecord(target, self._settings)
             self._describe_output(record)
         waiting = tasks if overwrite else unfinished(tasks, record, save_probabilities)
         in_memory = is_in_memory(images) or output is None
+        for name, problem in inputs.refused.items():
+            logger.error("%s is not predicted: %s", name, problem)
         with TileBar(len(waiting), progress and bool(waiting)) as bar:
-            results, failures = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
+            results, failed = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
+        failures: dict[str, Exception] = {**inputs.refused, **failed}
         if failures and not several:
             raise next(iter(failures.values()))
         if failures:
-            raise PredictionError(failure_report(failures, len(tasks), output))
+            raise PredictionError(failure_report(failures, len(tasks) + len(inputs.refused), output))
         if output is not None:
             return [task.target for task in tasks if task.target is not None]
         if several or not tasks:
@@ -298,6 +308,7 @@ class Predictor:
             )
             for task in tasks
         }
+        tell_orientation(self.model, tasks, [foresight.lies for foresight in foreseen.values()])
         bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
 
         def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
@@ -338,6 +349,7 @@ class Predictor:
         """What the labels depend on, for the record of what is done."""
         # An entry only where there are steps: what was predicted without them stays done.
         steps = [list(step) for step in self.postprocessing.steps]
+        turned = self.model.image_orientation
         return {
             **({"postprocessing": steps} if steps else {}),
             "checkpoints": {
@@ -349,6 +361,7 @@ class Predictor:
             "mirror_axes": list(self.mirror_axes),
             "sums": str(self.accumulation_dtype).removeprefix("torch."),
             "precision": self.precision if self.device.type == "cuda" else "fp32",
+            **({} if self.keep_orientation or not turned else {"orientation": turned}),
         }
 
     def _describe_output(self, record: PredictionRecord) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,36 @@ from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_arrays
 from nnssl_adapt.data.store import PreprocessedCase
-from nnssl_adapt.errors import CaseError
+from nnssl_adapt.data.turning import turn_image
+from nnssl_adapt.errors import CaseError, OutputError
+from nnssl_adapt.geometry.orientation import Turn
 from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
 from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.machine.memory import give_back_freed_memory
 from nnssl_adapt.planning.plan import FinetunePlan
 
+_ROOM = 1 << 26
+"""Bytes: with so much free, a disk is not full."""
+
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A preprocessed image: ``data`` is float32 (C, Z, Y, X) in transposed axes."""
+    """A preprocessed image.
+
+    Attributes:
+        data: float32 (C, Z, Y, X) in transposed axes.
+        properties: of the image as the network gets it.
+        geometry: of the image as it is stored.
+        turn: from the one to the other.
+        doubts: what its owner should know.
+    """
 
     data: np.ndarray
     properties: dict[str, Any]
     geometry: ImageGeometry
+    turn: Turn = field(default_factory=Turn)
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,29 +72,57 @@ class Steps:
     def prepare(self, task: ImageTask) -> PreparedImage:
         """Read and preprocess. Raises CaseError."""
         image, geometry = task.read(self.num_channels, self.expected)
+        doubts, turn, turned = tuple(_doubts(image)), Turn(), geometry
+        if task.orientation is not None:
+            image, turned, turn = turn_image(image, geometry, task.orientation)
         try:
-            case = self.preprocess(image, geometry)
+            case = self.preprocess(image, turned)
         except CaseError as error:
             raise CaseError(f"{task.files[0]}: {error}" if task.files else str(error)) from error
-        return PreparedImage(case.data, case.properties, geometry)
+        return PreparedImage(case.data, case.properties, geometry, turn, doubts)
 
     def preprocess(self, image: np.ndarray, geometry: ImageGeometry) -> PreprocessedCase:
         """Preprocess an image (C, Z, Y, X)."""
         return preprocess_arrays(image, None, geometry, self.plan.settings, self.labels)
 
-    def export(
-        self, task: ImageTask, logits: Tensor | np.ndarray, properties: dict[str, Any], geometry: ImageGeometry
-    ) -> np.ndarray:
-        """Labels (Z, Y, X) from logits (K, Z, Y, X); written where the task has a target. Raises OutputError."""
+    def export(self, task: ImageTask, logits: Tensor | np.ndarray, prepared: PreparedImage) -> np.ndarray:
+        """Labels (Z, Y, X) from logits (K, Z, Y, X), as the image is stored; written where the task has a target.
+
+        Raises OutputError: nothing can be written there. CaseError: this image's labels can't.
+        """
+        turn, properties = prepared.turn, prepared.properties
         if task.target is not None and self.save_probabilities:
             labels, probabilities = logits_to_probabilities(logits, properties, self.plan, self.labels)
+            if not turn.is_none:
+                probabilities = np.ascontiguousarray(turn.undo(probabilities))
+                properties = {**properties, **prepared.geometry.to_properties()}
             write_probabilities(task.beside_target(), probabilities, properties)
         else:
             labels = logits_to_segmentation(logits, properties, self.plan, self.labels)
-        labels = self.postprocessing.apply(labels)
+        labels = self.postprocessing.apply(np.ascontiguousarray(turn.undo(labels)))
         if task.target is not None:
-            write_labels(task.target, labels, geometry)  # last: it is the sign that the image is done
+            _write_last(task.target, labels, prepared.geometry)
         return labels
+
+
+def _doubts(image: np.ndarray) -> Iterator[str]:
+    """Channels (of C, Z, Y, X) without content."""
+    for index, channel in enumerate(image):
+        value = channel[0, 0, 0]
+        if (channel[::4, ::4, ::4] == value).all() and (channel == value).all():
+            which = f"channel {index}" if len(image) > 1 else "the image"
+            yield f"{which} is {value:g} everywhere: predicted as it is, but what comes out means nothing"
+
+
+def _write_last(target: Path, labels: np.ndarray, geometry: ImageGeometry) -> None:
+    """Write the label file, which is the sign that the image is done."""
+    try:
+        write_labels(target, labels, geometry)
+    except OutputError as error:
+        # What the format can't hold says nothing about the next image; a full disk and missing permissions do.
+        if isinstance(error.__cause__, RuntimeError) and shutil.disk_usage(target.parent).free > _ROOM:
+            raise CaseError(str(error), path=target) from error
+        raise
 
 
 # -- in a worker process -----------------------------------------------------------------------------------------------
@@ -116,14 +161,12 @@ class SharedMemory:
         self.close()
 
 
-def prepare_in_worker(
-    steps: Steps, task: ImageTask, memory: str
-) -> tuple[tuple[int, ...], dict[str, Any], ImageGeometry]:
+def prepare_in_worker(steps: Steps, task: ImageTask, memory: str) -> tuple[tuple[int, ...], PreparedImage]:
     """Prepare an image and leave it in shared memory; returns its shape and what else is known of it."""
     try:
         prepared = steps.prepare(task)
         np.memmap(memory, dtype=np.float32, mode="w+", shape=prepared.data.shape)[:] = prepared.data
-        return prepared.data.shape, prepared.properties, prepared.geometry
+        return prepared.data.shape, replace(prepared, data=np.empty(0, np.float32))
     finally:
         give_back_freed_memory()
 
@@ -134,12 +177,11 @@ def export_in_worker(
     memory: str,
     shape: tuple[int, ...],
     dtype: str,
-    properties: dict[str, Any],
-    geometry: ImageGeometry,
+    prepared: PreparedImage,
 ) -> None:
     """Write the labels of logits that lie in shared memory."""
     try:
         logits = torch.from_numpy(np.memmap(memory, dtype=dtype, mode="r+", shape=shape))
-        steps.export(task, logits, properties, geometry)
+        steps.export(task, logits, prepared)
     finally:
         give_back_freed_memory()

@@ -9,10 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawCase
-from nnssl_adapt.data.images import SIMPLE_ITK, ImageGeometry, read_geometry, read_image
+from nnssl_adapt.data.images import (
+    SIMPLE_ITK,
+    ImageGeometry,
+    geometry_doubts,
+    geometry_problems,
+    read_geometry,
+    read_image,
+)
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import memory_needed
+from nnssl_adapt.data.turning import turn_geometry
+from nnssl_adapt.data.verifying.grids import grid_distance
 from nnssl_adapt.errors import CaseError
+from nnssl_adapt.geometry.orientation import Turn, orientation_code
 from nnssl_adapt.geometry.spacing import resampled_shape
 from nnssl_adapt.inference.postprocess import BYTES_PER_VOXEL
 from nnssl_adapt.inference.sliding_window import tile_positions
@@ -26,6 +36,9 @@ _RESAMPLED_LOGIT = 10
 
 _PROBABILITY = 8
 
+_SAME_PLACE = 0.1
+"""Voxels by which channels of one image may lie apart: headers hold about six digits, and registrations leave less."""
+
 
 @dataclass(frozen=True)
 class ImageTask:
@@ -37,6 +50,7 @@ class ImageTask:
         target: the label file to write; None: labels are returned.
         loaded: an image in memory (C, Z, Y, X) and its geometry.
         reader: of the files, the model's.
+        orientation: code such as ``RPI`` that the image is turned to before the network; None: it is taken as it lies.
     """
 
     identifier: str
@@ -44,15 +58,35 @@ class ImageTask:
     target: Path | None
     loaded: tuple[np.ndarray, ImageGeometry] | None = None
     reader: str = SIMPLE_ITK
+    orientation: str | None = None
 
     def read(self, num_channels: int, expected: str) -> tuple[np.ndarray, ImageGeometry]:
-        """The image (C, Z, Y, X) and its geometry. Raises CaseError, with ``expected``, for other channels."""
+        """The image (C, Z, Y, X) and its geometry.
+
+        Raises CaseError: it can't be read, has other channels (with ``expected``), or they don't lie on one grid.
+        """
         if self.loaded is not None:
             return self.loaded
+        self._refuse_other_places()
         image, geometry = read_image(self.files, self.reader)
         if len(image) != num_channels:
             raise CaseError(f"{self.files[0]}: got {len(image)} channel(s); {expected}")
         return image, geometry
+
+    def _refuse_other_places(self) -> None:
+        """nnU-Net only warns, and lays channels on each other that are not of the same place."""
+        first, *others = self.files
+        reference = read_geometry(first, self.reader) if others else None
+        for path in others:
+            assert reference is not None
+            other = read_geometry(path, self.reader)
+            if list(geometry_problems(reference, other)) or grid_distance(reference, other) <= _SAME_PLACE:
+                continue  # problems of size and spacing are told when it is read
+            raise CaseError(
+                f"{path} does not lie where {first} does ({'; '.join(geometry_doubts(reference, other))}): resample it to "
+                "that grid, or correct the header that is wrong",
+                path=path,
+            )
 
     def outputs(self, with_probabilities: bool) -> list[Path]:
         """The files that are there when the image is done; none for an image that is returned."""
@@ -67,10 +101,9 @@ class ImageTask:
 
 
 def without_ending(name: str) -> str:
-    for ending in IMAGE_ENDINGS:
-        if name.endswith(ending):
-            return name.removesuffix(ending)
-    return name
+    """The name of an image file without ``.nii.gz`` and the like, in capitals or not."""
+    ending = next((ending for ending in IMAGE_ENDINGS if name.lower().endswith(ending)), "")
+    return name[: len(name) - len(ending)]
 
 
 # -- what it will take ---------------------------------------------------------------------------------------------
@@ -83,10 +116,12 @@ class Foresight:
     Attributes:
         tiles: that each network will see.
         memory: bytes, from reading to the written labels; 0 where the header can't be read (reading will tell why).
+        lies: orientation code of the image as it is stored; None where nothing tells.
     """
 
     tiles: int
     memory: int
+    lies: str | None = None
 
 
 def foresee(
@@ -103,6 +138,9 @@ def foresee(
         geometry = task.loaded[1] if task.loaded is not None else read_geometry(task.files[0], task.reader)
     except CaseError:
         return Foresight(1, 0)
+    lies = orientation_code(geometry.direction) if task.files else None
+    if task.orientation is not None:
+        geometry = turn_geometry(geometry, Turn.to(task.orientation, geometry.direction))
     shape = network_shape(geometry, plan)
     source, target = math.prod(geometry.size), math.prod(shape)
     padded = math.prod(max(n, patch) for n, patch in zip(shape, plan.patch_size, strict=True))
@@ -116,7 +154,7 @@ def foresee(
     if with_postprocessing:
         exporting = max(exporting, target * heads * bytes_per_logit + source * BYTES_PER_VOXEL)
     reading = memory_needed(RawCase(task.identifier, task.files), plan.settings) if task.files else 0
-    return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting))
+    return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting), lies)
 
 
 def network_shape(geometry: ImageGeometry, plan: FinetunePlan) -> tuple[int, ...]:

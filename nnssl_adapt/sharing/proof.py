@@ -137,8 +137,10 @@ def _write_made_up(model: ModelFolder, folder: Path) -> None:
 
 
 def _our_labels(model: Path, folds: Sequence[Fold], images: Path, output: Path, device: str) -> np.ndarray:
-    """Labels (Z, Y, X), summed in float16 as nnU-Net does, without mirroring."""
-    predictor = Predictor(model, folds=list(folds), device=device, tta=False, accumulation_dtype=torch.float16)
+    """Labels (Z, Y, X), without mirroring; summed in float16 and taken as images lie, as nnU-Net does."""
+    predictor = Predictor(
+        model, folds=list(folds), device=device, tta=False, accumulation_dtype=torch.float16, keep_orientation=True
+    )
     predictor.predict(images, output, workers=0, progress=False)
     return _only_labels(output)
 

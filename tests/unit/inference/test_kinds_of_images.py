@@ -6,7 +6,7 @@ import SimpleITK as sitk
 import torch
 from support.synthetic import make_case, write_image
 
-from nnssl_adapt.errors import CaseError, ConfigurationError, ModelFolderError
+from nnssl_adapt.errors import CaseError, ConfigurationError, ModelFolderError, PredictionError
 from nnssl_adapt.inference.predictor import Predictor
 
 SPACING = (3.0, 1.2, 0.8)  # Z, Y, X
@@ -65,9 +65,10 @@ def test_several_files_are_told_apart_by_their_names(make_model, tmp_path):
         assert np.array_equal(found[name], labels)
     written = predictor.predict(files[:4], tmp_path / "out")
     assert sorted(path.name for path in written) == ["b.nii.gz", "c.nii.gz"]
-    with pytest.raises(CaseError, match="got 5 files"):
-        predictor.predict(files[:5])
-    with pytest.raises(ConfigurationError, match="3 images were given: the output must be a folder"):
+    with pytest.raises(PredictionError, match=r"1 of 3 images.*\n  a: .*a_0000\.nii\.gz"):
+        predictor.predict(files[:5], tmp_path / "most")
+    assert sorted(path.name for path in (tmp_path / "most").glob("*.nii.gz")) == ["b.nii.gz", "c.nii.gz"]
+    with pytest.raises(ConfigurationError, match="output folder"):
         predictor.predict(files, tmp_path / "x.nii.gz")
 
 
@@ -79,8 +80,14 @@ def test_several_files_of_one_channel_are_several_images(make_model, tmp_path):
     assert predictor.predict(files).keys() == {"a", "b"}
     twin = tmp_path / "other" / "a_0000.nii.gz"
     twin.write_bytes(files[0].read_bytes())
-    with pytest.raises(CaseError, match="several files are called a"):
+    with pytest.raises(PredictionError, match="a is the name of files in different folders.*--keep-folders"):
         predictor.predict([*files, twin])
+    written = predictor.predict([*files, twin], tmp_path / "out", keep_folders=True)
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in written) == [
+        "images/a.nii.gz",
+        "images/b.nii.gz",
+        "other/a.nii.gz",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 50), (14, 1, 40)])

@@ -161,7 +161,7 @@ def test_several_channels(make_model, tmp_path):
     expected = "2 channel.*_0000 = MR0, _0001 = MR1"
     with pytest.raises(CaseError, match=expected):
         predictor.predict(files[0])
-    with pytest.raises(CaseError, match=f"got 3 files.*{expected}"):
+    with pytest.raises(CaseError, match=expected):
         predictor.predict([*files, files[0]])
     with pytest.raises(CaseError, match=expected):
         predictor.predict(image[:1], spacing=SPACING)
@@ -182,7 +182,7 @@ def test_images_are_never_overwritten(model, images, tmp_path):
             predictor.predict(plain, output)
     with pytest.raises(ConfigurationError, match="is the folder of the images"):
         predictor.predict(images, images)
-    with pytest.raises(ConfigurationError, match="output must be a folder"):
+    with pytest.raises(ConfigurationError, match="output folder"):
         predictor.predict(images, tmp_path / "out.nii.gz")
 
 
