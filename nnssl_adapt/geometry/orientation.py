@@ -105,7 +105,9 @@ class Turn:
     def undo(self, array: np.ndarray) -> np.ndarray:
         """A view of a turned array (…, Z, Y, X) as it was stored."""
         first = array.ndim - 3
-        return self._flipped(array).transpose(*range(first), *(first + self.axes.index(axis) for axis in range(3)))
+        back = [first + self.axes.index(axis) for axis in range(3)]
+        stored: np.ndarray = self._flipped(array).transpose(*range(first), *back)
+        return stored
 
     def _flipped(self, array: np.ndarray) -> np.ndarray:
         z, y, x = (slice(None, None, -1 if flip else 1) for flip in self.flips)
