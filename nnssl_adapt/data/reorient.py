@@ -18,7 +18,7 @@ from nnssl_adapt.data.splits import SPLITS_FILE
 from nnssl_adapt.data.voxels import write_image_file
 from nnssl_adapt.errors import CaseError, DatasetError, PreprocessingError
 from nnssl_adapt.files import atomic_path, make_folder, write_json
-from nnssl_adapt.geometry.orientation import check_code, is_oriented, opposite, orientation_code
+from nnssl_adapt.geometry.orientation import check_code, is_code, is_oriented, opposite, orientation_code
 from nnssl_adapt.machine.workers import over_cases
 from nnssl_adapt.paths import free_dataset_id, preprocessed_folder, raw_folder
 from nnssl_adapt.text import lines_and_more, read_record
@@ -35,6 +35,19 @@ _OURS = "nnssl_adapt"
 _RECORDS = ".nnssl_adapt"
 _MARKER = "reorientation.json"
 _ID_STEP = 500
+
+
+def common_orientation(raw: RawDataset) -> str | None:
+    """The orientation of all training images, by their headers; None where they lie differently, or one can't be read."""
+    try:
+        directions = [read_geometry(case.images[0], case.reader).direction for case in raw.cases]
+    except CaseError:
+        return None
+    stated = raw.json.raw.get(ORIENTATION_KEY)
+    candidates = [str(stated)] if isinstance(stated, str) and is_code(stated) else []
+    candidates += [orientation_code(direction) for direction in directions[:1]]
+    # Images exactly between two orientations have both: the one that dataset.json names goes first.
+    return next((c.upper() for c in candidates if all(is_oriented(d, c) for d in directions)), None)
 
 
 def reorient_dataset(raw: RawDataset, code: str, workers: int = 2, progress: bool = False) -> RawDataset:

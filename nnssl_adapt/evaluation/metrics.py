@@ -15,6 +15,7 @@ import numpy as np
 
 from nnssl_adapt.data.dataset import MAX_LISTED
 from nnssl_adapt.data.images import (
+    ImageGeometry,
     distinct_values,
     geometry_doubts,
     geometry_problems,
@@ -23,9 +24,12 @@ from nnssl_adapt.data.images import (
     reader_for,
 )
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
+from nnssl_adapt.data.turning import turn_geometry
+from nnssl_adapt.data.verifying.grids import grid_distance
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.measures import Judging, add_measures
 from nnssl_adapt.files import write_json
+from nnssl_adapt.geometry.orientation import Turn, orientation_code
 from nnssl_adapt.machine.workers import over_cases
 
 logger = logging.getLogger(__name__)
@@ -36,17 +40,28 @@ Metrics = dict[str, float]
 METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
 """nnU-Net's. :data:`nnssl_adapt.evaluation.measures.MEASURES` are ours beside them."""
 
+_SAME_PLACE = 0.01
+"""Voxels by which two grids may lie apart: rounding of headers."""
+
 _BYTES_PER_VOXEL = 32
 """Two label maps, the pairs that meet (``np.bincount`` copies them to int64), and a class's masks."""
 
 
 @dataclass(frozen=True)
 class CaseMetrics:
-    """One case's metrics: ``metrics`` has an entry for each foreground label or region."""
+    """One case's metrics.
+
+    Attributes:
+        reference_file, prediction_file: what was compared.
+        metrics: an entry for each foreground label or region.
+        elsewhere: how the prediction lies in another place than its reference, if it does; they were compared voxel by
+            voxel all the same.
+    """
 
     reference_file: str
     prediction_file: str
     metrics: dict[LabelOrRegion, Metrics]
+    elsewhere: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,7 @@ class Summary:
                     "metrics": {str(entry): dict(metrics) for entry, metrics in case.metrics.items()},
                     "prediction_file": case.prediction_file,
                     "reference_file": case.reference_file,
+                    **({} if case.elsewhere is None else {"geometry_differs": case.elsewhere}),
                 }
                 for case in self.cases
             ],
@@ -199,12 +215,15 @@ def evaluate_case(
 ) -> CaseMetrics:
     """Compare one prediction with its reference.
 
+    A prediction that is stored in another order of axes, or reversed along some, is turned first, which is exact.
     Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both); with ``judging`` also
     if their spacings do, or a label is not of the scheme.
     """
     reader = reader_for((reference_file, prediction_file))
     reference, reference_geometry = read_labels(reference_file, reader)
     prediction, geometry = read_labels(prediction_file, reader)
+    turn = Turn.to(orientation_code(reference_geometry.direction), geometry.direction)
+    prediction, geometry = np.ascontiguousarray(turn.apply(prediction)), turn_geometry(geometry, turn)
     if prediction.shape != reference.shape:
         raise CaseError(
             f"{prediction_file} has shape {prediction.shape[1:]} (Z, Y, X), its reference {reference_file} has "
@@ -213,15 +232,24 @@ def evaluate_case(
     problems = list(geometry_problems(reference_geometry, geometry))
     if problems and judging is not None:
         raise CaseError(f"{prediction_file}: {problems[0]} from {reference_file}; are they of the same image?")
-    for doubt in (*problems, *geometry_doubts(reference_geometry, geometry)):
-        logger.warning("%s: %s from %s", prediction_file, doubt, reference_file)
+    elsewhere = _elsewhere(reference_geometry, geometry)
+    if elsewhere is not None:
+        logger.warning("%s: %s from %s", prediction_file, elsewhere, reference_file)
     if judging is not None:
         _refuse_strange_labels(prediction, labels.all_labels, prediction_file)
         _refuse_strange_labels(reference, labels.values_in_files, reference_file)
     metrics = compare_labels(prediction, reference, labels.foreground, labels.ignore_label)
     if judging is not None:
         add_measures(metrics, prediction[0], reference[0], reference_geometry.spacing, judging, labels.ignore_label)
-    return CaseMetrics(str(reference_file), str(prediction_file), metrics)
+    return CaseMetrics(str(reference_file), str(prediction_file), metrics, elsewhere)
+
+
+def _elsewhere(reference: ImageGeometry, other: ImageGeometry) -> str | None:
+    """How two grids of one shape differ by more than rounding, in words."""
+    if grid_distance(reference, other) <= _SAME_PLACE:
+        return None
+    said = "; ".join((*geometry_problems(reference, other), *geometry_doubts(reference, other)))
+    return said or "the place of its voxels differs"
 
 
 def _refuse_strange_labels(labels: np.ndarray, known: Sequence[int], path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases
 from nnssl_adapt.data.images import read_image, read_labels
 from nnssl_adapt.errors import ConfigurationError, NnsslAdaptError
 from nnssl_adapt.evaluation import report_page as html
@@ -203,12 +204,13 @@ def _pictures(model: ModelFolder, cases: Sequence[CaseResult]) -> Iterator[str]:
 
 def _overlay(model: ModelFolder, case: CaseResult, what: str) -> bytes:
     dataset, ending = model.plan.dataset_name, model.file_ending
-    image, geometry = read_image([raw_folder() / dataset / "imagesTr" / f"{case.name}_0000{ending}"])
-    known = [case.reference, raw_folder() / dataset / "labelsTr" / f"{case.name}{ending}"]
+    files = _files_of(model, case.name)
+    image, geometry = read_image(files.images[:1], model.image_reader)
+    known = [case.reference, *([files.label] if files.label is not None else [])]
     with contextlib.suppress(ConfigurationError):  # nnUNet_preprocessed need not be set
         known.insert(1, preprocessed_folder() / dataset / "gt_segmentations" / f"{case.name}{ending}")
     reference = next((path for path in known if path.is_file()), known[0])
-    labels = [read_labels(path)[0][0] for path in (reference, case.prediction)]
+    labels = [read_labels(path, model.image_reader)[0][0] for path in (reference, case.prediction)]
     values = [value for value in model.labels.all_labels if value != 0]
     names = model.labels.class_names if not model.labels.has_regions else [f"label {value}" for value in values]
     figure = overlay_figure(
@@ -221,6 +223,16 @@ def _overlay(model: ModelFolder, case: CaseResult, what: str) -> bytes:
         direction=geometry.direction,
     )
     return _png(figure)
+
+
+def _files_of(model: ModelFolder, case: str) -> RawCase:
+    """Where the dataset says that a case's files lie; by nnU-Net's names where dataset.json does not list them."""
+    folder, ending = raw_folder() / model.plan.dataset_name, model.file_ending
+    path = folder / "dataset.json"
+    listing = DatasetJson.load(path).dataset if path.is_file() else None
+    if listing is not None and case in listing:
+        return listed_cases({case: listing[case]}, folder, path)[0]
+    return RawCase(case, (folder / "imagesTr" / f"{case}_0000{ending}",), folder / "labelsTr" / f"{case}{ending}")
 
 
 # -- how it went, and again ------------------------------------------------------------------------------------------

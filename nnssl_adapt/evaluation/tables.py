@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.files import write_text
+from nnssl_adapt.text import and_more
 
 if TYPE_CHECKING:
     from nnssl_adapt.evaluation.metrics import Summary
@@ -61,6 +62,12 @@ def summary_table(summary: Summary) -> str:
         rows.append(["mean of classes", "", *(_shown(summary.foreground_mean[m], m) for m in names)])
     lines = [text_table(["class", "cases", *(_SHOWN[name] for name in names)], rows)]
     lines.append(f"{len(summary.cases)} case(s); 'cases': those whose reference has the class")
+    elsewhere = [f"{Path(case.prediction_file).name} ({case.elsewhere})" for case in summary.cases if case.elsewhere]
+    if elsewhere:
+        lines.append(
+            f"{len(elsewhere)} case(s) do not lie where their references do, so these numbers may be wrong: "
+            f"{and_more(elsewhere, 3)}"
+        )
     if summary.judging is not None:
         weighed = "by area" if summary.judging.surface == "area" else "by surface voxels"
         lines.append(f"NSD: surface Dice {weighed} at {summary.judging.tolerance:g} mm; {summary.judging.explanation}")

@@ -51,11 +51,15 @@ def is_oriented(direction: Sequence[float], code: str) -> bool:
     return _agreement(cosines, code) >= _agreement(cosines, orientation_code(direction)) - _TIE
 
 
+def is_code(code: str) -> bool:
+    """Whether this is an orientation, such as ``RPI``."""
+    return sorted("RAS".find(_axis_of(letter)) for letter in code.strip().upper()) == [0, 1, 2]
+
+
 def check_code(code: str) -> str:
     """Return the code in capitals, or raise ConfigurationError saying what a code is."""
-    letters = str(code).strip().upper()
-    if sorted("RAS".find(_axis_of(letter)) for letter in letters) == [0, 1, 2]:
-        return letters
+    if is_code(str(code)):
+        return str(code).strip().upper()
     raise ConfigurationError(
         f"orientation {code!r}: expected three letters such as RPI, one each of R or L (right, left), A or P (anterior, "
         "posterior), S or I (superior, inferior): where the axes x, y, z come from"

@@ -6,6 +6,7 @@ or by nnU-Net 2.x. Checkpoints are read as data (``weights_only``), whoever wrot
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
 from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
+
+logger = logging.getLogger(__name__)
 
 Fold = int | Literal["all"]
 Which = Literal["final", "best"]
@@ -135,10 +138,10 @@ class ModelFolder:
 
     @cached_property
     def image_orientation(self) -> str | None:
-        """How the training images lay (``RPI``: where the axes x, y, z come from), by dataset.json or the plans.
+        """How the training images lay (``RPI``: where the axes x, y, z come from), by the plans, else by dataset.json.
 
         None where neither says. With nnU-Net's ``NibabelIOWithReorient``, what that reader turns images to.
-        Raises ModelFolderError when the code is none, or they contradict each other.
+        Raises ModelFolderError when it is no code.
         """
         if self.image_reader == NIBABEL_REORIENT:
             return NIBABEL_ORIENTATION
@@ -152,12 +155,14 @@ class ModelFolder:
         except ConfigurationError as error:
             raise ModelFolderError(f"{self.path}: {ORIENTATION_KEY}: {error}", path=self.path) from None
         if len(set(codes.values())) > 1:
-            raise ModelFolderError(
-                f"{self.path}: {ORIENTATION_KEY} is {codes['dataset.json']} in dataset.json and {codes['plans.json']} in "
-                "plans.json: correct the one that is wrong",
-                path=self.path,
+            logger.warning(
+                "%s: %s is %s in dataset.json and %s in plans.json, which counts: planning read it off the images",
+                self.path,
+                ORIENTATION_KEY,
+                codes["dataset.json"],
+                codes["plans.json"],
             )
-        return next(iter(codes.values()), None)
+        return codes.get("plans.json", codes.get("dataset.json"))
 
     @property
     def file_ending(self) -> str:

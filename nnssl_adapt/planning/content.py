@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.reorient import ORIENTATION_KEY, common_orientation
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.geometry.spacing import Spacing, SpacingChoice, median_spacing, resampled_shape
 from nnssl_adapt.planning.base_plans import BasePlans
@@ -95,8 +96,10 @@ def dataset_entries(
     """What a plans file says of the dataset and of the order of its axes (``forward``)."""
     spacing = np.median(np.asarray(fingerprint.spacings, dtype=float), axis=0)[list(forward)]
     shape = np.median(np.asarray(fingerprint.shapes_after_crop, dtype=float), axis=0)[list(forward)]
+    lies = common_orientation(raw)
     return {
         "dataset_name": raw.name,
+        **({} if lies is None else {ORIENTATION_KEY: lies}),
         "original_median_spacing_after_transp": [float(s) for s in spacing],
         "original_median_shape_after_transp": [round(n) for n in shape.tolist()],
         "image_reader_writer": image_reader,

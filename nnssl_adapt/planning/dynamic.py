@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.reorient import ORIENTATION_KEY, common_orientation
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.planning.content import data_identifier, pretrain_info
 from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE
@@ -47,6 +48,8 @@ def dynamic_content(
         experiment_planner_used="nnssl_adapt",
         pretrain_info=pretrain_info(checkpoint),
     )
+    lies = common_orientation(raw)
+    content.update({} if lies is None else {ORIENTATION_KEY: lies})
     chosen["data_identifier"], digest = data_identifier(FinetunePlan(content))
     planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
     provenance = replace(
@@ -60,4 +63,11 @@ def dynamic_content(
     return {**content, KEY: provenance.to_dict()}
 
 
-_REPLACED = ("plans_name", "configurations", "experiment_planner_used", "pretrain_info", "nnssl_adapt")
+_REPLACED = (
+    "plans_name",
+    "configurations",
+    "experiment_planner_used",
+    "pretrain_info",
+    "nnssl_adapt",
+    "image_orientation",
+)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from nnssl_adapt.errors import ConfigurationError, NothingToResume
+from nnssl_adapt.data.reorient import ORIENTATION_KEY
+from nnssl_adapt.errors import ConfigurationError, DatasetJsonError, NothingToResume
 from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, write_json
 from nnssl_adapt.inference.trainer_class import write_trainer_class
 from nnssl_adapt.paths import results_folder
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.text import read_json
 from nnssl_adapt.training.run.checkpointing import BEST, FINAL, LATEST
 from nnssl_adapt.training.run.stopping import STOPPED
 
@@ -122,7 +124,17 @@ class RunFolder:
             if source.is_file():
                 with atomic_path(self.model / name) as temporary:
                     temporary.write_bytes(source.read_bytes())
+        self._note_orientation(plan)
         write_trainer_class(self.model, plan.architecture)
+
+    def _note_orientation(self, plan: FinetunePlan) -> None:
+        """Say in the model's dataset.json how its training images lay, where the Spinal Cord Toolbox looks for it."""
+        path, lies = self.model / "dataset.json", plan.content.get(ORIENTATION_KEY)
+        if not path.is_file() or lies is None:
+            return
+        content = read_json(path, DatasetJsonError, "dataset.json")
+        if content.get(ORIENTATION_KEY) != lies:
+            write_json(path, {**content, ORIENTATION_KEY: lies})
 
     def refuse_other_model(self, plan: FinetunePlan) -> None:
         """Raise ConfigurationError if other folds in this folder have another network, patch, data or starting weights."""

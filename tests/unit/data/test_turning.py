@@ -1,12 +1,15 @@
 """Turning is exact, leads back, and agrees with SimpleITK's own."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import ImageGeometry
+from nnssl_adapt.data.reorient import common_orientation
 from nnssl_adapt.data.turning import turn_geometry, turn_image
 from nnssl_adapt.geometry.orientation import Turn, opposite, orientation_code
 
@@ -50,3 +53,23 @@ def test_an_image_that_lies_right_stays():
     geometry = geometry_of(stored())
     turn = Turn.to(orientation_code(geometry.direction), geometry.direction)
     assert turn.is_none and turn_geometry(geometry, turn) is geometry
+
+
+@pytest.mark.parametrize(("codes", "expected"), [(("RPI", "RPI"), "RPI"), (("RPI", "LPI"), None)])
+def test_how_all_training_images_lie(tmp_path, codes, expected):
+    folder = tmp_path / "Dataset042_X"
+    for place in ("imagesTr", "labelsTr"):
+        (folder / place).mkdir(parents=True)
+    content = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "cord": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+        "image_orientation": "LAS",  # what somebody wrote does not count where images lie otherwise
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for name, code in zip("ab", codes, strict=True):
+        turned = sitk.DICOMOrient(stored(), opposite(code))
+        sitk.WriteImage(turned, str(folder / "imagesTr" / f"{name}_0000.nii.gz"))
+        sitk.WriteImage(turned, str(folder / "labelsTr" / f"{name}.nii.gz"))
+    assert common_orientation(RawDataset.open(folder)) == expected

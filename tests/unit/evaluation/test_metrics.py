@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from support.synthetic import write_image
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError
+from nnssl_adapt.evaluation.measures import Judging
 from nnssl_adapt.evaluation.metrics import compare_labels, evaluate_folder, load_summary
+from nnssl_adapt.evaluation.tables import summary_table
 
 SCHEME = LabelScheme.from_dataset_json({"labels": {"background": 0, "cord": 1, "lesion": 2}})
 
@@ -118,3 +121,34 @@ def test_what_is_missing_is_named(folders, tmp_path):
         evaluate_folder(tmp_path / "nowhere", folders[1], SCHEME, ".nii.gz")
     with pytest.raises(CaseError, match="can't be read as a summary"):
         load_summary(tmp_path / "summary.json")
+
+
+def folders_of_one_case(tmp_path, change):
+    """A prediction that equals its reference, but for what ``change`` does to the stored image."""
+    labels = np.zeros((6, 9, 12), np.uint8)
+    labels[1:3, 2:7, 3:5], labels[4, 1:4, 8:11] = 1, 2
+    for folder in ("predictions", "references"):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / folder / "a.nii.gz", labels, (3.0, 1.2, 0.8))
+    path = tmp_path / "predictions" / "a.nii.gz"
+    sitk.WriteImage(change(sitk.ReadImage(str(path))), str(path))
+    return tmp_path / "predictions", tmp_path / "references", SCHEME, ".nii.gz"
+
+
+@pytest.mark.parametrize("judging", [None, Judging()])
+@pytest.mark.parametrize("code", ["LPS", "RAS", "SLP", "AIR"])
+def test_another_order_of_voxels_at_the_same_place_is_undone(tmp_path, code, judging):
+    arguments = folders_of_one_case(tmp_path, lambda image: sitk.DICOMOrient(image, code))
+    summary = evaluate_folder(*arguments, judging=judging)
+    assert summary.foreground_mean_dice == 1
+    assert "geometry_differs" not in summary.to_dict()["metric_per_case"][0]
+
+
+def test_another_place_is_marked_in_the_json_and_the_table(tmp_path):
+    def moved(image):
+        image.SetOrigin((5.0, 0.0, 0.0))
+        return image
+
+    summary = evaluate_folder(*folders_of_one_case(tmp_path, moved), judging=Judging())
+    assert "origin" in summary.to_dict()["metric_per_case"][0]["geometry_differs"]
+    assert "1 case(s) do not lie where their references do" in summary_table(summary)

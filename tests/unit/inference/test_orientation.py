@@ -78,6 +78,14 @@ def test_an_orientation_that_is_none(make_model):
         _ = ModelFolder.open(model).image_orientation
 
 
+def test_the_plan_counts_where_dataset_json_says_otherwise(make_model, caplog):
+    """Planning read it off the images."""
+    model = make_model(labels={"image_orientation": "RPI"})
+    plans = json.loads((model / "plans.json").read_text())
+    (model / "plans.json").write_text(json.dumps({**plans, "image_orientation": "LAS"}))
+    assert ModelFolder.open(model).image_orientation == "LAS" and "RPI in dataset.json and LAS" in caplog.text
+
+
 def test_channels_that_lie_elsewhere_are_refused_and_the_others_go_on(make_model, tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
