@@ -16,22 +16,17 @@ from nnssl_adapt.planning import make
 def test_one_of_many_makes_it_and_the_others_wait(nnunet_folders, monkeypatch):
     raw = RawDataset.open(make_dataset(nnunet_folders / "nnUNet_raw", cases=2))
     monkeypatch.setattr(lock, "_LOOK_EVERY", 0.05)
-    verify, measure = make.verify_dataset, make.fingerprint_dataset
+    examine = make.examine_dataset
     made = nnunet_folders / "made"
     made.mkdir()
 
-    def slowly_verified(*arguments, **options):
-        (made / f"verified_{os.getpid()}").touch()
+    def slowly_examined(*arguments, **options):
+        (made / f"examined_{os.getpid()}").touch()
         time.sleep(0.5)
-        return verify(*arguments, **options)
+        return examine(*arguments, **options)
 
-    def measured(*arguments, **options):
-        (made / f"measured_{os.getpid()}").touch()
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(make, "verify_dataset", slowly_verified)
-    monkeypatch.setattr(make, "fingerprint_dataset", measured)
+    monkeypatch.setattr(make, "examine_dataset", slowly_examined)
     children = [forked(lambda: make.load_or_make_fingerprint(raw, workers=1)) for _ in range(3)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert sorted(path.name.split("_")[0] for path in made.iterdir()) == ["measured", "verified"]
+    assert sorted(path.name.split("_")[0] for path in made.iterdir()) == ["examined"]
     assert len(make.load_or_make_fingerprint(raw).spacings) == 2
