@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, checked_workers
+from nnssl_adapt.cli.lesion_flags import add_lesion_flags, lesion_rule
 from nnssl_adapt.cli.nnunet_words import add_evaluate_words, folders_of
-
-if TYPE_CHECKING:
-    from nnssl_adapt.evaluation.lesions import LesionRule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,29 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="voxels",
         help="NSD weighs surface voxels alike (default), or by area as DeepMind's surface-distance does (needs MONAI)",
     )
-    lesions = parser.add_argument_group("lesions", "connected parts of a class, counted one by one")
-    lesions.add_argument(
-        "--lesions", action="store_true", help="add detection F1, sensitivity, PPV, Dice per lesion, counts"
-    )
-    lesions.add_argument(
-        "--lesion-connectivity", type=int, choices=(6, 18, 26), default=None, help="what belongs together (default 26)"
-    )
-    lesions.add_argument(
-        "--lesion-min-volume", type=float, default=None, metavar="MM3", help="smaller parts don't count (default 0)"
-    )
-    lesions.add_argument(
-        "--lesion-overlap",
-        type=float,
-        default=None,
-        metavar="FRACTION",
-        help="from which a lesion is found (default 0.1)",
-    )
-    lesions.add_argument(
-        "--lesion-matching",
-        choices=("one-to-one", "any"),
-        default=None,
-        help="pairs by intersection over union (one-to-one, default), or any parts that cover the fraction",
-    )
+    add_lesion_flags(parser)
     parser.add_argument("--chill", action="store_true", help="references without a prediction are fine")
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
@@ -82,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.evaluation.tables import summary_table, write_summary_csv
 
     predictions, references = map(Path, folders_of(arguments))
-    judging = Judging(arguments.tolerance, arguments.empty, arguments.surface_dice, _lesion_rule(arguments))
+    judging = Judging(arguments.tolerance, arguments.empty, arguments.surface_dice, lesion_rule(arguments))
     workers = checked_workers(arguments.workers)
     # summary.json itself is nnU-Net's, which reads it and has its own rule for empty classes.
     name = "summary.json" if judging.empty == "nan" else f"summary_empty_{judging.empty}.json"
@@ -109,21 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(summary_table(summary))
     print(f"summary: {output}\nper case: {table}")
     return EXIT_OK
-
-
-def _lesion_rule(arguments: argparse.Namespace) -> LesionRule | None:
-    """The rule that was asked for. An option about lesions without ``--lesions`` is a mistake, not a wish to ignore."""
-    from nnssl_adapt.errors import ConfigurationError
-    from nnssl_adapt.evaluation.lesions import LesionRule
-
-    names = ("connectivity", "min_volume", "overlap", "matching")
-    given = {name: value for name in names if (value := getattr(arguments, f"lesion_{name}")) is not None}
-    if arguments.lesions:
-        return LesionRule(**given)
-    if given:
-        flags = ", ".join(f"--lesion-{name.replace('_', '-')}" for name in given)
-        raise ConfigurationError(f"{flags}: only with --lesions")
-    return None
 
 
 def _dataset_json(given: str | None, predictions: Path, references: Path) -> Path:

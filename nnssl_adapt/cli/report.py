@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose
+from nnssl_adapt.cli.lesion_flags import add_lesion_flags, lesion_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,12 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-overlays", action="store_true", help="no pictures of cases, which need the images in nnUNet_raw"
     )
+    add_lesion_flags(parser)
     add_verbose(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.evaluation.report import write_report
 
-    path = write_report(arguments.model, arguments.output, overlays=not arguments.no_overlays)
+    path = write_report(arguments.model, arguments.output, not arguments.no_overlays, lesion_rule(arguments))
     print(f"report: {path}")
     return EXIT_OK

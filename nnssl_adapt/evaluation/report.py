@@ -19,6 +19,9 @@ from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases
 from nnssl_adapt.data.images import read_image, read_labels
 from nnssl_adapt.errors import ConfigurationError, NnsslAdaptError
 from nnssl_adapt.evaluation import report_page as html
+from nnssl_adapt.evaluation.lesions import LESION_MEASURES, LesionRule
+from nnssl_adapt.evaluation.measures import Judging
+from nnssl_adapt.evaluation.metrics import evaluate_case
 from nnssl_adapt.evaluation.overlay import overlay_figure
 from nnssl_adapt.evaluation.report_content import (
     CaseResult,
@@ -64,24 +67,32 @@ class Report:
         return f"Report({self.model})"
 
 
-def write_report(model: ModelFolder | str | Path, output: str | Path | None = None, overlays: bool = True) -> Path:
+def write_report(
+    model: ModelFolder | str | Path,
+    output: str | Path | None = None,
+    overlays: bool = True,
+    lesions: LesionRule | None = None,
+) -> Path:
     """Write the report of a trained model folder (see :func:`make_report`), and return its path.
 
     Raises:
         ModelFolderError: it is no trained model folder.
         OutputError: the file can't be written.
     """
-    return make_report(model, overlays).save(output)
+    return make_report(model, overlays, lesions).save(output)
 
 
-def make_report(model: ModelFolder | str | Path, overlays: bool = True) -> Report:
+def make_report(model: ModelFolder | str | Path, overlays: bool = True, lesions: LesionRule | None = None) -> Report:
     """Make the report of a trained model folder, ours or nnU-Net's.
 
     Args:
         model: the model folder, with any number of trained folds.
         overlays: draw worst, median and best case, for which the images must lie in ``nnUNet_raw``.
+        lesions: count the lesions of the validation cases by this rule, too.
 
-    Raises ModelFolderError: it is no trained model folder.
+    Raises:
+        ModelFolderError: it is no trained model folder.
+        CaseError: lesions can't be counted, since a segmentation or its reference is missing or can't be read.
     """
     model = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
     folds = gather_folds(model)
@@ -90,6 +101,7 @@ def make_report(model: ModelFolder | str | Path, overlays: bool = True) -> Repor
         *_header(model, folds, cases),
         *_origin(model, folds),
         *_results(model, cases),
+        *(_lesions(model, cases, lesions) if lesions is not None and cases else ()),
         *(_pictures(model, cases) if overlays else ()),
         *_curves(folds),
         *_reproduction(model, folds),
@@ -185,6 +197,22 @@ def _results(model: ModelFolder, cases: Sequence[CaseResult]) -> Iterator[str]:
     table = html.table(header, lines)
     yield html.heading("Case by case, worst first", 3)
     yield table if len(lines) <= 30 else html.table(header, lines[:15]) + html.details(f"all {len(lines)}", table)
+
+
+def _lesions(model: ModelFolder, cases: Sequence[CaseResult], rule: LesionRule) -> Iterator[str]:
+    judged = [
+        evaluate_case(case.prediction, case.reference, model.labels, Judging(lesions=rule)).metrics for case in cases
+    ]
+    yield html.heading("Lesions", 3)
+    yield html.paragraph(f"Means over the cases in which a value is defined. {rule}", dim=True)
+    rows = []
+    for entry, name in zip(model.labels.foreground, model.labels.class_names, strict=True):
+        values = {measure: [float(metrics[entry][measure]) for metrics in judged] for measure in LESION_MEASURES}
+        shares = [_number(mean(values[measure])) for measure in LESION_MEASURES[:5]]
+        counts = [f"{sum(values[measure]):g}" for measure in LESION_MEASURES[5:]]
+        rows.append((name, *shares, *counts))
+    header = ("class", "F1", "sensitivity", "PPV", "Dice of found", "lesion-wise Dice", "lesions", "predicted")
+    yield html.table(header, rows)
 
 
 def _pictures(model: ModelFolder, cases: Sequence[CaseResult]) -> Iterator[str]:

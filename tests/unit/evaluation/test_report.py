@@ -16,6 +16,7 @@ from support.synthetic import write_image
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ModelFolderError
+from nnssl_adapt.evaluation.lesions import LesionRule
 from nnssl_adapt.evaluation.metrics import evaluate_folder
 from nnssl_adapt.evaluation.report import make_report, write_report
 from nnssl_adapt.evaluation.report_content import CaseResult, worst_median_best
@@ -201,3 +202,10 @@ def test_a_browser_shows_it_without_complaint(trained, tmp_path):
     assert picture.shape[:2] == (3000, 1000)
     coloured = np.abs(picture[..., 0] - picture[..., 2]) > 0.1  # overlays, of red and blue on grey
     assert coloured.mean() > 0.005
+
+
+def test_lesions_of_the_validation_cases_are_counted_by_the_rule_that_was_asked_for(trained):
+    page = make_report(trained, overlays=False, lesions=LesionRule(overlap=0.3, connectivity=6))
+    assert "6-connected parts" in page.html and "intersection over union is at least 0.3" in page.html
+    assert "lesion-wise Dice" in page.html
+    assert "Lesions" not in make_report(trained, overlays=False).html
