@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.inference import sliding_window
+from nnssl_adapt.inference import sliding_window, tile_batches
 from nnssl_adapt.training.batches.augment import Augmentation, SpatialRange, Target
 from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, Work
 from nnssl_adapt.training.batches.intensity import Noise
@@ -52,6 +52,7 @@ def test_sliding_window(sums_on_the_gpu, monkeypatch):
     monkeypatch.setattr(sliding_window, "gaussian_importance", lambda *_, **__: mode.from_tensor(weights))
     monkeypatch.setattr(sliding_window, "_has_room", lambda *_: sums_on_the_gpu)
     monkeypatch.setattr(sliding_window, "_refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr(tile_batches, "free_memory", lambda _: 1 << 30)
     with mode:
         with GPU:
             network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.Conv3d(4, 3, 1))

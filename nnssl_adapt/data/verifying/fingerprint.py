@@ -60,7 +60,10 @@ class DatasetFingerprint:
     def load(cls, path: str | Path) -> DatasetFingerprint:
         """Read a file, ours or nnU-Net's. Raises DatasetError naming the file and what is wrong."""
         path = Path(path)
-        content = read_json(path, DatasetError, "dataset fingerprint")
+        try:
+            content = read_json(path, DatasetError, "dataset fingerprint")
+        except DatasetError as error:
+            raise DatasetError(f"{error}: delete it, it is made anew", path=path) from error
         try:
             fingerprint = cls(
                 spacings=tuple(tuple(float(s) for s in spacing) for spacing in content["spacings"]),

@@ -223,7 +223,10 @@ def _count_classes(predicted: Tensor, truth: Tensor, classes: int, ignore_label:
     pairs = truth * classes + predicted
     if ignore_label is not None:
         pairs = torch.where(truth == ignore_label, classes**2, pairs)  # a bin of its own, which nobody asks for
-    table = torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[: classes**2].view(classes, classes)
+    pairs = pairs.flatten().long()
+    # Not torch.bincount, which on a GPU waits for the largest value to know how many bins there are.
+    bins = pairs.new_zeros(classes**2 + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
+    table = bins[: classes**2].view(classes, classes)
     hit = table.diagonal()
     return torch.stack([hit, table.sum(0) - hit, table.sum(1) - hit])[:, 1:]
 

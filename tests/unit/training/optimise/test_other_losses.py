@@ -6,7 +6,8 @@ import torch
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.optimise.layers import frozen_layers
 from nnssl_adapt.training.optimise.loss_choice import choose_loss, loss_mistakes, weights_in_order
-from nnssl_adapt.training.optimise.losses import DeepSupervisionLoss, DiceCELoss
+from nnssl_adapt.training.optimise.losses import DeepSupervisionLoss
+from nnssl_adapt.training.optimise.one_pass import OnePassDiceCELoss
 from nnssl_adapt.training.recipe.recipe import Recipe
 
 SHAPE = (3, 4, 5)
@@ -19,7 +20,7 @@ ALL = ["dice_ce", "dice", "ce", "dice_topk", "dice_focal", "tversky_ce"]
 
 
 def test_the_default_is_nnunets():
-    assert type(choose_loss(Recipe(), PLAIN, False)) is DiceCELoss
+    assert type(choose_loss(Recipe(), PLAIN, False)) is OnePassDiceCELoss  # equal to DiceCELoss, see test_one_pass.py
     assert choose_loss(Recipe(batch_dice=True), PLAIN, False).batch_dice
     deep = choose_loss(Recipe(loss="dice_focal"), PLAIN, False, [(1, 1, 1), (2, 2, 2), (2, 2, 2)])
     assert isinstance(deep, DeepSupervisionLoss)
