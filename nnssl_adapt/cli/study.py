@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     jobs.add_argument(
         "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
     )
-    jobs.add_argument("--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch")
+    jobs.add_argument(
+        "--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch, as --sbatch='--qos=low'"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show the commands of all runs, and do nothing")
     what.add_argument("--status", action="store_true", help="show how far every run is")

@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
     )
     group.add_argument(
-        "--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch (repeatable)"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="'FLAGS'",
+        help="more flags of sbatch, as --sbatch='--qos=low' (repeatable)",
     )
     group.add_argument(
         "--cluster", choices=("slurm", "local"), default="slurm", help="local: run it all on this machine"
