@@ -283,7 +283,7 @@ class ModelFolder:
         arguments = self.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
         if not empty:
             return build_network(*arguments)
-        with without_memory():
+        with without_memory(self.architecture):
             network = build_network(*arguments)
         # Transformers compute some of their tensors when they are built, and don't save them.
         saved = network.state_dict()

@@ -136,7 +136,7 @@ def estimate_memory(
         batch_size: samples of one forward pass.
         step: precision, optimiser and the rest that matters.
     """
-    with without_memory():
+    with without_memory(architecture):
         supervised = step.deep_supervision and not architecture.is_transformer
         network = build_network(architecture, channels, heads, patch_size, deep_supervision=supervised).train()
     _freeze(network, step.freeze)

@@ -273,13 +273,15 @@ def build_network(
 
 def outline(architecture: Architecture, in_channels: int, patch_size: Sequence[int]) -> nn.Module:
     """The same network without memory behind it (torch's meta device), to compare names and shapes with a file."""
-    with without_memory():
+    with without_memory(architecture):
         return build_network(architecture, in_channels, 1, patch_size)
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
-    """Networks that are built in this block have tensors without numbers (torch's meta device)."""
+def without_memory(architecture: Architecture) -> Iterator[None]:
+    """A network of this architecture that is built in this block has tensors without numbers (torch's meta device)."""
+    # Its module is loaded before: timm loads torch's compiler, which makes tensors of its own (seen with torch 2.6).
+    _ = architecture.network_class
     with torch.device("meta"), _NothingDrawn():
         yield
 

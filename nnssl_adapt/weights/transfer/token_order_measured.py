@@ -186,7 +186,7 @@ class _Autoencoder:
 def _one_block(architecture: Architecture, outputs: int) -> Any:
     """A Primus of one block without memory behind it, in evaluation mode."""
     small = replace(architecture, kwargs={**architecture.kwargs, "eva_depth": 1}, preset=None)
-    with without_memory():
+    with without_memory(small):
         return build_network(small, 1, outputs, small.total_stride).eval()
 
 
