@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.inference.task import without_ending
 from nnssl_adapt.text import and_more
@@ -46,7 +47,11 @@ def pair_folder(folder: Path, files: Iterable[Path], channel_names: Sequence[str
     groups: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(files):
         case, channel = case_and_channel(path)
-        if channel is None:
+        if path.name.lower().endswith(FLAT_IMAGE_ENDINGS):
+            found.refuse(
+                path.name, f"{path}: 2D pictures are not supported yet; 3D formats are .nii.gz, .nii, .nrrd, .mha", path
+            )
+        elif channel is None:
             found.refuse(path.name, f"{path}: expected a name like CASE_0000 (case, channel in four digits)", path)
         else:
             groups.setdefault(case, []).append((channel, path))

@@ -117,7 +117,14 @@ def test_a_plan_made_without_nnunets_is_as_theirs(planned, small_resenc, weights
     )
     assert one.pop("architecture")["arch_kwargs"]["strides"] == other.pop("architecture")["arch_kwargs"]["strides"]
     assert one == other
-    differ = {"plans_name", "configurations", "experiment_planner_used", "pretrain_info", "nnssl_adapt"}
+    differ = {
+        "plans_name",
+        "configurations",
+        "experiment_planner_used",
+        "pretrain_info",
+        "nnssl_adapt",
+        "image_orientation",
+    }
     assert {key: own[key] for key in own if key not in differ} == {
         key: content[key] for key in content if key not in differ
     }
