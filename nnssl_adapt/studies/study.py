@@ -17,6 +17,7 @@ from nnssl_adapt.cluster.scripts import SlurmSettings
 from nnssl_adapt.cluster.status import status_of
 from nnssl_adapt.cluster.submission import FOLDER, LOCAL, SLURM, Submission, only_submitter, versions_here
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.verifying.together import owner_function
 from nnssl_adapt.errors import ConfigurationError
@@ -33,6 +34,7 @@ from nnssl_adapt.studies.spec import Arm, StudySpec
 from nnssl_adapt.studies.study_file import read_study_file, study_from
 from nnssl_adapt.studies.subsets import nested_subsets, write_subsets
 from nnssl_adapt.studies.words import study_table
+from nnssl_adapt.training.optimise.loss_choice import loss_mistakes
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Study:
         mistakes = [f"folds: the dataset has {len(splits)}, so no fold {fold}" for fold in missing]
         unknown = [name for name in spec.classes if name not in dataset.labels.class_names]
         mistakes += [f"classes: no {name}: expected {', '.join(dataset.labels.class_names)}" for name in unknown]
+        mistakes += _impossible_losses(spec, dataset.labels)
         owner = owner_function(spec.subject)
         subsets = nested_subsets(splits, spec.fractions, owner)
         sizes = {fraction: [len(split["train"]) for split in subset] for fraction, subset in subsets.items()}
@@ -210,6 +213,13 @@ class Study:
             texts = [t for entry in entries if isinstance(entry, dict) for t in entry.get("apa_citations") or ()]
             found[arm.weights] = texts
         return found
+
+
+def _impossible_losses(spec: StudySpec, labels: LabelScheme) -> list[str]:
+    """What each arm's loss can't have with these labels, such as weights of classes that are not there."""
+    return [
+        f"arm {arm.name}: {mistake}" for arm in spec.arms for mistake in loss_mistakes(arm.resolved_recipe(), labels)
+    ]
 
 
 def _kept_file(

@@ -275,6 +275,8 @@ def _without_name(arm: Arm) -> tuple[Any, ...]:
 
 def _as_setting(value: Any) -> str:
     """A YAML value as ``--set field=value`` takes it."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={number}" for name, number in value.items())
     if isinstance(value, (list, tuple)):
         return ",".join(str(item) for item in value)
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
