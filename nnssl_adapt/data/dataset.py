@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, READERS, SIMPLE_ITK, count_channels
 from nnssl_adapt.data.labels import LabelScheme
@@ -25,7 +25,7 @@ class DatasetJson(BaseModel):
     """``dataset.json``, checked; keys that we don't know are kept.
 
     Attributes:
-        channel_names: channel index (as text) → name; files before nnU-Net 2 call this ``modality``.
+        channel_names: channel number (as text) → name, by number; files before nnU-Net 2 call this ``modality``.
         labels: see :class:`LabelScheme`.
         file_ending: of images and labels, e.g. ``.nii.gz``.
         num_training: how many training cases there should be (``numTraining``).
@@ -42,6 +42,14 @@ class DatasetJson(BaseModel):
     dataset: dict[str, Any] | None = None
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("channel_names")
+    @classmethod
+    def _by_number(cls, names: dict[str, str]) -> dict[str, str]:
+        """In the order of the channels' numbers, whatever order the file has: the names of images say numbers."""
+        if not all(key.isascii() and key.isdecimal() for key in names):
+            raise ValueError("keys must be numbers")
+        return dict(sorted(names.items(), key=lambda item: int(item[0])))
 
     @property
     def image_reader(self) -> str | None:

@@ -13,6 +13,7 @@ from nnssl_adapt.errors import CaseError, ModelFolderError
 from nnssl_adapt.evaluation.metrics import Summary, cases_in, evaluate_folder
 from nnssl_adapt.files import atomic_path, make_folder
 from nnssl_adapt.inference.ensemble import ensemble_cases, saved_probabilities
+from nnssl_adapt.inference.heads import order_of_heads
 from nnssl_adapt.inference.postprocess import copy_descriptions
 from nnssl_adapt.paths import preprocessed_folder, raw_folder
 
@@ -48,6 +49,11 @@ class TrainedModel:
         return LabelScheme.from_dataset_json(self.description.raw, self.path / "dataset.json")
 
     @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the input channels, in order."""
+        return tuple(self.description.channel_names.values())
+
+    @property
     def folds(self) -> tuple[int, ...]:
         """Numbered folds that were validated."""
         names = (path.parent.name.removeprefix("fold_") for path in self.path.glob("fold_*/validation"))
@@ -81,6 +87,15 @@ def reference_folder(dataset_name: str) -> Path:
     if not raw.is_dir():
         raise CaseError(f"no reference labels of {dataset_name}: neither {kept} nor {raw} is there")
     return raw
+
+
+def description_of_references(dataset_name: str) -> tuple[Path, LabelScheme] | None:
+    """The dataset.json that says what the values of a dataset's label files mean, and its labels; None where there is none."""
+    for folder in (preprocessed_folder() / dataset_name, raw_folder() / dataset_name):
+        path = folder / "dataset.json"
+        if path.is_file():
+            return path, LabelScheme.from_dataset_json(DatasetJson.load(path).raw, path)
+    return None
 
 
 def accumulate(
@@ -164,6 +179,7 @@ def ensemble_crossval(
 
     Raises:
         ModelFolderError: a fold was not validated.
+        ConfigurationError: the models' outputs can't be paired by the names of their labels.
         CaseError: probabilities are missing (``--npz``), a case is in two folds or not in all models.
         PredictionError: cases failed.
     """
@@ -184,7 +200,9 @@ def ensemble_crossval(
     for name in set(cases_in(output, ending)) - set(names):
         (output / f"{name}{ending}").unlink()
     cases = {name: [member[name] for member in members] for name in names}
-    ensemble_cases(cases, output, models[0].labels, ending, workers=workers, progress=progress)
+    first = models[0]
+    orders = [order_of_heads(first.labels, first.path, model.labels, model.path) for model in models]
+    ensemble_cases(cases, output, first.labels, ending, orders, workers=workers, progress=progress)
     copy_descriptions(models[0].path, output)
     return evaluate_folder(
         output,

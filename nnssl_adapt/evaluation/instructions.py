@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from nnssl_adapt.data.names import channel_key
 from nnssl_adapt.errors import NnsslAdaptError
 from nnssl_adapt.evaluation.crossval import TrainedModel
 from nnssl_adapt.evaluation.postprocessing import FILE
@@ -61,9 +62,23 @@ def instructions_text(selection: Selection) -> str:
     best = selection.best
     lines = [f"Best in cross-validation: {best.name} (mean Dice {best.score:.4f})", ""]
     lines += ["Predict with:", *(f"  {command}" for command in inference_commands(selection)), ""]
+    lines += [*_channel_numbers(selection)]
     steps = selection.decision.postprocessing
     if steps.steps:
         lines.append(f"Postprocessing that helps: {steps}")
     else:
         lines.append("No postprocessing helps.")
     return "\n".join(lines) + "\n"
+
+
+def _channel_numbers(selection: Selection) -> Iterator[str]:
+    """How images must be numbered, where the models that were compared take their channels in different orders."""
+    channels = {model.name: model.channel_names for model in selection.models}
+    orders = {tuple(channel_key(name) or name for name in names) for names in channels.values()}
+    if len(orders) > 1:
+        yield "The models do not take their channels in the same order. Number the images so, or keep them in a dataset whose"
+        yield "dataset.json names its channels: nnssl-adapt predict then takes them by name."
+        for model in selection.best.models:
+            told = ", ".join(f"{name} (_{number:04d})" for number, name in enumerate(channels[model.name]))
+            yield f"  {model.name}: {told}"
+        yield ""

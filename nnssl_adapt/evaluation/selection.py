@@ -9,12 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
+from nnssl_adapt.data.names import pair_labels
 from nnssl_adapt.errors import CaseError, ConfigurationError, ModelFolderError
-from nnssl_adapt.evaluation.crossval import TrainedModel, accumulate, ensemble_crossval, folds_name, reference_folder
+from nnssl_adapt.evaluation.crossval import (
+    TrainedModel,
+    accumulate,
+    description_of_references,
+    ensemble_crossval,
+    folds_name,
+    reference_folder,
+)
 from nnssl_adapt.evaluation.metrics import Summary, cases_in
 from nnssl_adapt.evaluation.postprocessing import Decision, determine_postprocessing
 from nnssl_adapt.files import write_json, write_text
 from nnssl_adapt.inference.ensemble import saved_probabilities
+from nnssl_adapt.inference.heads import order_of_heads
 from nnssl_adapt.paths import find_dataset_name, results_folder
 
 logger = logging.getLogger(__name__)
@@ -128,13 +138,14 @@ def find_best(
 
     Raises:
         ModelFolderError: a model, or a fold of one, is missing.
-        ConfigurationError: models have different labels.
+        ConfigurationError: models have different labels, or number them differently; the dataset's references do.
         CaseError: models were validated on different cases; probabilities are missing; a file is bad.
     """
     name = find_dataset_name(dataset)
     models = find_models(name, plans, configurations, trainers)
     chosen = _folds_of(models, folds, name)
     _refuse_different(models, chosen, ensembles)
+    _refuse_other_references(models, name)
     references = reference_folder(name)
     candidates = []
     for model in models:
@@ -192,11 +203,11 @@ def _refuse_different(models: Sequence[TrainedModel], folds: Sequence[int], ense
     first = models[0]
     cases = _validated(first, folds)
     for model in models:
-        if (model.labels.foreground, model.description.file_ending) != (
-            first.labels.foreground,
-            first.description.file_ending,
-        ):
-            raise ConfigurationError(f"{model.name} has other labels or another file ending than {first.name}")
+        if model.description.file_ending != first.description.file_ending:
+            endings = f"{model.description.file_ending} and {first.description.file_ending}"
+            raise ConfigurationError(f"{model.name} and {first.name} have other file endings, {endings}")
+        order = order_of_heads(first.labels, first.name, model.labels, model.name)
+        _refuse_renumbered(first.name, first.labels, model.name, model.labels, order)
         different = sorted(_validated(model, folds) ^ cases)
         if different:
             raise CaseError(
@@ -209,6 +220,39 @@ def _refuse_different(models: Sequence[TrainedModel], folds: Sequence[int], ense
                 saved_probabilities(model.validation(fold))
             except CaseError as error:
                 raise CaseError(f"{error}; or compare without ensembles: --disable_ensembling") from None
+
+
+def _refuse_other_references(models: Sequence[TrainedModel], dataset: str) -> None:
+    """Labels must be numbered as in the references, whose numbers dataset.json beside them gives."""
+    known = description_of_references(dataset)
+    if known is None:
+        return
+    path, labels = known
+    for model in models:
+        order = pair_labels(labels.head_names, model.labels.head_names)
+        _refuse_renumbered(str(path), labels, model.name, model.labels, order)
+
+
+def _refuse_renumbered(
+    one: str, ours: LabelScheme, other: str, theirs: LabelScheme, order: Sequence[int | None]
+) -> None:
+    """Segmentations hold numbers: those of the same name must be equal. ``order``: for each of our outputs theirs."""
+    for name, (entry, value), number in zip(ours.head_names, _written(ours), order, strict=True):
+        if number is None:
+            continue
+        their_entry, their_value = _written(theirs)[number]
+        if (entry, value) != (their_entry, their_value):
+            raise ConfigurationError(
+                f"{name} is label {entry} in {one} and {their_entry} in {other}: their segmentations can't be compared. "
+                "Choose models with -tr, -p and -c; 'nnssl-adapt ensemble' averages such models by the names of their labels"
+            )
+
+
+def _written(labels: LabelScheme) -> list[tuple[LabelOrRegion, int]]:
+    """For each output what it stands for, and the value that it is written as."""
+    if labels.has_regions:
+        return list(zip(labels.regions, labels.regions_class_order, strict=True))
+    return [(value, value) for value in labels.all_labels]
 
 
 def _validated(model: TrainedModel, folds: Sequence[int]) -> set[str]:

@@ -22,6 +22,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.files import make_folder, write_json
+from nnssl_adapt.inference.heads import is_identity, order_of_heads
 from nnssl_adapt.inference.postprocess import Postprocessing, copy_descriptions, description_of, raise_failures
 from nnssl_adapt.machine.workers import over_cases
 
@@ -42,6 +43,7 @@ class EnsembleTask:
         target: label file to write.
         file_ending: of ``target``.
         labels: what the outputs mean.
+        orders: for each member the number of its output for each of ours, empty where they are the same; or empty for all.
         save_probabilities: also write the mean, as ``.npz`` and ``.pkl``.
         postprocessing: done to the labels; probabilities stay as they are.
     """
@@ -52,6 +54,7 @@ class EnsembleTask:
     labels: LabelScheme
     save_probabilities: bool = False
     postprocessing: Postprocessing = _NOTHING
+    orders: tuple[tuple[int, ...], ...] = ()
 
 
 def ensemble_folders(
@@ -66,6 +69,8 @@ def ensemble_folders(
 ) -> list[Path]:
     """Average the probabilities in several folders, each with the same cases, and write segmentations.
 
+    Outputs of different models are paired by the names of their labels or regions; segmentations have the values of the first.
+
     Args:
         folders: of predictions with probabilities, ours or nnU-Net's.
         output: folder to write to; gets the first folder's dataset.json and plans.json, too.
@@ -79,13 +84,13 @@ def ensemble_folders(
         The label files.
 
     Raises:
-        ConfigurationError: the output is one of the folders, or none was given; models were trained on other labels, or
-            the postprocessing is of others.
+        ConfigurationError: the output is one of the folders, or none was given; models have labels that the first has not, or
+            the other way round; the postprocessing is of others.
         CaseError: a folder has no ``.npz``, or lacks some that another one has.
         DatasetJsonError: dataset.json is missing or wrong.
         PredictionError: some cases failed (each is named); the others are done.
     """
-    sources, output = [Path(folder) for folder in folders], Path(output)
+    sources, output = list(dict.fromkeys(Path(folder) for folder in folders)), Path(output)
     if not sources:
         raise ConfigurationError("no folder of predictions was given")
     if output.resolve() in [source.resolve() for source in sources]:
@@ -94,7 +99,7 @@ def ensemble_folders(
     path = description_of(sources[0]) if dataset_json is None else Path(dataset_json)
     description = DatasetJson.load(path)
     labels = LabelScheme.from_dataset_json(description.raw, path)
-    _refuse_other_labels(labels, sources[1:])
+    orders = [_order_in(source, labels, path) for source in sources]
     steps = Postprocessing()
     if postprocessing is not None:
         steps = Postprocessing.load(postprocessing)
@@ -102,7 +107,9 @@ def ensemble_folders(
     make_folder(output)
     copy_descriptions(description_of(sources[0]).parent, output)
     write_json(output / "dataset.json", description.raw)
-    return ensemble_cases(files, output, labels, description.file_ending, save_probabilities, steps, workers, progress)
+    return ensemble_cases(
+        files, output, labels, description.file_ending, orders, save_probabilities, steps, workers, progress
+    )
 
 
 def ensemble_cases(
@@ -110,16 +117,20 @@ def ensemble_cases(
     output: Path,
     labels: LabelScheme,
     file_ending: str,
+    orders: Sequence[Sequence[int]] = (),
     save_probabilities: bool = False,
     postprocessing: Postprocessing = _NOTHING,
     workers: int = 1,
     progress: bool = False,
 ) -> list[Path]:
-    """Average given files (identifier → one ``.npz`` a model) into ``output``; return the label files. See above."""
-    tasks = []
+    """Average given files (identifier → one ``.npz`` a model) into ``output``; return the label files. See above.
+
+    ``orders``: for each model, see :func:`nnssl_adapt.inference.heads.order_of_heads`; empty: all models have the same.
+    """
+    tasks, numbers = [], tuple(() if is_identity(order) else tuple(order) for order in orders)
     for identifier, members in files.items():
         target = output / f"{identifier}{file_ending}"
-        task = EnsembleTask(tuple(members), target, file_ending, labels, save_probabilities, postprocessing)
+        task = EnsembleTask(tuple(members), target, file_ending, labels, save_probabilities, postprocessing, numbers)
         tasks.append((identifier, (task,)))
     memory = {name: _memory_for(arguments[0]) for name, arguments in tasks} if workers > 1 else None
     raise_failures(over_cases(ensemble_case, tasks, workers, "Averaging", progress, memory), len(tasks), output)
@@ -150,13 +161,14 @@ def _same_cases(files: Mapping[str, Mapping[str, Path]]) -> dict[str, list[Path]
     return {name.removesuffix(".npz"): [found[name] for found in files.values()] for name in every}
 
 
-def _refuse_other_labels(labels: LabelScheme, others: Sequence[Path]) -> None:
-    for folder in others:
-        path = description_of(folder)
-        if path.is_file():
-            theirs = LabelScheme.from_dataset_json(DatasetJson.load(path).raw, path)
-            if (theirs.foreground, theirs.regions_class_order) != (labels.foreground, labels.regions_class_order):
-                raise ConfigurationError(f"{path} has other labels than the first folder's: they can't be averaged")
+def _order_in(folder: Path, labels: LabelScheme, where: Path) -> tuple[int, ...]:
+    """Which of a folder's outputs is which of ours, by the names in its dataset.json."""
+    path = description_of(folder)
+    if path == where or not path.is_file():
+        if path != where:
+            logger.warning("%s has no dataset.json: its outputs are taken in the order of %s", folder, where)
+        return tuple(range(labels.num_heads))
+    return order_of_heads(labels, where, LabelScheme.from_dataset_json(DatasetJson.load(path).raw, path), path)
 
 
 def ensemble_case(task: EnsembleTask) -> None:
@@ -165,7 +177,11 @@ def ensemble_case(task: EnsembleTask) -> None:
     maps: list[np.ndarray] = []
     segmentation = best = None
     with ExitStack() as stack:
-        streams = [stack.enter_context(_ProbabilityStream(path)) for path in task.members]
+        orders = task.orders or ((),) * len(task.members)
+        streams = [
+            stack.enter_context(_ProbabilityStream(path, order))
+            for path, order in zip(task.members, orders, strict=True)
+        ]
         _refuse_other_shapes(streams, task.labels.num_heads)
         segmentation = np.zeros(streams[0].shape[1:], np.uint16)
         for head, mean in enumerate(_mean_maps(streams)):
@@ -208,10 +224,14 @@ def _refuse_other_shapes(streams: Sequence[_ProbabilityStream], heads: int) -> N
 
 
 class _ProbabilityStream:
-    """Reads ``probabilities`` of an ``.npz`` one output after the other, so that they need not all be in memory."""
+    """Reads ``probabilities`` of an ``.npz`` one output after the other, so that they need not all be in memory.
 
-    def __init__(self, path: Path) -> None:
+    ``order``: the numbers in which the outputs are wanted; empty: as they lie. In another order all are in memory.
+    """
+
+    def __init__(self, path: Path, order: Sequence[int] = ()) -> None:
         self.path = path
+        self._order = tuple(order)
         self._head = 0
         self._whole: np.ndarray | None = None
 
@@ -224,20 +244,27 @@ class _ProbabilityStream:
             raise CaseError(f"{self.path} can't be read as probabilities ({error}): predict this case again") from error
         if self._dtype.kind != "f":
             raise CaseError(f"{self.path}: probabilities must be floating-point numbers, got {self._dtype}")
-        if fortran:  # outputs are not one after the other then
-            with np.load(self.path, allow_pickle=False) as content:
-                self._whole = content["probabilities"]
+        if fortran or self._order:  # outputs do not come one after the other then
+            self._whole = self._all_of_it()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._file.close()
         self._archive.close()
 
+    def _all_of_it(self) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as content:
+                whole: np.ndarray = content["probabilities"]
+                return whole
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CaseError(f"{self.path} is damaged ({error}): predict this case again") from error
+
     def next_map(self) -> np.ndarray:
         """The next output, float32 (Z, Y, X), the caller's own."""
         head, self._head = self._head, self._head + 1
         if self._whole is not None:
-            found: np.ndarray = self._whole[head].astype(np.float32)
+            found: np.ndarray = self._whole[self._order[head] if self._order else head].astype(np.float32)
             return found
         count = int(np.prod(self.shape[1:])) * self._dtype.itemsize
         try:
@@ -263,7 +290,7 @@ def _memory_for(task: EnsembleTask) -> int:
     try:
         with _ProbabilityStream(task.members[0]) as stream:
             voxels = int(np.prod(stream.shape[1:]))
-            outputs = stream.shape[0] if task.save_probabilities else 0
+            outputs = stream.shape[0] if task.save_probabilities or any(task.orders) else 0
     except CaseError:
         return 0
     return voxels * (_BYTES_PER_VOXEL + 8 * outputs)  # the maps, and the array they are stacked into

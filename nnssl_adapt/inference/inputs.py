@@ -17,7 +17,14 @@ from nnssl_adapt.data.images import NIBABEL_REORIENT, SIMPLE_ITK, ImageGeometry,
 from nnssl_adapt.data.nifti import is_nifti
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.inference.model_folder import NIBABEL_ORIENTATION, ModelFolder
-from nnssl_adapt.inference.pairing import Pairing, pair_files, pair_folder
+from nnssl_adapt.inference.pairing import (
+    ChannelOrder,
+    Pairing,
+    case_and_channel,
+    channel_order,
+    pair_files,
+    pair_folder,
+)
 from nnssl_adapt.inference.task import IMAGE_ENDINGS, ImageTask
 from nnssl_adapt.text import and_more, lines_and_more
 
@@ -94,14 +101,18 @@ def _paired(model: ModelFolder, images: Any, output: Path | None, keep_folders: 
         ]
         if not files:
             raise CaseError(f"{folder} has no images: expected names like CASE_0000{model.file_ending}", path=folder)
-        return pair_folder(folder, files, model.channel_names), True
+        order = channel_order(folder, model.channel_names)
+        return order.applied(pair_folder(folder, files, order.names)), True
     files = [Path(images)] if isinstance(images, (str, Path)) else [Path(str(file)) for file in images]
     if not files:
         raise CaseError("no image was given")
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise CaseError(f"no such file or folder: {and_more(missing)}", path=missing[0])
-    pairing = pair_files(files, model.channel_names, keep_folders)
+    order, folders = ChannelOrder.of(model.channel_names), {file.absolute().parent for file in files}
+    if len(folders) == 1 and all(case_and_channel(file)[1] is not None for file in files):
+        order = channel_order(folders.pop(), model.channel_names)
+    pairing = order.applied(pair_files(files, order.names, keep_folders))
     return pairing, len(pairing.cases) + len(pairing.refused) > 1
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.reorient import ORIENTATION_KEY
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.geometry.orientation import check_code
+from nnssl_adapt.inference.trained_with import other_order, trained_with
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
@@ -49,12 +50,16 @@ class FoldWeights:
         configuration: which of the plan's configurations it was trained with.
         trainer_name: nnU-Net's trainer class.
         mirror_axes: axes (0 is Z) that were mirrored in training, so that predictions may be; empty: none.
+        channels: names of the channels that it was trained with, in order; empty where the checkpoint does not say.
+        labels: ``labels`` of the dataset.json that it was trained with; empty likewise.
     """
 
     network_weights: dict[str, Tensor]
     configuration: str
     trainer_name: str
     mirror_axes: tuple[int, ...]
+    channels: tuple[str, ...] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,11 +262,14 @@ class ModelFolder:
                 f"{path} does not say which configuration it was trained with (init_args.configuration), nor does the "
                 "folder's name, expected as <Trainer>__<Plans>__<configuration>"
             )
+        channels, outputs = trained_with(content)
         return FoldWeights(
             network_weights=weights,
             configuration=configuration,
             trainer_name=str(content.get("trainer_name", "")),
             mirror_axes=tuple(int(axis) for axis in content.get("inference_allowed_mirroring_axes") or ()),
+            channels=channels,
+            labels=outputs,
         )
 
     # -- the network -----------------------------------------------------------------------------------------------
@@ -292,10 +300,16 @@ class ModelFolder:
         return network.to_empty(device="cpu")
 
     def load_into(self, network: nn.Module, weights: FoldWeights, where: str | Path) -> None:
-        """Overwrite the network's weights by a fold's; every tensor must have its match.
+        """Overwrite the network's weights by a fold's; every tensor must have its match, and channels and labels their order.
 
         Raises ModelFolderError, naming ``where`` and what does not match, and leaves the network as it was.
         """
+        for what, then, now in other_order(self.dataset, weights.channels, weights.labels):
+            raise ModelFolderError(
+                f"{where} was trained with the {what} {then}, and {self.path / 'dataset.json'} has {now}: bring back the "
+                "dataset.json of that training, or train this fold again",
+                path=where,
+            )
         own = network.state_dict()
         theirs = weights.network_weights
         problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]

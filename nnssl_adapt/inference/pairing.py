@@ -9,13 +9,14 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nnssl_adapt.data.dataset import RawCase
+from nnssl_adapt.data.dataset import DatasetJson, RawCase
 from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.names import channel_key, pair_channels
 from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS
-from nnssl_adapt.errors import CaseError
+from nnssl_adapt.errors import CaseError, DatasetJsonError
 from nnssl_adapt.inference.task import without_ending
 from nnssl_adapt.text import and_more
 
@@ -102,6 +103,79 @@ def pair_files(files: Sequence[Path], channel_names: Sequence[str], keep_folders
                 without[0],
             )
     return found
+
+
+@dataclass(frozen=True)
+class ChannelOrder:
+    """The channels that files are numbered by, where a dataset.json beside them names them.
+
+    Attributes:
+        names: of the channels, by the files' numbers.
+        order: for each of the model's channels its number in ``names``.
+        source: the dataset.json that says so; None: the numbers are the model's own.
+    """
+
+    names: tuple[str, ...]
+    order: tuple[int, ...]
+    source: Path | None = None
+
+    @classmethod
+    def of(cls, channel_names: Sequence[str]) -> ChannelOrder:
+        """The model's own."""
+        return cls(tuple(channel_names), tuple(range(len(channel_names))))
+
+    @property
+    def is_the_models(self) -> bool:
+        return self.order == tuple(range(len(self.names)))
+
+    def applied(self, found: Pairing) -> Pairing:
+        """Each case's files in the model's order."""
+        if self.is_the_models:
+            return found
+        result = Pairing(refused=dict(found.refused))
+        for case in found.cases:
+            if len(case.images) == len(self.names):
+                result.cases.append(replace(case, images=tuple(case.images[number] for number in self.order)))
+            else:
+                result.refuse(
+                    case.identifier,
+                    f"{case.images[0]}: all channels are in one file, and {self.source} names them in another order than the "
+                    "model: store one channel a file",
+                    case.images[0],
+                )
+        return result
+
+
+def channel_order(folder: Path, channel_names: Sequence[str]) -> ChannelOrder:
+    """How the files of ``folder`` are numbered: as dataset.json in it or above it says, where its names are the model's.
+
+    nnU-Net takes channel ``_0000`` for the model's first one whatever it is. A model of fewer channels takes those that it has.
+    """
+    own = ChannelOrder.of(channel_names)
+    path = next((p for p in (folder / "dataset.json", folder.parent / "dataset.json") if p.is_file()), None)
+    if path is None:
+        return own
+    try:
+        names = tuple(DatasetJson.load(path).channel_names.values())
+    except DatasetJsonError as error:
+        logger.info("not used to tell the images' channels: %s", error)
+        return own
+    pairs = pair_channels(channel_names, names)
+    known = [number for number in pairs if number is not None]
+    if len(known) == len(channel_names):
+        found = ChannelOrder(names, tuple(known), path)
+        if not found.is_the_models:
+            told = ", ".join(f"{name} = _{number:04d}" for name, number in zip(channel_names, known, strict=True))
+            logger.warning("channels are taken by their names in %s: %s", path, told)
+        return found
+    if any(map(channel_key, channel_names)) and any(map(channel_key, names)) and names != tuple(channel_names):
+        logger.warning(
+            "%s names the channels %s, the model's are %s: not all names agree, so they are taken by number",
+            path,
+            ", ".join(names),
+            ", ".join(channel_names),
+        )
+    return own
 
 
 def case_and_channel(file: Path) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support.crossval_folders import DATASET, LABELS, SPACING, write_model, write_references
+from support.crossval_folders import DATASET, LABELS, SPACING, description, write_model, write_references
 from support.synthetic import write_image
 
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetNotFound, ModelFolderError
@@ -130,8 +130,53 @@ def test_models_that_cant_be_compared(models):
     content = json.loads(path.read_text())
     del content["labels"]["shell"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigurationError, match="has other labels"):
+    with pytest.raises(ConfigurationError, match="shell"):
         find_best(991)
+
+
+def relabel(model, labels, channels=None):
+    path = model / "dataset.json"
+    content = json.loads(path.read_text()) | labels
+    path.write_text(json.dumps(content | ({"channel_names": channels} if channels else {})))
+
+
+def test_outputs_of_models_are_paired_by_name(models, nnunet_folders):
+    """The same model twice, once with its regions in another order: their ensemble is as good as each."""
+    shutil.rmtree(models / GOOD)
+    shutil.rmtree(models / POOR)
+    references = write_references(nnunet_folders)
+    regions = {"labels": {"background": 0, "whole": [1, 2, 3], "rim": 2, "tip": 3}, "regions_class_order": [1, 2, 3]}
+    turned = {"labels": {"background": 0, "whole": [1, 2, 3], "Tip": 3, "RIM": 2}, "regions_class_order": [1, 3, 2]}
+    write_model(nnunet_folders, GOOD, regions, references, [0.1] * 3, 2)
+    for path in (models / GOOD).rglob("*.npz"):
+        other = models / POOR / path.relative_to(models / GOOD)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        with np.load(path) as saved:
+            np.savez(other, probabilities=saved["probabilities"][[0, 2, 1]])
+        for ending in (".pkl", ".nii.gz"):
+            shutil.copy(path.with_name(path.stem + ending), other.parent)
+    for name in ("dataset.json", "plans.json"):
+        shutil.copy(models / GOOD / name, models / POOR)
+    relabel(models / POOR, turned)
+    scores = [candidate.score for candidate in find_best(991).candidates]
+    assert len(scores) == 3 and max(scores) - min(scores) < 1e-9 and scores[0] > 0.9
+
+
+def test_labels_that_are_numbered_differently_are_refused_by_name(models, nnunet_folders):
+    relabel(models / GOOD, {"labels": {"background": 0, "rim": 1, "core": 2, "shell": 3}})
+    with pytest.raises(ConfigurationError, match=f"core is label 1 in {POOR} and 2 in {GOOD}"):
+        find_best(991, ensembles=False)
+    path = nnunet_folders / "nnUNet_raw" / DATASET / "dataset.json"
+    path.write_text(json.dumps(description(LABELS)))
+    with pytest.raises(ConfigurationError, match=rf"core is label 1 in {path} and 2 in {GOOD}"):
+        find_best(991, configurations=["3d_lowres"])
+
+
+def test_models_that_take_their_channels_in_another_order_are_told_apart(models):
+    relabel(models / POOR, {}, {"0": "T1", "1": "T2"})
+    relabel(models / GOOD, {}, {"0": "T2", "1": "T1"})
+    text = instructions_text(find_best(991, ensembles=False))
+    assert "T2 (_0000), T1 (_0001)" in text
 
 
 def test_no_references_and_no_models(models, nnunet_folders):

@@ -131,8 +131,9 @@ def test_what_is_refused(tmp_path):
         ensemble_folders([first, tmp_path / "nowhere"], tmp_path / "out")
     shutil.rmtree(second)
     write_folder(second, {"labels": {"background": 0, "cord": 2, "lesion": 1, "bone": 3}}, cases)
-    with pytest.raises(ConfigurationError, match="has other labels than the first folder's"):
+    with pytest.raises(ConfigurationError, match="bone") as caught:
         ensemble_folders([first, second], tmp_path / "out")
+    assert caught.value.path == second / "dataset.json"
     (first / "dataset.json").unlink()
     with pytest.raises(DatasetJsonError, match=r"first/dataset\.json is missing"):
         ensemble_folders([first, second], tmp_path / "out")
@@ -150,3 +151,43 @@ def test_a_folds_validation_has_its_models_labels(tmp_path):
     validation = write_folder(model / "fold_0" / "validation", LABELS, {"a": everywhere(0.2, 0.5, 0.3)})
     (validation / "dataset.json").unlink()
     assert len(ensemble_folders([validation], tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "order"),
+    [
+        (LABELS, {"labels": {"background": 0, "Lesion": 1, "CORD": 2}}, (0, 2, 1)),
+        (
+            {
+                "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3},
+                "regions_class_order": [1, 2, 3],
+            },
+            {
+                "labels": {"background": 0, "tip": 3, "whole": [1, 2, 3], "core": [2, 3]},
+                "regions_class_order": [3, 1, 2],
+            },
+            (1, 2, 0),
+        ),
+    ],
+)
+def test_outputs_are_paired_by_the_names_of_their_labels(tmp_path, ours, theirs, order):
+    random = np.random.default_rng(5).dirichlet(np.ones(3), (2, 3, 4)).transpose(3, 0, 1, 2).astype(np.float32)
+    first = write_folder(tmp_path / "first", ours, {"a": random})
+    second = write_folder(tmp_path / "second", theirs, {"a": random[np.argsort(order)]})
+    alone = read(ensemble_folders([first], tmp_path / "alone")[0])[0]
+    (written,) = ensemble_folders([first, second], tmp_path / "out", save_probabilities=True)
+    assert np.array_equal(read(written)[0], alone) and len(np.unique(alone)) > 2
+    with np.load(tmp_path / "out" / "a.npz") as saved:
+        np.testing.assert_allclose(saved["probabilities"], random, rtol=1e-6)
+    (back,) = ensemble_folders([second, first], tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "dataset.json").read_text())["labels"] == theirs["labels"]
+    if ours is LABELS:  # the first folder's values are written
+        assert np.array_equal(read(back)[0], np.array([0, 2, 1])[alone])
+
+
+def test_labels_are_not_averaged_with_regions(tmp_path):
+    first = write_folder(tmp_path / "first", {"labels": {"background": 0, "whole": 1}}, {"a": everywhere(0.2, 0.8)})
+    second = write_folder(tmp_path / "second", REGIONS, {"a": everywhere(0.2, 0.8)})
+    with pytest.raises(ConfigurationError, match="regions") as caught:
+        ensemble_folders([first, second], tmp_path / "out")
+    assert str(first) in str(caught.value) and str(second) in str(caught.value)

@@ -9,6 +9,7 @@ import torch
 
 from nnssl_adapt.errors import ModelFolderError, PlanError, UnreadableCheckpoint, UnsafeCheckpoint
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.predictor import Predictor
 
 
 def change(path, **entries):
@@ -179,3 +180,32 @@ def test_the_configuration_comes_from_the_checkpoint_or_else_from_the_folders_na
     change(folder / "fold_0" / "checkpoint_final.pth", init_args=None)
     with pytest.raises(ModelFolderError, match=r"init_args\.configuration"):
         ModelFolder.open(folder)
+
+
+@pytest.mark.parametrize("whose", ["ours", "nnU-Net's"])
+def test_a_fold_of_another_order_of_channels_or_labels_is_refused(make_model, whose):
+    path = make_model(folds=(0, 1), channels=2, labels={"channel_names": {"0": "T1", "1": "T2"}})
+    file = path / "fold_1" / "checkpoint_final.pth"
+
+    def trained_with(channels, labels):
+        content = torch.load(file, weights_only=True)
+        description = json.loads((path / "dataset.json").read_text())
+        description |= {"labels": labels, "channel_names": {str(i): name for i, name in enumerate(channels)}}
+        if whose == "ours":
+            content["nnssl_adapt"] = {"identity": {"channels": list(channels), "labels": labels}}
+        else:
+            content["init_args"]["dataset_json"] = description
+        torch.save(content, file)
+
+    labels = {"background": 0, "cord": 1, "lesion": 2}
+    trained_with(("t1w", "T2"), labels)
+    Predictor(path, device="cpu")
+    trained_with(("T2", "T1"), labels)
+    with pytest.raises(ModelFolderError, match="channels T2, T1, .* has T1, T2") as caught:
+        Predictor(path, device="cpu")
+    assert caught.value.path == file
+    trained_with(("T1", "T2"), {"background": 0, "lesion": 1, "cord": 2})
+    with pytest.raises(ModelFolderError, match="labels background, lesion, cord"):
+        Predictor(path, device="cpu")
+    trained_with(("T1", "T2"), {"background": 0, "spinal cord": 1, "lesion": 2})  # a better name is no other order
+    Predictor(path, device="cpu", folds=(1,))

@@ -1,10 +1,14 @@
 """Files are paired by their names; what doesn't fit is refused by name, and the rest goes on."""
 
+import json
+
 import numpy as np
 import pytest
 from support.synthetic import write_image
 
-from nnssl_adapt.inference.pairing import pair_files, pair_folder
+from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.errors import DatasetJsonError
+from nnssl_adapt.inference.pairing import channel_order, pair_files, pair_folder
 
 TWO = ("T1", "T2")
 
@@ -79,3 +83,49 @@ def test_a_folder_of_several_formats(tmp_path):
     found = pair_folder(tmp_path, files, ("T1",))
     assert [case.identifier for case in found.cases] == ["x", "y", "z"]
     assert found.refused.keys() == {"odd.nii.gz", "w"}
+
+
+def describe(folder, *channels):
+    content = {"channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": {"background": 0, "a": 1}}
+    (folder / "dataset.json").write_text(json.dumps(content | {"numTraining": 1, "file_ending": ".nii.gz"}))
+
+
+@pytest.mark.parametrize(
+    ("there", "taken", "warned"),
+    [
+        (("T1w", "t2"), ["c_0000.nii.gz", "c_0001.nii.gz"], None),
+        (("T2", "T1"), ["c_0001.nii.gz", "c_0000.nii.gz"], "T1 = _0001, T2 = _0000"),
+        (("FLAIR", "T2", "T1"), ["c_0002.nii.gz", "c_0001.nii.gz"], "T1 = _0002, T2 = _0001"),
+        (("T1", "FLAIR"), ["c_0000.nii.gz", "c_0001.nii.gz"], "taken by number"),
+        (("image_0", "image_1"), ["c_0000.nii.gz", "c_0001.nii.gz"], None),
+    ],
+)
+def test_channels_go_by_their_names_where_a_dataset_json_says_them(tmp_path, caplog, there, taken, warned):
+    folder = tmp_path / "imagesTs"
+    files = touch(folder, *(f"c_{number:04d}.nii.gz" for number in range(len(there))))
+    describe(tmp_path, *there)
+    order = channel_order(folder, TWO)
+    found = order.applied(pair_folder(folder, files, order.names))
+    assert names(found) == {"c": taken} and not found.refused
+    assert (warned or "") in caplog.text and bool(caplog.text) == (warned is not None)
+
+
+def test_a_file_with_all_channels_in_another_order_is_refused(tmp_path):
+    import SimpleITK as sitk
+
+    volume = sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32))
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(tmp_path / "b_0000.nii.gz"))
+    describe(tmp_path, "T2", "T1")
+    order = channel_order(tmp_path, TWO)
+    found = order.applied(pair_folder(tmp_path, [tmp_path / "b_0000.nii.gz"], order.names))
+    assert not found.cases and "another order" in str(found.refused["b"])
+
+
+def test_names_in_dataset_json_count_by_their_number(tmp_path):
+    describe(tmp_path, "x")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"channel_names": {"1": "T2", "0": "T1"}}))
+    assert channel_order(tmp_path, TWO).is_the_models
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"channel_names": {"T1": "0"}}))
+    with pytest.raises(DatasetJsonError, match="channel numbers"):
+        DatasetJson.load(tmp_path / "dataset.json")
