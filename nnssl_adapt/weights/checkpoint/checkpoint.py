@@ -215,8 +215,12 @@ def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Ten
     if family.refusal is not None:
         raise UnreadableCheckpoint(f"{where} is {family.name}: {family.refusal}")
     names = family.key_map.translate(tensors, where)
-    note = f"it is {family.name}: its tensors' names were translated"
-    return {names[name]: tensor for name, tensor in tensors.items()}, family, [note]
+    translated = {names[name]: tensor for name, tensor in tensors.items()}
+    notes = [f"it is {family.name}: its tensors' names were translated"]
+    if family.prepare is not None:
+        translated, of_preparing = family.prepare(translated)
+        notes += of_preparing
+    return translated, family, notes
 
 
 def _exchanged(axes: str, key: str | None) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.errors import AdaptationPlanError, ModelFolderError
 from nnssl_adapt.text import read_json
 from nnssl_adapt.weights.checkpoint.adaptation_plan import EMBEDDED_KEY, AdaptationPlan
+from nnssl_adapt.weights.checkpoint.plain_pickle import read_plain_pickle
 from nnssl_adapt.weights.checkpoint.plan_check import reconcile_best
 from nnssl_adapt.weights.checkpoint.supervised import configuration_of_folder, plan_from_nnunet, plan_from_tensors
 from nnssl_adapt.weights.checkpoint.weight_file import PLAN_KEYS
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.nnunet import trained_by_nnunet
 from nnssl_adapt.weights.network.network_parts import Tensors
-from nnssl_adapt.weights.sources.listing import SIDECAR_NAME
+from nnssl_adapt.weights.sources.listing import COMPANION_SUFFIX, SIDECAR_NAME
 from nnssl_adapt.weights.sources.resolved import ResolvedSource
 
 
@@ -95,14 +97,23 @@ def _plan_of_tensors(
     trainer = content.get("trainer_name")
     if isinstance(trainer, str) and not trained_by_nnunet(trainer):
         raise _no_plan(resolved)  # nnssl writes one beside every file: it was left behind, and is worth fetching
+    beside = _beside(resolved.weights, family)
     try:
-        return plan_from_tensors(tensors, str(resolved.weights), trainer, family)
+        return plan_from_tensors(tensors, str(resolved.weights), trainer, family, beside)
     except AdaptationPlanError as error:
         if family is not None:
             raise AdaptationPlanError(
                 f"{resolved.weights} is {family.name}, but incomplete: {error.__cause__}"
             ) from error
         raise _no_plan(resolved, f", and {error.__cause__ or error}") from error
+
+
+def _beside(weights: Path, family: Family | None) -> dict[str, Any] | None:
+    """What the pickle beside the weights says of how they were trained, for families that write one; None without it."""
+    path = weights.with_name(f"{weights.name}{COMPANION_SUFFIX}")
+    if family is None or family.beside is None or not path.is_file():
+        return None
+    return family.beside(read_plain_pickle(path), str(path), str(weights))
 
 
 def _no_plan(resolved: ResolvedSource, more: str = "") -> AdaptationPlanError:

@@ -211,12 +211,17 @@ def configuration_of_folder(name: str) -> str | None:
 
 
 def plan_from_tensors(
-    tensors: Tensors, where: str, trainer_name: str | None = None, family: Family | None = None
+    tensors: Tensors,
+    where: str,
+    trainer_name: str | None = None,
+    family: Family | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> tuple[AdaptationPlan, str, list[str]]:
     """The plan of a U-Net without any plan, as far as its tensors tell, what is known of its family, and notes on the rest.
 
-    ``family`` is the one that its names told; else it is looked for by the network's size. Returns the plan, the order of
-    its image axes (``zyx`` or ``xyz``) and notes. Raises AdaptationPlanError when it is no U-Net.
+    ``family`` is the one that its names told; else it is looked for by the network's size. ``beside`` are entries of the plan
+    that a file beside the weights tells. Returns the plan, the order of its image axes (``zyx`` or ``xyz``) and notes. Raises
+    AdaptationPlanError when it is no U-Net, or an entry makes no sense.
     """
     try:
         topology = read_topology(tensors)
@@ -238,16 +243,23 @@ def plan_from_tensors(
         patch_size=facts.patch_size or (z, y, x),
         recommended_patch_size=facts.patch_size,
         num_input_channels=topology.channels,
-        normalization_schemes=("ZScoreNormalization",) * topology.channels,
+        normalization_schemes=(facts.normalization,) * topology.channels,
         use_mask_for_norm=(False,) * topology.channels,
+        intensity=(facts.window.statistics(),) * topology.channels if facts.window else (),
         supervised=supervised,
+        head_names=facts.labels if supervised else (),
         orientation=facts.orientation,
         citations=tuple(dict(entry) for entry in facts.citations),
     )
     notes = [f"no plan in the file or beside it: the architecture was read off the tensors ({architecture})"]
-    if facts.told:
-        notes.append(facts.told)
-    elif facts.spacing is None:
+    if beside:
+        try:
+            plan = AdaptationPlan.model_validate({**dict(plan), **beside})
+        except ValidationError as error:
+            raise AdaptationPlanError(f"beside {where}: wrong at {first_problem(error)}") from error
+        return plan, facts.axes, notes
+    notes += facts.notes()
+    if not facts.told and facts.spacing is None:
         notes.append(
             f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is four times "
             "the network's stride"

@@ -20,7 +20,14 @@ from pathlib import Path, PurePosixPath
 
 from nnssl_adapt.errors import SourceError
 from nnssl_adapt.weights.sources.digests import Record, file_digest, whole_folder
-from nnssl_adapt.weights.sources.listing import ARCHIVE_SUFFIX, MODEL_FILES, SIDECAR_NAME, is_clutter, is_weight_name
+from nnssl_adapt.weights.sources.listing import (
+    ARCHIVE_SUFFIX,
+    MODEL_FILES,
+    SIDECAR_NAME,
+    is_clutter,
+    is_companion,
+    is_weight_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +120,7 @@ def _is_needed(entry: zipfile.ZipInfo) -> bool:
     name = entry.filename
     if entry.is_dir() or is_clutter(name):
         return False
-    return is_weight_name(name) or PurePosixPath(name).name in (*MODEL_FILES, SIDECAR_NAME)
+    return is_weight_name(name) or is_companion(name) or PurePosixPath(name).name in (*MODEL_FILES, SIDECAR_NAME)
 
 
 def _checked(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:

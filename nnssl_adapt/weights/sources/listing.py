@@ -29,6 +29,9 @@ WEIGHT_NAMES = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_lates
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".model")
 """Of two files with one stem, the suffix that comes first is taken."""
 
+COMPANION_SUFFIX = ".pkl"
+"""What nnU-Net version 1 adds to the name of its weights for what it knows of them (``X.model.pkl``)."""
+
 ARCHIVE_SUFFIX = ".zip"
 
 PREFERRED_NAMES = (
@@ -53,6 +56,7 @@ class Chosen:
         model_folder: the folder with plans.json and dataset.json, ``""`` if that is the root, or None.
         fold: which fold of a trained model, ``mean`` for several, or None.
         other_shards: of weights that are spread over several files, all but the first, which is the one of ``weights``.
+        companion: what nnU-Net version 1 wrote beside the weights, or None.
     """
 
     weights: tuple[str, ...]
@@ -60,12 +64,14 @@ class Chosen:
     model_folder: str | None = None
     fold: str | None = None
     other_shards: tuple[str, ...] = ()
+    companion: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every file that is needed, the small ones first."""
         model = () if self.model_folder is None else tuple(join_path(self.model_folder, name) for name in MODEL_FILES)
-        return (*((self.sidecar,) if self.sidecar else ()), *model, *self.weights, *self.other_shards)
+        small = tuple(name for name in (self.sidecar, self.companion) if name)
+        return (*small, *model, *self.weights, *self.other_shards)
 
     @property
     def is_archive(self) -> bool:
@@ -177,7 +183,15 @@ def _first_shard(name: str, names: Sequence[str]) -> str:
     return name
 
 
+def is_companion(name: str) -> bool:
+    """Whether it is what nnU-Net version 1 wrote beside weights."""
+    return name.lower().endswith(COMPANION_SUFFIX) and is_weight_name(name[: -len(COMPANION_SUFFIX)])
+
+
 def _with_shards(chosen: Chosen, names: Sequence[str], where: str) -> Chosen:
+    """With the other files that belong to the first of the weights: its shards, and what version 1 wrote beside it."""
+    companion = chosen.weights[0] + COMPANION_SUFFIX
+    chosen = replace(chosen, companion=companion if companion in names else None)
     match = _SHARD.fullmatch(chosen.weights[0])
     if match is None and _SHARD_INDEX.fullmatch(chosen.weights[0]):
         raise SourceNotFound(

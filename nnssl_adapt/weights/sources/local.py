@@ -11,6 +11,7 @@ from nnssl_adapt.errors import SourceError, SourceNotFound
 from nnssl_adapt.weights.sources.archive import is_archive, list_archive, unpack
 from nnssl_adapt.weights.sources.digests import Record, file_digest
 from nnssl_adapt.weights.sources.listing import (
+    COMPANION_SUFFIX,
     MODEL_FILES,
     SIDECAR_NAME,
     WEIGHT_SUFFIXES,
@@ -40,7 +41,8 @@ def _resolve_file(text: str, path: Path, filename: str | None, fold: str | None)
     if filename is not None and f"/{filename.strip('/')}/" not in f"{whole.as_posix()}/":
         raise SourceError(f"{text} is a file itself: leave {filename!r} out, or give the folder that holds it")
     root = path.parent
-    names = [name for name in (path.name, SIDECAR_NAME) if (root / name).is_file()]
+    beside = (path.name, SIDECAR_NAME, f"{path.name}{COMPANION_SUFFIX}")
+    names = [name for name in beside if (root / name).is_file()]
     if is_shard(path.name):
         names = _names_below(root, depth=1)
     if _FOLD_FOLDER.fullmatch(whole.parent.name):

@@ -17,7 +17,13 @@ from nnssl_adapt.paths import pretrained_models_folder
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 from nnssl_adapt.weights.sources.download import Address, safe_name
 from nnssl_adapt.weights.sources.hub_files import HubAddress
-from nnssl_adapt.weights.sources.listing import ARCHIVE_SUFFIX, MODEL_FILES, PREFERRED_NAMES, WEIGHT_SUFFIXES
+from nnssl_adapt.weights.sources.listing import (
+    ARCHIVE_SUFFIX,
+    COMPANION_SUFFIX,
+    MODEL_FILES,
+    PREFERRED_NAMES,
+    WEIGHT_SUFFIXES,
+)
 
 RECORD_NAME = "fetched.json"
 _MAIN = "main"  # the hub's branch where none is named
@@ -153,6 +159,8 @@ def files_to_copy(
     """Name in the store → file. Folds keep their folders, and a trained model its name, which tells its configuration."""
     root = model_folder or (weights[0].parent.parent if in_folds else weights[0].parent)
     small = [model_folder / name for name in MODEL_FILES] if model_folder else []
+    beside = (path.with_name(f"{path.name}{COMPANION_SUFFIX}") for path in weights)
+    small += [path for path in beside if path.is_file()]
     if sidecar is not None:
         small.append(sidecar)
     outer = PurePosixPath(root.name if "__" in root.name else "")
