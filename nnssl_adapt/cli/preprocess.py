@@ -96,8 +96,9 @@ def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: C
     """Compare the spacing modes, show the plan that would be made and the memory it takes; nothing is written."""
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.geometry.spacing import check_fixed
+    from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
     from nnssl_adapt.planning.fit_gpu import plan_memory
-    from nnssl_adapt.planning.make import load_or_make_fingerprint, spacing_advice
+    from nnssl_adapt.planning.like_pretrained import spacing_advice
 
     if arguments.reorient is not None:
         raise ConfigurationError(

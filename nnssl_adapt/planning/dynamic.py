@@ -1,23 +1,186 @@
-"""Plans that keep the data's own nnU-Net network and fit the weights to it."""
+"""Plans that keep the data's own nnU-Net network, which nnU-Net planned or its rules plan here, and fit the weights to it."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.reorient import ORIENTATION_KEY, common_orientation
-from nnssl_adapt.errors import PlanError
-from nnssl_adapt.planning.content import data_identifier, pretrain_info
-from nnssl_adapt.planning.nnunet_plan import PLANNED_HERE
+from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
+from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.geometry.spacing import median_spacing
+from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.planning.entries import (
+    BasePlans,
+    configuration_entries,
+    dataset_entries,
+    name_stores,
+    pretrain_info,
+    resampled_median_shape,
+)
+from nnssl_adapt.planning.memory import by
+from nnssl_adapt.planning.normalization import normalization_of_data
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.planning.plans_file import NNUNET_PLANS, plans_beside, refuse_ignored_keys
+from nnssl_adapt.planning.preflight import check_transfer
 from nnssl_adapt.planning.provenance import KEY, Provenance
+from nnssl_adapt.planning.request import PlanRequest
+from nnssl_adapt.planning.topology import NNUNET_PRESETS, check_preset, needs_low_resolution, plan_network
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
+from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch
 from nnssl_adapt.weights.transfer.settings import TransferSettings
+
+logger = logging.getLogger(__name__)
 
 SPACING_MODE = "base_plans"
 """``spacing_mode`` of such a plan: everything about the images is the base plan's."""
+
+PLANNED_HERE = "planned_here"
+"""``base_plans`` of a plan whose network follows nnU-Net's rules, but was planned by this package."""
+
+_REPLACED = (
+    "plans_name",
+    "configurations",
+    "experiment_planner_used",
+    "pretrain_info",
+    "nnssl_adapt",
+    "image_orientation",
+)
+
+_PRESET_OF_PLANS = dict(zip(NNUNET_PLANS, ("default", "ResEncM", "ResEncL", "ResEncXL"), strict=True))
+"""Which preset nnU-Net's planners of these names are."""
+
+
+def plan_dynamic(
+    raw: RawDataset,
+    checkpoint: Checkpoint,
+    request: PlanRequest,
+    orient: Callable[[RawDataset], RawDataset],
+    know: Callable[[RawDataset], DatasetFingerprint],
+) -> FinetunePlan:
+    """Plan to train the network of the dataset's nnU-Net plans.
+
+    The arguments and what is raised are those of :func:`~nnssl_adapt.planning.like_pretrained.plan_like_pretrained`.
+    """
+    _refuse_spacing(request)
+    raw = orient(raw)  # a plan knows the order of its images' axes, so it must be the oriented dataset's
+    topology = _topology(raw, checkpoint, request, know)
+    check_transfer(raw, checkpoint, topology.architecture, topology.patch_size, request.settings)
+    _compare_axes(topology, checkpoint)
+    know(raw)
+    plans_name = request.plans_name or f"ptPlans_dynamic__{request.name}"
+    content = dynamic_content(raw, checkpoint, topology, plans_name, request.settings)
+    return FinetunePlan(content, request.configurations[0])
+
+
+def _topology(
+    raw: RawDataset,
+    checkpoint: Checkpoint,
+    request: PlanRequest,
+    know: Callable[[RawDataset], DatasetFingerprint],
+) -> FinetunePlan:
+    """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is asked for."""
+    preset = request.preset
+    if preset is None and (found := find_topology(raw.name, request.base_plans)) is not None:
+        return found
+    chosen = preset or preset_for(checkpoint.architecture)
+    topology = nnunet_plan(raw, know(raw), chosen)
+    logger.info(
+        "network planned here by nnU-Net's rules, preset %s%s: %s, patch %s, batch %d",
+        chosen,
+        "" if preset else " (as the weights; --preset chooses another)",
+        topology.architecture,
+        by(topology.patch_size),
+        topology.batch_size,
+    )
+    return topology
+
+
+def find_topology(dataset_name: str, name: str | None) -> FinetunePlan | None:
+    """The plan whose network is to be kept: ``name``, or ``nnUNetPlans`` where it exists; else None.
+
+    Raises PlanError where ``name`` does not exist, or the plan found is not this dataset's.
+    """
+    chosen = (name or NNUNET_PLANS[0]).removesuffix(".json")
+    path = preprocessed_folder() / dataset_name / f"{chosen}.json"
+    if not path.is_file():
+        if name is None:
+            return None
+        preset = _PRESET_OF_PLANS.get(chosen)
+        instead = f"with --preset {preset}" if preset else "without it, or with another name"
+        raise PlanError(
+            f"-pl {name}: there is no {path} (found: {plans_beside(dataset_name)}). Run this command {instead}: the "
+            "network is then planned here, by nnU-Net's rules"
+        )
+    plan = FinetunePlan.load(path)
+    refuse_ignored_keys(plan.settings_of_configuration, CONFIGURATION, path)
+    if plan.dataset_name != dataset_name:
+        raise PlanError(f"{path} is a plan for {plan.dataset_name}, not for {dataset_name}")
+    return plan
+
+
+def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -> FinetunePlan:
+    """The plan with the ``3d_fullres`` configuration of nnU-Net's planner ``preset``. It is in memory only, and unnamed.
+
+    Spacing (median), order of axes, normalisation, network, patch, batch and Dice setting are nnU-Net's. For a Primus
+    (``PrimusV3S``, …) the patch is rounded to multiples of 8, where nnU-Net's own trainer would fail.
+
+    Raises PlanError for images that no 3D U-Net takes, ConfigurationError for an unknown preset.
+    """
+    target = median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
+    coarsest = int(np.argmax(target))
+    forward = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
+    spacing = [target[axis] for axis in forward]
+    median_shape = resampled_median_shape(fingerprint, target, forward)
+    if median_shape[0] == 1:
+        raise PlanError(f"the images of {raw.name} are 2D (one voxel thick): only 3D networks can be planned")
+    labels = len(raw.json.labels)
+    number = raw.json.num_training or len(raw.cases)
+    planned = plan_network(preset, spacing, median_shape, labels, math.prod(median_shape) * number)
+    if preset in PRIMUS_TRAINERS:
+        primus = Architecture.named(preset)
+        planned = replace(planned, architecture=primus, patch_size=nearest_patch(primus, planned.patch_size))
+    configuration = configuration_entries(
+        planned.architecture,
+        planned.patch_size,
+        planned.batch_size,
+        spacing,
+        median_shape,
+        normalization_of_data(raw, fingerprint),
+        needs_low_resolution(preset, spacing, median_shape, labels),
+    )
+    return FinetunePlan(
+        {
+            **dataset_entries(raw, fingerprint, raw.json.image_reader or BasePlans().image_reader, forward),
+            "plans_name": PLANNED_HERE,
+            "configurations": {CONFIGURATION: configuration},
+            "label_manager": "LabelManager",
+            "foreground_intensity_properties_per_channel": copy.deepcopy(fingerprint.intensity),
+            KEY: {"preset": preset},
+        }
+    )
+
+
+def preset_for(architecture: Architecture) -> str:
+    """The preset whose network these weights fit best: ``ResEncL`` for residual encoders, ``default`` for plain ones.
+
+    Raises PlanError for transformers, which nnU-Net doesn't plan.
+    """
+    for name in ("default", "ResEncL"):
+        if NNUNET_PRESETS[name].class_name == architecture.class_name:
+            return name
+    raise PlanError(
+        f"--keep-topology is for U-Nets: nnU-Net's planner has no network for weights of {architecture}. Leave "
+        "--keep-topology out to train the network of the weights"
+    )
 
 
 def dynamic_content(
@@ -50,7 +213,7 @@ def dynamic_content(
     )
     lies = common_orientation(raw)
     content.update({} if lies is None else {ORIENTATION_KEY: lies})
-    chosen["data_identifier"], digest = data_identifier(FinetunePlan(content))
+    digest = name_stores(content)
     planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
     provenance = replace(
         Provenance.of(checkpoint, settings),
@@ -63,11 +226,36 @@ def dynamic_content(
     return {**content, KEY: provenance.to_dict()}
 
 
-_REPLACED = (
-    "plans_name",
-    "configurations",
-    "experiment_planner_used",
-    "pretrain_info",
-    "nnssl_adapt",
-    "image_orientation",
-)
+def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:
+    """Kernels trained along one axis and used along another are not wrong, but worth a word."""
+    if tuple(base.transpose_forward) != checkpoint.plan.transpose_forward:
+        logger.warning(
+            "%s puts the images' axes in the order %s, the weights were trained with %s",
+            "nnU-Net's rule" if base.plans_name == PLANNED_HERE else f"plan {base.plans_name}",
+            list(base.transpose_forward),
+            list(checkpoint.plan.transpose_forward),
+        )
+
+
+def check_preset_use(request: PlanRequest) -> None:
+    """Raise ConfigurationError where the preset is unknown, or something else says which network is trained."""
+    preset, base_plans = request.preset, request.base_plans
+    assert preset is not None  # there is one to check
+    check_preset(preset)
+    if not request.keep_topology:
+        raise ConfigurationError(
+            f"--preset {preset} is a network of nnU-Net's planner: add --keep-topology, or leave --preset out to train the "
+            "network of the weights"
+        )
+    if base_plans is not None:
+        raise ConfigurationError(
+            f"--preset {preset} plans a network, -pl {base_plans} names one that is planned already: leave one of them out"
+        )
+
+
+def _refuse_spacing(request: PlanRequest) -> None:
+    """The spacing of a kept network can't be chosen as well."""
+    if request.mode != "like_pretrained" or request.spacing is not None:
+        raise ConfigurationError(
+            "--keep-topology keeps the spacing of the nnU-Net plans too: leave -am and -os out, or leave --keep-topology out"
+        )

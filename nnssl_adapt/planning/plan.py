@@ -17,7 +17,7 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.plan_check import mistakes_of_configuration, mistakes_of_plan
-from nnssl_adapt.planning.plans_json import read_plans, refuse_ignored_keys
+from nnssl_adapt.planning.plans_file import read_plans, refuse_ignored_keys
 from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.transfer.settings import TransferSettings

@@ -13,9 +13,9 @@ from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.store import RECORDS_FOLDER, CaseStore
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path, write_json
-from nnssl_adapt.planning.make import copy_dataset_json
-from nnssl_adapt.planning.naming import refuse_to_replace_stranger
+from nnssl_adapt.planning.dataset_files import copy_dataset_json
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.plans_file import refuse_to_replace_stranger
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, NnsslAdaptError, SourceError
-from nnssl_adapt.planning.content import pretrain_info
+from nnssl_adapt.planning.entries import pretrain_info
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preflight import find_other_orientations
 from nnssl_adapt.planning.provenance import KEY, NOT_LOADED, Provenance, WeightsRecord

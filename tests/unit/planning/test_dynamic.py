@@ -8,8 +8,8 @@ import pytest
 import nnssl_adapt as na
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError, PlanError, TransferError
-from nnssl_adapt.planning.make import load_or_make_fingerprint
-from nnssl_adapt.planning.nnunet_plan import nnunet_plan
+from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
+from nnssl_adapt.planning.dynamic import nnunet_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.weights.network.architectures import Architecture
 

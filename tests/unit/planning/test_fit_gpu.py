@@ -129,7 +129,7 @@ def test_weights_for_a_transformer_fit_any_patch(tiny_dataset, small_resenc):
 
 def test_mistakes_do_not_wait_for_the_images(tiny_dataset, small_resenc, monkeypatch):
     tiny_dataset()
-    monkeypatch.setattr(na.planning.make, "check_transfer", None)
+    monkeypatch.setattr(na.planning.like_pretrained, "check_transfer", None)
     with pytest.raises(ConfigurationError, match="--fit-gpu lots"):
         na.make_plan(991, na.open_checkpoint(small_resenc), fit_gpu="lots", workers=1)
 

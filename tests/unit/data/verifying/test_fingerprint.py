@@ -23,7 +23,7 @@ from nnssl_adapt.data.verifying.fingerprint import (
 )
 from nnssl_adapt.data.verifying.measures import memory_to_measure
 from nnssl_adapt.errors import DatasetError
-from nnssl_adapt.planning.make import load_or_make_fingerprint
+from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
 
 
 @pytest.fixture(autouse=True)

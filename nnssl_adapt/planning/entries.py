@@ -1,10 +1,10 @@
-"""The content of a plans file, key for key as nnU-Net 2.x writes it, plus ``pretrain_info`` and ``nnssl_adapt``."""
+"""The entries of a plans file, key for key as nnU-Net 2.x writes them, plus ``pretrain_info``: what every planner here needs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,81 +13,47 @@ import numpy as np
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.reorient import ORIENTATION_KEY, common_orientation
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
-from nnssl_adapt.geometry.spacing import Spacing, SpacingChoice, median_spacing, resampled_shape
-from nnssl_adapt.planning.base_plans import BasePlans
-from nnssl_adapt.planning.naming import describe_settings
-from nnssl_adapt.planning.normalization import (
-    FROM_PRETRAINING,
-    Normalization,
-    choose_normalization,
-    intensity_statistics,
-)
-from nnssl_adapt.planning.patch import describe_fit, fit_patch
+from nnssl_adapt.errors import PlanError
+from nnssl_adapt.geometry.spacing import Spacing, resampled_shape
+from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.planning.normalization import Normalization
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.planning.provenance import KEY, Provenance
-from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
+from nnssl_adapt.planning.plans_file import NNUNET_PLANS, describe_settings, plans_beside
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.resolved import Origin
-from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_SIZE = 2
-"""Samples a batch, nnU-Net's minimum and what the published fine-tunings used."""
 
+@dataclass(frozen=True)
+class BasePlans:
+    """What is taken over from an existing nnU-Net plan; ``content`` is empty when there is none."""
 
-def plans_content(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    fingerprint: DatasetFingerprint,
-    base: BasePlans,
-    choice: SpacingChoice,
-    name: str,
-    plans_name: str | None,
-    settings: TransferSettings,
-    normalization: str = FROM_PRETRAINING,
-) -> dict[str, Any]:
-    """The plans file; ``plans_name`` replaces the name that is made up of ``name``, spacing and normalisation."""
-    reference_spacing = choice.spacing or median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
-    forward = _axis_order(choice, reference_spacing, checkpoint.plan)
-    spacing = [float(reference_spacing[axis]) for axis in forward]
-    median_shape = resampled_median_shape(fingerprint, choice.spacing, forward)
-    architecture = checkpoint.architecture
-    wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
-    patch = fit_patch(wanted, architecture.total_stride, median_shape)
-    if message := describe_fit(wanted, patch, median_shape):
-        logger.info(message)
-    schemes, use_mask = choose_normalization(normalization, checkpoint.plan, raw, fingerprint, settings)
-    configuration = configuration_entries(
-        architecture, patch, DEFAULT_BATCH_SIZE, spacing, median_shape, (schemes, use_mask), base.batch_dice
-    )
-    if choice.spacing is None:
-        keep_own_spacing(configuration)
-    content: dict[str, Any] = {
-        **dataset_entries(raw, fingerprint, raw.json.image_reader or base.image_reader, forward),
-        "plans_name": plans_name or f"ptPlans__{name}____{describe_settings(choice.spacing, schemes)}",
-        "configurations": {CONFIGURATION: configuration},
-        "experiment_planner_used": "nnssl_adapt",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": intensity_statistics(
-            normalization,
-            schemes,
-            checkpoint.plan,
-            raw,
-            base.content.get("foreground_intensity_properties_per_channel", fingerprint.intensity),
-            settings,
-        ),
-        "pretrain_info": pretrain_info(checkpoint),
-    }
-    configuration["data_identifier"], digest = data_identifier(FinetunePlan(content))
-    provenance = replace(
-        Provenance.of(checkpoint, settings),
-        spacing_mode=choice.mode,
-        architecture_preset=architecture.preset,
-        preprocessing_digest=digest,
-    )
-    return {**content, KEY: provenance.to_dict()}
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, dataset_name: str, name: str | None) -> BasePlans:
+        """The plans file ``name`` of a dataset, by default ``nnUNetPlans`` where it exists. Raises PlanError."""
+        path = preprocessed_folder() / dataset_name / f"{(name or NNUNET_PLANS[0]).removesuffix('.json')}.json"
+        if not path.is_file():
+            if name is not None:
+                raise PlanError(
+                    f"no base plans {path}; found: {plans_beside(dataset_name)}. Leave -pl out to do without"
+                )
+            return cls()
+        plan = FinetunePlan.load(path)
+        logger.info("using the nnU-Net plans %s for the image reader, intensity statistics and Dice setting", path)
+        return cls(plan.content)
+
+    @property
+    def batch_dice(self) -> bool:
+        configuration = self.content.get("configurations", {}).get(CONFIGURATION, {})
+        return bool(configuration.get("batch_dice", False))
+
+    @property
+    def image_reader(self) -> str:
+        return str(self.content.get("image_reader_writer", "SimpleITKIO"))
 
 
 def dataset_entries(
@@ -146,6 +112,26 @@ def keep_own_spacing(configuration: dict[str, Any]) -> None:
         configuration[f"resampling_fn_{what}_kwargs"] = {}
 
 
+def resampled_median_shape(
+    fingerprint: DatasetFingerprint, spacing: Spacing | None, forward: Sequence[int]
+) -> list[float]:
+    """Median shape (voxels, transposed axes) of the cropped images once they are resampled to ``spacing`` (mm)."""
+    shapes = [
+        tuple(shape) if spacing is None else resampled_shape(shape, own, spacing)
+        for shape, own in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
+    ]
+    return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]
+
+
+def name_stores(content: dict[str, Any]) -> str:
+    """Give each configuration the folder of its preprocessed cases; returns the digest of the first one's settings."""
+    digests = []
+    for name, entries in content["configurations"].items():
+        entries["data_identifier"], digest = data_identifier(FinetunePlan(content, name))
+        digests.append(digest)
+    return digests[0]
+
+
 def data_identifier(plan: FinetunePlan) -> tuple[str, str]:
     """Folder of the plan's preprocessed cases, and the digest of its settings.
 
@@ -181,27 +167,3 @@ def _path_hint(origin: Origin) -> str:
     path = Path(origin.source).expanduser()
     # A name below $nnssl_pretrained_models, on the hub or on the web is no path from here.
     return str(path.resolve()) if path.exists() else origin.source
-
-
-def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: AdaptationPlan) -> list[int]:
-    """``transpose_forward``: the pre-training's where it is followed, else coarsest axis first (nnU-Net's planner).
-
-    Weights for one orientation know their axes: they get them in their own order whatever the spacing. A segmentation
-    network too, unless nnU-Net's rule (median) was asked for, and not only fallen back to for want of a spacing to follow.
-    """
-    as_trained = pretraining.supervised and (choice.mode != "median" or bool(choice.note))
-    if choice.mode in ("like_pretrained", "no_resample") or as_trained or pretraining.orientation is not None:
-        return list(pretraining.transpose_forward)
-    coarsest = int(np.argmax(spacing))
-    return [coarsest, *(axis for axis in range(3) if axis != coarsest)]
-
-
-def resampled_median_shape(
-    fingerprint: DatasetFingerprint, spacing: Spacing | None, forward: Sequence[int]
-) -> list[float]:
-    """Median shape (voxels, transposed axes) of the cropped images once they are resampled to ``spacing`` (mm)."""
-    shapes = [
-        tuple(shape) if spacing is None else resampled_shape(shape, own, spacing)
-        for shape, own in zip(fingerprint.shapes_after_crop, fingerprint.spacings, strict=True)
-    ]
-    return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]

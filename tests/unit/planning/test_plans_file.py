@@ -7,9 +7,8 @@ import pytest
 
 import nnssl_adapt as na
 from nnssl_adapt.errors import ConfigurationError, PlanError
-from nnssl_adapt.planning.naming import check_plans_name
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.planning.plans_json import read_plans
+from nnssl_adapt.planning.plans_file import check_plans_name, read_plans
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
 from nnssl_adapt.training.run.folder import RunFolder
 
