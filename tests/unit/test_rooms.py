@@ -31,7 +31,7 @@ ROOMS = [
     "train",
 ]
 INNER_ROOMS = {
-    "weights": ["sources", "network", "families", "checkpoint", "transfer", "proof"],
+    "weights": ["sources", "modules", "network", "families", "checkpoint", "transfer", "proof"],
     "training": ["recipe", "progress", "optimise", "run", "launch", "batches"],
 }
 # Inner rooms that stand below the files of their room instead: they build on them, and none of these imports them.

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from nnssl_adapt.errors import ArchitectureError
+from nnssl_adapt.errors import ArchitectureError, ConfigurationError
 from nnssl_adapt.weights.network.arguments import (
     BLOCKS_PER_STAGE,
     CLASS_KEYS,
@@ -30,18 +30,51 @@ from nnssl_adapt.weights.network.arguments import (
     spell_out_primus,
     with_classes,
 )
+from nnssl_adapt.weights.network.kinds import NetworkKind
+from nnssl_adapt.weights.network.other_kinds import OTHER_KINDS
 
 Shape = tuple[int, int, int]
 
-_NETWORKS = {
-    "ResidualEncoderUNet": "dynamic_network_architectures.architectures.unet",
-    "PlainConvUNet": "dynamic_network_architectures.architectures.unet",
-    **dict.fromkeys(("Primus", "PrimusV2", "PrimusV3"), "dynamic_network_architectures.architectures.primus"),
-}
-"""Modules of the networks. Primus brings timm and torchvision with it, which takes seconds: it is imported where it is built."""
 
-CLASSES = tuple(_NETWORKS)
-"""Classes of networks that can be built."""
+def _dashed(numbers: Sequence[Any]) -> str:
+    return "-".join(str(number) for number in numbers)
+
+
+def _unet(class_name: str) -> NetworkKind:
+    blocks = BLOCKS_PER_STAGE[class_name]
+    return NetworkKind(
+        module="dynamic_network_architectures.architectures.unet",
+        spell_out=spell_out_cnn,
+        strides=lambda kwargs: kwargs["strides"],
+        size=lambda kwargs: f"features {_dashed(kwargs['features_per_stage'])}, blocks {_dashed(kwargs[blocks])}",
+        blocks=lambda kwargs: dict(enumerate(kwargs[blocks])),
+        stages=lambda kwargs: len(kwargs["strides"]),
+    )
+
+
+_PRIMUS = NetworkKind(
+    # It brings timm and torchvision with it, which takes seconds: it is imported where it is built.
+    module="dynamic_network_architectures.architectures.primus",
+    spell_out=spell_out_primus,
+    strides=lambda kwargs: [kwargs["patch_embed_size"]],
+    size=lambda kwargs: f"{kwargs['eva_depth']} blocks, {kwargs['embed_dim']} wide, {kwargs['eva_numheads']} heads",
+    blocks=lambda kwargs: {None: int(kwargs["eva_depth"])},
+    stages=lambda kwargs: int(kwargs["eva_depth"]),
+    recipe="primus",
+    optimizer="adamw",
+    has_attention=True,
+    has_deep_supervision=False,
+    has_symmetric_axes=False,
+)
+
+KINDS: dict[str, NetworkKind] = {
+    **{name: _unet(name) for name in BLOCKS_PER_STAGE},
+    **dict.fromkeys(("Primus", "PrimusV2", "PrimusV3"), _PRIMUS),
+    **OTHER_KINDS,
+}
+"""Networks that can be built: name of the class → what there is to know of it."""
+
+CLASSES = tuple(KINDS)
 
 _RES_ENC_L = {
     "n_stages": 6,
@@ -91,7 +124,7 @@ class Architecture:
     """A network up to its number of channels, classes and its patch.
 
     Attributes:
-        class_name: ``ResidualEncoderUNet``, ``PlainConvUNet``, ``Primus``, ``PrimusV2`` or ``PrimusV3``.
+        class_name: one of :data:`CLASSES`.
         kwargs: its arguments, spelled out stage by stage and plain enough for JSON; classes are dotted names.
             Triples are in array order (Z, Y, X).
         preset: the name it is known by (``ResEncL``, ``PrimusM``, …), if any.
@@ -104,12 +137,11 @@ class Architecture:
     preset: str | None = None
 
     def __post_init__(self) -> None:
-        if self.class_name not in _NETWORKS:
+        if self.class_name not in KINDS:
             raise ArchitectureError(
-                f"unknown network {self.class_name!r}; known are {', '.join(_NETWORKS)} and the presets {', '.join(PRESETS)}"
+                f"unknown network {self.class_name!r}; known are {', '.join(KINDS)} and the presets {', '.join(PRESETS)}"
             )
-        spell_out = spell_out_primus if self.is_transformer else spell_out_cnn
-        object.__setattr__(self, "kwargs", spell_out(self.class_name, dict(self.kwargs)))
+        object.__setattr__(self, "kwargs", self.kind.spell_out(self.class_name, dict(self.kwargs)))
 
     @classmethod
     def named(cls, preset: str, **overrides: Any) -> Architecture:
@@ -155,25 +187,42 @@ class Architecture:
         return {"network_class_name": self.network_class_name, "arch_kwargs": kwargs, "_kw_requires_import": classes}
 
     @property
+    def kind(self) -> NetworkKind:
+        """What there is to know of networks of this class."""
+        return KINDS[self.class_name]
+
+    @property
     def network_class(self) -> type[nn.Module]:
-        """The class of dynamic_network_architectures that is built."""
-        network: type[nn.Module] = getattr(importlib.import_module(_NETWORKS[self.class_name]), self.class_name)
+        """The class that is built.
+
+        Raises ConfigurationError, naming what to install, when a package that it is made of is missing.
+        """
+        needs = self.kind.needs
+        try:
+            network: type[nn.Module] = getattr(importlib.import_module(self.kind.module), self.class_name)
+        except ImportError as error:
+            if needs is None:
+                raise
+            raise ConfigurationError(
+                f"a {self.class_name} is built with {needs[0]}, which can't be imported here ({error}): install {needs[1]}",
+                next_command=f"pip install '{needs[1]}'",
+            ) from error
         return network
 
     @property
     def network_class_name(self) -> str:
         """Its full dotted name, as plans files have it."""
-        return f"{_NETWORKS[self.class_name]}.{self.class_name}"
+        return f"{self.kind.module}.{self.class_name}"
 
     @property
     def is_transformer(self) -> bool:
+        """Whether it is a Primus: a transformer over the whole patch, whose positions are those of one patch."""
         return self.class_name.startswith("Primus")
 
     @property
     def strides(self) -> tuple[Shape, ...]:
-        """Downsampling step of each stage (Z, Y, X); a transformer has one, its patch embedding."""
-        steps = [self.kwargs["patch_embed_size"]] if self.is_transformer else self.kwargs["strides"]
-        return tuple((int(z), int(y), int(x)) for z, y, x in steps)
+        """Downsampling step of each stage (Z, Y, X); a Primus has one, its patch embedding."""
+        return tuple((int(z), int(y), int(x)) for z, y, x in self.kind.strides(self.kwargs))
 
     @property
     def total_stride(self) -> Shape:
@@ -182,17 +231,8 @@ class Architecture:
         return z, y, x
 
     def __str__(self) -> str:
-        kwargs = self.kwargs
-        if self.is_transformer:
-            size = f"{kwargs['eva_depth']} blocks, {kwargs['embed_dim']} wide, {kwargs['eva_numheads']} heads"
-        else:
-            blocks = kwargs[BLOCKS_PER_STAGE[self.class_name]]
-            size = f"features {_dashed(kwargs['features_per_stage'])}, blocks {_dashed(blocks)}"
+        size = self.kind.size(self.kwargs)
         return f"{self.preset} ({self.class_name}, {size})" if self.preset else f"{self.class_name} ({size})"
-
-
-def _dashed(numbers: Sequence[Any]) -> str:
-    return "-".join(str(number) for number in numbers)
 
 
 def check_patch(architecture: Architecture, patch_size: Sequence[int]) -> Shape:
@@ -246,7 +286,7 @@ def build_network(
             this patch only, a CNN on any that divides.
         deep_supervision: return a list of logits, finest first (CNNs only).
 
-    The result is a network of dynamic_network_architectures, float32, on the CPU, initialised as nnU-Net does.
+    The result is float32, on the CPU, initialised as nnU-Net (of our own networks: as their authors) does.
     Raises ArchitectureError when the patch doesn't fit (with the nearest that does) or the description can't be built.
     """
     patch = check_patch(architecture, patch_size)
@@ -254,15 +294,15 @@ def build_network(
         raise ArchitectureError(f"a network needs channels and classes, got {in_channels} and {num_classes}")
     network_class = architecture.network_class
     kwargs = with_classes(architecture.kwargs)
+    if deep_supervision and not architecture.kind.has_deep_supervision:
+        raise ArchitectureError(f"{architecture.class_name} has a single output: train it without deep supervision")
     if architecture.is_transformer:
-        if deep_supervision:
-            raise ArchitectureError("Primus has a single output: train it without deep supervision")
         kwargs["input_shape"] = patch
     else:
         kwargs["deep_supervision"] = deep_supervision
     try:
         network = network_class(input_channels=in_channels, num_classes=num_classes, **kwargs)
-        if not architecture.is_transformer:  # Primus initialises itself
+        if architecture.class_name in BLOCKS_PER_STAGE:  # the others initialise themselves
             initialise: Any = network.initialize
             network.apply(initialise)
     except (TypeError, ValueError, AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:

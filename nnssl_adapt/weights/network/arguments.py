@@ -89,8 +89,8 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     blocks_key = BLOCKS_PER_STAGE[class_name]
     always = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_conv_per_stage_decoder")
     optional = {*_OPERATION_KEYS, "conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs"}
-    _check_keys(class_name, kwargs, (*always, blocks_key), optional | _CNN_OPTIONAL[class_name])
-    stages = _positive_int(class_name, "n_stages", kwargs["n_stages"])
+    check_keys(class_name, kwargs, (*always, blocks_key), optional | _CNN_OPTIONAL[class_name])
+    stages = positive_int(class_name, "n_stages", kwargs["n_stages"])
 
     def per_stage(key: str, count: int, read: Callable[[str, str, Any], Any]) -> list[Any]:
         value = kwargs[key]
@@ -103,13 +103,13 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     spelled = {
         "n_stages": stages,
-        "features_per_stage": per_stage("features_per_stage", stages, _positive_int),
+        "features_per_stage": per_stage("features_per_stage", stages, positive_int),
         "conv_op": _operation_name(class_name, "conv_op", kwargs["conv_op"]),
         "kernel_sizes": per_stage("kernel_sizes", stages, _triple),
         "strides": per_stage("strides", stages, _triple),
-        blocks_key: per_stage(blocks_key, stages, _positive_int),
-        "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, _positive_int),
-        "conv_bias": _flag(class_name, "conv_bias", kwargs.get("conv_bias", False)),
+        blocks_key: per_stage(blocks_key, stages, positive_int),
+        "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, positive_int),
+        "conv_bias": flag(class_name, "conv_bias", kwargs.get("conv_bias", False)),
     }
     for key in ("norm_op", "dropout_op", "nonlin"):
         spelled[key] = _operation_name(class_name, key, kwargs.get(key))
@@ -124,7 +124,7 @@ def _spell_out_cnn_options(class_name: str, kwargs: Mapping[str, Any]) -> dict[s
     if kwargs.get("nonlin_first"):
         options["nonlin_first"] = True
     if kwargs.get("stem_channels") is not None:
-        options["stem_channels"] = _positive_int(class_name, "stem_channels", kwargs["stem_channels"])
+        options["stem_channels"] = positive_int(class_name, "stem_channels", kwargs["stem_channels"])
     if kwargs.get("bottleneck_channels") is not None:
         options["bottleneck_channels"] = copy.deepcopy(kwargs["bottleneck_channels"])
     block = kwargs.get("block")
@@ -136,10 +136,10 @@ def _spell_out_cnn_options(class_name: str, kwargs: Mapping[str, Any]) -> dict[s
 def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     kwargs = {_PRIMUS_SPELLINGS.get(key, key): value for key, value in kwargs.items()}
     kwargs = {key: value for key, value in kwargs.items() if key not in _PRIMUS_PRETRAINING_ONLY}
-    _check_keys(class_name, kwargs, _PRIMUS_REQUIRED, set(_PRIMUS_DEFAULTS))
+    check_keys(class_name, kwargs, _PRIMUS_REQUIRED, set(_PRIMUS_DEFAULTS))
     values = {**_PRIMUS_DEFAULTS, **{key: value for key, value in kwargs.items() if value is not None}}
-    width = _positive_int(class_name, "embed_dim", values["embed_dim"])
-    heads = _positive_int(class_name, "eva_numheads", values["eva_numheads"])
+    width = positive_int(class_name, "embed_dim", values["embed_dim"])
+    heads = positive_int(class_name, "eva_numheads", values["eva_numheads"])
     if width % heads or (width // heads) % 6:
         raise ArchitectureError(
             f"{class_name}: embed_dim {width} must be a multiple of 6 × eva_numheads ({heads}), "
@@ -154,14 +154,14 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     spelled = {
         "embed_dim": width,
         "patch_embed_size": patch,
-        "eva_depth": _positive_int(class_name, "eva_depth", values["eva_depth"]),
+        "eva_depth": positive_int(class_name, "eva_depth", values["eva_depth"]),
         "eva_numheads": heads,
-        "init_values": None if init_values is None else _number(class_name, "init_values", init_values),
-        "scale_attn_inner": _flag(class_name, "scale_attn_inner", values["scale_attn_inner"]),
+        "init_values": None if init_values is None else number(class_name, "init_values", init_values),
+        "scale_attn_inner": flag(class_name, "scale_attn_inner", values["scale_attn_inner"]),
     }
     # What is left at its default stays out: stock trainers and older plans then compare equal.
     for key in ("drop_path_rate", "attn_drop_rate", "proj_drop_rate", "mlp_ratio"):
-        _number(class_name, key, values[key])
+        number(class_name, key, values[key])
     for key, default in _PRIMUS_DEFAULTS.items():
         if key not in spelled and (key == "drop_path_rate" or (values[key] and values[key] != default)):
             spelled[key] = values[key]
@@ -171,7 +171,7 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return spelled
 
 
-def _check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str], optional: set[str]) -> None:
+def check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str], optional: set[str]) -> None:
     """Drop what is given when the network is built; raise for what is missing or unknown."""
     for key in _GIVEN_WHEN_BUILT & kwargs.keys():
         del kwargs[key]
@@ -183,7 +183,7 @@ def _check_keys(class_name: str, kwargs: dict[str, Any], required: Sequence[str]
         raise ArchitectureError(f"{class_name}: unknown architecture argument {', '.join(unknown)}")
 
 
-def _positive_int(class_name: str, key: str, value: Any) -> int:
+def positive_int(class_name: str, key: str, value: Any) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 1:
         raise ArchitectureError(f"{class_name}: {key} has the entry {value!r}, expected a positive whole number")
@@ -200,7 +200,7 @@ def _triple(class_name: str, key: str, value: Any) -> list[int]:
         raise ArchitectureError(
             f"{class_name}: {key} has the entry {value!r}, expected three numbers (only 3D networks)"
         )
-    return [_positive_int(class_name, key, entry) for entry in values]
+    return [positive_int(class_name, key, entry) for entry in values]
 
 
 def _options(class_name: str, key: str, value: Any) -> dict[str, Any] | None:
@@ -216,13 +216,13 @@ def _options(class_name: str, key: str, value: Any) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _flag(class_name: str, key: str, value: Any) -> bool:
+def flag(class_name: str, key: str, value: Any) -> bool:
     if value is not None and not isinstance(value, bool) and value not in (0, 1):
         raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected true or false")
     return bool(value)
 
 
-def _number(class_name: str, key: str, value: Any) -> float:
+def number(class_name: str, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6:
         raise ArchitectureError(f"{class_name}: {key} is {value!r}, expected a number")
     return float(value)

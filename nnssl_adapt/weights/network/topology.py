@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl_adapt.errors import ArchitectureError
-from nnssl_adapt.weights.network.architectures import PRESETS, Architecture
+from nnssl_adapt.weights.network.architectures import KINDS, PRESETS, Architecture
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 from nnssl_adapt.weights.network.network_parts import COPIES, Tensors, below, join_name
 
@@ -64,8 +64,12 @@ class Topology:
 def read_topology(tensors: Tensors, hints: Mapping[str, Any] | None = None) -> Topology:
     """Read the architecture off names and shapes; ``hints`` are arguments to use for what they don't tell.
 
-    Raises ArchitectureError saying what is missing, when the tensors are neither a U-Net's nor a Primus's.
+    Raises ArchitectureError saying what is missing, when the tensors are those of no network that is known.
     """
+    for class_name, kind in KINDS.items():
+        if (reading := kind.read(tensors, hints or {})) is not None:
+            architecture = Architecture(class_name, reading.kwargs)
+            return Topology(architecture, reading.encoder, reading.channels, reading.heads, reading.guessed)
     projections = [name for name in tensors if re.fullmatch(r"(?:.+\.)?down_projection\.(?:final_)?proj\.weight", name)]
     if projections:
         name = min(projections, key=_is_copy)

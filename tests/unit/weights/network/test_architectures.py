@@ -116,8 +116,8 @@ def test_wrong_primus_and_unknown_networks_are_named():
         Architecture("Primus", {**PRIMUS, "embed_dim": 32})
     with pytest.raises(ArchitectureError, match="missing eva_depth"):
         Architecture("Primus", {**PRIMUS, "eva_depth": None})
-    with pytest.raises(ArchitectureError, match=r"unknown network 'SwinUNETR'.*ResEncL"):
-        Architecture.from_adaptation({"arch_class_name": "monai.networks.SwinUNETR", "arch_kwargs": {}})
+    with pytest.raises(ArchitectureError, match=r"unknown network 'UNETR'.*ResEncL"):
+        Architecture.from_adaptation({"arch_class_name": "monai.networks.UNETR", "arch_kwargs": {}})
 
 
 @pytest.mark.parametrize(

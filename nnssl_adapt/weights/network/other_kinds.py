@@ -1,0 +1,11 @@
+"""Kinds of networks that are our own beside those of dynamic_network_architectures: class name → kind."""
+
+from __future__ import annotations
+
+from nnssl_adapt.weights.network import segresnet, swin_unetr
+from nnssl_adapt.weights.network.kinds import NetworkKind
+
+OTHER_KINDS: dict[str, NetworkKind] = {
+    swin_unetr.CLASS_NAME: swin_unetr.SWIN_UNETR,
+    segresnet.CLASS_NAME: segresnet.SEG_RES_NET,
+}
