@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_planning_flags(parser)
+    add_planning_flags(parser, several=False)
     parser.add_argument(
         "-n",
         "--pretraining_name",

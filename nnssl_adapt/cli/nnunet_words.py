@@ -75,10 +75,6 @@ def add_preprocess_words(parser: argparse.ArgumentParser) -> None:
     words = parser.add_argument_group("nnU-Net's words for the same")
     words.add_argument("--no_pbar", action="store_true", help="no progress bars")
     words.add_argument("-npfp", dest="fingerprint_processes", type=int, metavar="N", help="as -np")
-    only_fullres = (
-        "only 3d_fullres is planned here (the pre-trained networks are 3D); nnUNetv2_plan_and_preprocess has it"
-    )
-    _only(parser, "-c", "3d_fullres", only_fullres)
     _only(parser, "-fpe", "DatasetFingerprintExtractor", _DEFAULT_CLASS)
     _only(parser, "-preprocessor_name", "DefaultPreprocessor", _DEFAULT_CLASS)
     _needless(parser, "--verify_dataset_integrity", _ALWAYS_VERIFIED)

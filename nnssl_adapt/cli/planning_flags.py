@@ -24,9 +24,22 @@ WEIGHTS_OWN = "as-weights"
 """``--reorient`` without a code: the orientation that the weights want."""
 
 
-def add_planning_flags(parser: argparse.ArgumentParser, dynamic: bool = False, source_required: bool = True) -> None:
-    """Add ``-d -pc -am -os -pl`` and the flags of orientation and transfer; with ``dynamic`` those of --keep-topology only."""
+def add_planning_flags(
+    parser: argparse.ArgumentParser, dynamic: bool = False, source_required: bool = True, several: bool = True
+) -> None:
+    """Add ``-d -pc -am -os -pl`` and the flags of orientation and transfer; with ``dynamic`` those of --keep-topology only.
+
+    ``several``: whether ``-c`` takes more than one configuration.
+    """
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, e.g. 41 or Dataset041_DeepGrey")
+    parser.add_argument(
+        "-c",
+        dest="configurations",
+        nargs="+" if several else 1,
+        default=["3d_fullres"],
+        metavar="CONFIGURATION",
+        help="nnU-Net's configurations to plan: 3d_fullres (default)",
+    )
     parser.add_argument(
         "-pc",
         "--pretrained_checkpoint",
@@ -160,4 +173,5 @@ def plan_options_from(arguments: argparse.Namespace, dataset: RawDataset, checkp
         "normalization": arguments.normalization,
         "preset": arguments.preset,
         "fit_gpu": arguments.fit_gpu,
+        "configurations": arguments.configurations,
     }

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         shard=shard,
         check=arguments.check,
         progress=not arguments.no_pbar,
+        configurations=arguments.configurations,
     )
     if shard != WHOLE and not plan.plans_file.is_file():
         print(f"\npart {shard} is done; the plan is saved when all parts are")

@@ -10,7 +10,7 @@ from typing import Any
 from nnssl_adapt.cluster.graph import Graph, Resources, Step
 from nnssl_adapt.data.preprocess_cases import Shard
 from nnssl_adapt.data.store import RECORDS_FOLDER
-from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import part_record
 from nnssl_adapt.training.run.checkpointing import FINAL
 from nnssl_adapt.training.run.stopping import STOPPED
@@ -170,6 +170,8 @@ def planning_words(options: Mapping[str, Any], plans_name: str | None = None) ->
             words += [flag, str(options[key])]
     if options.get("spacing") is not None:
         words += ["-os", *(str(number) for number in options["spacing"])]
+    if tuple(options.get("configurations") or (CONFIGURATION,)) != (CONFIGURATION,):
+        words += ["-c", *options["configurations"]]
     words += [flag for flag, key in _SWITCHES if options.get(key)]
     name = plans_name or options.get("plans_name")
     words += ["--plans_name", str(name)] if name else []

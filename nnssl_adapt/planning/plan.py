@@ -218,6 +218,10 @@ class FinetunePlan:
 
     # -- variations ------------------------------------------------------------------------------------------------
 
+    def seen_through(self, configuration: str) -> FinetunePlan:
+        """The same plan, seen through another of its configurations. Raises PlanError where it has none of this name."""
+        return self if configuration == self.configuration else FinetunePlan(self.content, configuration, self.path)
+
     def replaced(self, patch_size: Sequence[int] | None = None, batch_size: int | None = None) -> FinetunePlan:
         """Return a copy with another patch or batch size (the architecture's entries follow the patch)."""
         content = copy.deepcopy(self.content)
