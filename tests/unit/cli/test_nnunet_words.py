@@ -124,7 +124,6 @@ def test_preprocess_takes_the_words_of_nnunets_integration_and_of_its_planner():
     "words",
     [
         "predict -i a -o b -m c -prev_stage_predictions d",
-        "preprocess -d 41 -n mae -pc w -c 2d",
         "preprocess -d 41 -n mae -pc w -overwrite_target_spacing 1 1 1",
         "evaluate -p a -g b -l 1 2",
         "package model -o out -d 41",
