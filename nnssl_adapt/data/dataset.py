@@ -11,11 +11,14 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, READERS, SIMPLE_ITK, count_channels
+from nnssl_adapt.data.images import READERS, SIMPLE_ITK, count_channels
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.pictures import LOSSY_ENDINGS, PICTURE_READERS, check_packages, reader_for_ending
 from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.paths import find_dataset_name, raw_folder
 from nnssl_adapt.text import lines_and_more, read_json
+
+_OTHER_PICTURES = (".gif", ".webp")
 
 MAX_LISTED = 20
 """How many bad files one error message names."""
@@ -145,7 +148,7 @@ class RawDataset:
             DatasetNotFound: no such dataset; names those that exist.
             DatasetJsonError: dataset.json is missing or wrong.
             CaseError: channel or label files are missing (lists them).
-            DatasetError: a kind of dataset that is not supported yet (2D pictures, other image readers).
+            DatasetError: a kind of dataset that is not supported (labels in a lossy format, other image readers).
         """
         folder = _dataset_folder(dataset)
         path = folder / "dataset.json"
@@ -153,20 +156,26 @@ class RawDataset:
         refuse_unsupported(description, path)
         labels = LabelScheme.from_dataset_json(description.raw, path)
         channels = len(description.channel_names)
+        listed = description.dataset is not None
         if description.dataset is not None:
             cases = listed_cases(description.dataset, folder, path)
-            _refuse_incomplete(cases, channels, folder, file_ending=None)
         else:
             cases = _training_cases(folder, description.file_ending)
-            _refuse_incomplete(cases, channels, folder, description.file_ending)
-        opened = cls(folder=folder, json=description, labels=labels, cases=cases)
-        return opened if description.image_reader is None else opened.read_with(description.image_reader)
+        cases = read_as_asked(cases, description)
+        _refuse_incomplete(cases, channels, folder, None if listed else description.file_ending)
+        return cls(folder=folder, json=description, labels=labels, cases=cases)
 
     def read_with(self, reader: str) -> RawDataset:
         """The same dataset, its images read as nnU-Net's ``reader`` does. Raises DatasetError for readers that are not here."""
         if reader not in READERS:
             raise DatasetError(f"images can't be read as nnU-Net's {reader!r}; expected one of {', '.join(READERS)}")
         return replace(self, cases=tuple(replace(case, reader=reader) for case in self.cases))
+
+    @property
+    def image_reader(self) -> str | None:
+        """The reader that its images need; None where nothing says so and any that reads their format will do."""
+        reader = self.cases[0].reader if self.cases else SIMPLE_ITK
+        return self.json.image_reader or (reader if reader in PICTURE_READERS else None)
 
     @property
     def name(self) -> str:
@@ -190,6 +199,13 @@ class RawDataset:
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.cases)} cases, {self.num_channels} channel(s), {len(self.labels.foreground)} classes"
+
+
+def read_as_asked(cases: Sequence[RawCase], description: DatasetJson) -> tuple[RawCase, ...]:
+    """The cases with the reader that dataset.json asks for, or that their ending needs."""
+    example = next((path for case in cases for path in case.images if path.is_file()), None)
+    reader = description.image_reader or reader_for_ending(description.file_ending, example)
+    return tuple(cases) if reader is None else tuple(replace(case, reader=reader) for case in cases)
 
 
 def find_images(folder: str | Path, file_ending: str, num_channels: int) -> tuple[RawCase, ...]:
@@ -223,12 +239,24 @@ def _dataset_folder(dataset: int | str | Path) -> Path:
 
 
 def refuse_unsupported(description: DatasetJson, path: Path) -> None:
-    """Raise DatasetError for kinds of datasets that are not supported: 2D pictures, other image readers."""
-    if description.file_ending.lower().endswith(FLAT_IMAGE_ENDINGS):
+    """Raise DatasetError for kinds of datasets that are not supported: labels in lossy formats, other image readers.
+
+    Raises ConfigurationError for pictures where the packages that read them are not installed.
+    """
+    ending = description.file_ending.lower()
+    if ending in LOSSY_ENDINGS:
         raise DatasetError(
-            f"{path}: 'file_ending' {description.file_ending!r}: 2D pictures are not supported yet; 3D formats are .nii.gz, "
-            ".nii, .nrrd, .mha"
+            f"{path}: 'file_ending' {description.file_ending!r}: JPEG changes numbers, so labels can't be stored in it: convert "
+            "images and labels to .png, or list .jpg images with .png labels in 'dataset' of dataset.json",
+            path=path,
         )
+    if ending in _OTHER_PICTURES:
+        raise DatasetError(
+            f"{path}: 'file_ending' {description.file_ending!r} is not read by nnU-Net; pictures are .png, .bmp, .tif",
+            path=path,
+        )
+    if (description.image_reader or reader_for_ending(ending, None)) in PICTURE_READERS:
+        check_packages()
     if description.image_reader not in (None, *READERS):
         raise DatasetError(
             f"{path}: 'overwrite_image_reader_writer' {description.image_reader!r} is not supported; expected one of "
@@ -305,6 +333,8 @@ def _refuse_incomplete(cases: Iterable[RawCase], channels: int, folder: Path, fi
 
 
 def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> list[str]:
+    if case.reader in PICTURE_READERS and all(path.is_file() for path in case.images):
+        return colour_problems(case, channels)
     if (
         len(case.images) == 1
         and channels > 1
@@ -322,6 +352,21 @@ def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> 
     extra = [path for path in case.images if path not in expected]
     return missing + [
         f"{case.identifier}: {path} is not one of the {channels} channels in dataset.json" for path in extra
+    ]
+
+
+def colour_problems(case: RawCase, channels: int) -> list[str]:
+    """What is wrong with the colours of a case's pictures, which together must be the channels of dataset.json.
+
+    Raises CaseError for a picture that can't be read.
+    """
+    counts = [count_channels(path, case.reader) for path in case.images]
+    if sum(counts) == channels:
+        return []
+    held = ", ".join(f"{path.name}: {count}" for path, count in zip(case.images, counts, strict=True))
+    return [
+        f"{case.identifier}: its pictures have {sum(counts)} channel(s) ({held}), dataset.json has {channels}; grey pictures "
+        "have one, RGB three, RGBA four"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Images and labels on disk, read and written as nnU-Net's readers do: with SimpleITK or nibabel.
+"""Images and labels on disk, read and written as nnU-Net's readers do: with SimpleITK, nibabel, Pillow or tifffile.
 
 Arrays are (C, Z, Y, X): SimpleITK's array order, slowest axis first, and nnU-Net's. Spacing is in millimetres in that
 order; origin and direction stay in ITK's (x, y, z), since nothing but writing uses them.
@@ -16,7 +16,17 @@ import numpy as np
 
 from nnssl_adapt.data import nibabel_io
 from nnssl_adapt.data.nibabel_io import Affines
-from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS as FLAT_IMAGE_ENDINGS
+from nnssl_adapt.data.pictures import (
+    BETWEEN_SLICES,
+    NATURAL_2D,
+    PICTURE_ENDINGS,
+    PICTURE_READERS,
+    TIFF_3D,
+    Picture,
+    open_picture,
+    reader_for_picture,
+    write_labels_as_picture,
+)
 from nnssl_adapt.data.voxels import (
     Extremes,
     ShearedAffine,
@@ -27,15 +37,20 @@ from nnssl_adapt.data.voxels import (
     write_image_file,
 )
 from nnssl_adapt.errors import CaseError
+from nnssl_adapt.geometry.orientation import orientation_code
 from nnssl_adapt.text import dimensions
 
 logger = logging.getLogger(__name__)
 
 SIMPLE_ITK, NIBABEL, NIBABEL_REORIENT = "SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"
 
-READERS = (SIMPLE_ITK, NIBABEL, NIBABEL_REORIENT)
-"""nnU-Net's names of the image readers that there are here. They differ in the units of spacings (SimpleITK converts
-micrometres), in affines with shear (nibabel keeps them) and in the order of axes (the last one turns images to RAS)."""
+NIFTI_READERS = (SIMPLE_ITK, NIBABEL, NIBABEL_REORIENT)
+READERS = (*NIFTI_READERS, *PICTURE_READERS)
+"""nnU-Net's names of the image readers that there are here. SimpleITK and nibabel differ in the units of spacings (SimpleITK
+converts micrometres), in affines with shear (nibabel keeps them) and in the order of axes (the third one turns images to RAS).
+The last two read pictures and stacks (:mod:`nnssl_adapt.data.pictures`)."""
+
+_UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class ImageGeometry:
         size: voxels, (Z, Y, X).
         affines: what nibabel found, of images that were read with it; else None. Origin and direction are then the
             affine's, in ITK's world, and the direction's columns need not be at right angles.
+        picture: the reader, where it is one of pictures or stacks; else None. They have no place in space: the origin is 0
+            and the direction the identity.
     """
 
     spacing: tuple[float, float, float]
@@ -56,17 +73,27 @@ class ImageGeometry:
     direction: tuple[float, ...]
     size: tuple[int, int, int]
     affines: Affines | None = None
+    picture: str | None = None
 
     @property
     def reader(self) -> str:
         """The reader that found it, one of :data:`READERS`."""
+        if self.picture is not None:
+            return self.picture
         if self.affines is None:
             return SIMPLE_ITK
         return NIBABEL if self.affines.reoriented is None else NIBABEL_REORIENT
 
+    @property
+    def orientation(self) -> str | None:
+        """How it lies, a code such as ``RPI``; None of a picture, which lies nowhere."""
+        return None if self.picture is not None else orientation_code(self.direction)
+
     def to_properties(self) -> dict[str, Any]:
-        """Return the two entries that nnU-Net keeps for a case: ``spacing`` (Z, Y, X), and ``sitk_stuff`` (x, y, z) or
-        ``nibabel_stuff``."""
+        """Return what nnU-Net keeps for a case: ``spacing`` (Z, Y, X), and ``sitk_stuff`` (x, y, z) or ``nibabel_stuff``; of a
+        picture only the spacing."""
+        if self.picture is not None:
+            return {"spacing": list(self.spacing)}
         if self.affines is not None:
             return {"nibabel_stuff": self.affines.to_properties(), "spacing": list(self.spacing)}
         return {
@@ -86,6 +113,10 @@ class ImageGeometry:
             affines = Affines.from_properties(properties["nibabel_stuff"])
             origin, direction = affines.world
             return cls(tuple(float(s) for s in properties["spacing"]), origin, direction, (z, y, x), affines)  # type: ignore[arg-type]
+        if properties.keys().isdisjoint(_STUFF) and "spacing" in properties:
+            dz, dy, dx = (float(s) for s in properties["spacing"])
+            is_flat = z == 1 and dz == BETWEEN_SLICES
+            return _geometry_of_picture((dz, dy, dx), (z, y, x), NATURAL_2D if is_flat else TIFF_3D)
         try:
             stuff = properties["sitk_stuff"]
             spacing = tuple(float(s) for s in stuff["spacing"])[:3]
@@ -99,6 +130,13 @@ class ImageGeometry:
         side = round(len(matrix) ** 0.5)
         cosines = tuple(float(v) for v in matrix.reshape(side, side)[:3, :3].ravel())
         return cls(spacing=spacing[::-1], origin=start, direction=cosines, size=(z, y, x))  # type: ignore[arg-type]
+
+
+_STUFF = ("sitk_stuff", "nibabel_stuff", "itk_stuff")
+
+
+def _geometry_of_picture(spacing: tuple[float, float, float], size: tuple[int, int, int], reader: str) -> ImageGeometry:
+    return ImageGeometry(spacing, (0.0, 0.0, 0.0), _UPRIGHT, size, picture=reader)
 
 
 def read_image(paths: Sequence[str | Path], reader: str = SIMPLE_ITK) -> tuple[np.ndarray, ImageGeometry]:
@@ -118,22 +156,34 @@ def read_image(paths: Sequence[str | Path], reader: str = SIMPLE_ITK) -> tuple[n
     files = [Path(path) for path in paths]
     if not files:
         raise CaseError("no image file was given")
-    first, image = None, None
-    for channel, path in enumerate(files):
-        opened = OpenImage.open(path, reader)
-        if first is None:
-            first = opened.geometry
-            image = np.empty((len(files) if opened.channels is None else opened.channels, *first.size), np.float32)
-        if opened.channels is not None and len(files) > 1:
-            raise CaseError(f"{path} is 4D: give one 3D file for each channel, or a single 4D file", path=path)
-        for problem in geometry_problems(first, opened.geometry):
-            raise CaseError(f"{path}: {problem} from {files[0]}; all channels of a case must share one grid", path=path)
-        for doubt in geometry_doubts(first, opened.geometry):
-            logger.warning("%s: %s from %s", path, doubt, files[0])
-        assert image is not None
-        opened.read(image if len(files) == 1 else image[channel : channel + 1])
-    assert image is not None and first is not None
-    return image, first
+    opened = [OpenImage.open(path, reader) for path in files]
+    first = opened[0]
+    for other in opened:
+        _refuse_other_grid(first, other, alone=len(files) == 1)
+    image = np.empty((sum(each.channels or 1 for each in opened), *first.geometry.size), np.float32)
+    start = 0
+    for each in opened:
+        stop = start + (each.channels or 1)
+        each.read(image[start:stop])
+        start = stop
+    return image, first.geometry
+
+
+def _refuse_other_grid(first: OpenImage, other: OpenImage, alone: bool) -> None:
+    """Raise CaseError where two channel files of one image don't fit together; warn of what may be a mistake."""
+    path = other.path
+    if other.geometry.picture is None and other.channels is not None and not alone:
+        raise CaseError(f"{path} is 4D: give one 3D file for each channel, or a single 4D file", path=path)
+    for problem in geometry_problems(first.geometry, other.geometry):
+        raise CaseError(f"{path}: {problem} from {first.path}; all channels of a case must share one grid", path=path)
+    if other.channels != first.channels:
+        raise CaseError(
+            f"{path} has {other.channels} number(s) a pixel, {first.path} has {first.channels}: save all pictures of a case in "
+            "one way (grey, or RGB)",
+            path=path,
+        )
+    for doubt in geometry_doubts(first.geometry, other.geometry):
+        logger.warning("%s: %s from %s", path, doubt, first.path)
 
 
 def read_labels(path: str | Path, reader: str = SIMPLE_ITK) -> tuple[np.ndarray, ImageGeometry]:
@@ -160,6 +210,12 @@ def read_and_repair_labels(path: str | Path, reader: str = SIMPLE_ITK) -> tuple[
 def _read_labels(path: Path, reader: str, repair: bool) -> tuple[np.ndarray, ImageGeometry, int]:
     opened = OpenImage.open(path, reader)
     if opened.channels not in (None, 1):
+        if opened.geometry.picture is not None:
+            raise CaseError(
+                f"{path}: labels need one number a pixel, the label's value; this picture has {opened.channels} (colours, or a "
+                "palette of them): save it in grey, as 8 or 16 bits",
+                path=path,
+            )
         raise CaseError(f"{path}: labels must be 3D, got {opened.channels} volumes", path=path)
     labels = np.empty((1, *opened.geometry.size), np.int16)
     repaired = opened.read_labels(labels, repair)
@@ -172,17 +228,22 @@ def read_geometry(path: str | Path, reader: str = SIMPLE_ITK) -> ImageGeometry:
 
 
 def count_channels(path: str | Path, reader: str = SIMPLE_ITK) -> int:
-    """Return the number of channels in one file: 1 for a 3D image, the length of the fourth axis of a 4D one."""
+    """Return the number of channels in one file: 1 for a 3D image, the length of the fourth axis of a 4D one, a picture's
+    colours."""
     return OpenImage.open(Path(path), reader).channels or 1
 
 
 def reader_for(paths: Iterable[str | Path]) -> str:
-    """A reader that can read all these files on the axes that they are stored in: SimpleITK, or nibabel for sheared affines.
+    """A reader that can read all these files on the axes that they are stored in: SimpleITK, nibabel for sheared affines, or
+    that of the first file's pictures.
 
     For files whose reader nobody names, such as segmentations that are compared. Files that neither can read are left to
     whoever reads them to complain about.
     """
     for path in map(Path, paths):
+        picture = reader_for_picture(path) if path.is_file() else None
+        if picture is not None:
+            return picture
         try:
             open_image(path)
         except ShearedAffine:
@@ -199,7 +260,7 @@ class OpenImage:
     Attributes:
         path: the file.
         geometry: of its voxels.
-        channels: length of the fourth axis of a 4D image, None of a 3D one.
+        channels: length of the fourth axis of a 4D image, None of a 3D one; numbers a pixel of a picture.
         source: the reader that knows the voxels.
     """
 
@@ -211,6 +272,9 @@ class OpenImage:
     @classmethod
     def open(cls, path: Path, reader: str = SIMPLE_ITK) -> OpenImage:
         """Read the header. Raises CaseError."""
+        if reader in PICTURE_READERS:
+            picture = open_picture(path, reader)
+            return cls(path, _geometry_of_picture(picture.spacing, picture.size, reader), picture.channels, picture)
         if reader != SIMPLE_ITK:
             image = nibabel_io.open_image(path, reorient=reader == NIBABEL_REORIENT)
             origin, direction = image.world
@@ -236,7 +300,7 @@ class OpenImage:
         return fill_labels(self.path, self._pieces(), out, repair)
 
     def _pieces(self) -> Iterator[np.ndarray]:
-        if isinstance(self.source, nibabel_io.NibabelImage):
+        if isinstance(self.source, (nibabel_io.NibabelImage, Picture)):
             return self.source.pieces()
         return voxel_pieces(self.path, self.source)
 
@@ -245,18 +309,22 @@ def write_labels(path: str | Path, labels: np.ndarray, geometry: ImageGeometry) 
     """Write labels (Z, Y, X) as a compressed image in the given geometry, whole or not at all.
 
     Stored as uint8 where the largest label is below 255 and as uint16 otherwise, as nnU-Net does. Labels of an image that
-    nibabel read are written with its affine, turned back where it was turned; then the file must be NIfTI.
+    nibabel read are written with its affine, turned back where it was turned; then the file must be NIfTI. With a picture's
+    ending, a picture is written; of a 3D image a stack (.tif) with its spacing beside it.
     Raises OutputError if the file can't be written.
     """
-    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
-
     path = Path(path)
     if labels.shape != geometry.size:
         raise ValueError(f"labels have shape {labels.shape}, the geometry is of {geometry.size}")
     voxels = np.ascontiguousarray(labels, np.uint8 if labels.max() < 255 else np.uint16)
+    if path.suffix.lower() in PICTURE_ENDINGS:
+        write_labels_as_picture(path, voxels, geometry.spacing, geometry.picture or TIFF_3D)
+        return
     if geometry.affines is not None:
         nibabel_io.write_image(path, voxels, geometry.affines)
         return
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing(geometry.spacing[::-1])
     image.SetOrigin(geometry.origin)

@@ -14,6 +14,7 @@ import numpy as np
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.nifti import IncompleteFile, is_nifti, read_nifti_voxels
+from nnssl_adapt.data.pictures import PICTURE_READERS
 from nnssl_adapt.data.splits import SPLITS_FILE
 from nnssl_adapt.data.voxels import write_image_file
 from nnssl_adapt.errors import CaseError, DatasetError, PreprocessingError
@@ -39,6 +40,8 @@ _ID_STEP = 500
 
 def common_orientation(raw: RawDataset) -> str | None:
     """The orientation of all training images, by their headers; None where they lie differently, or one can't be read."""
+    if any(case.reader in PICTURE_READERS for case in raw.cases):
+        return None
     try:
         directions = [read_geometry(case.images[0], case.reader).direction for case in raw.cases]
     except CaseError:
@@ -72,6 +75,10 @@ def reorient_dataset(raw: RawDataset, code: str, workers: int = 2, progress: boo
         OutputError: the folder can't be written, or the disk is full.
     """
     code = check_code(code)
+    if raw.image_reader in PICTURE_READERS:
+        raise DatasetError(
+            f"{raw.name}: pictures and TIFF stacks don't say how they lie, so they can't be reoriented", path=raw.folder
+        )
     splits = (preprocessed_folder() / raw.name / SPLITS_FILE, raw.folder / SPLITS_FILE)
     folder = _find_copy(raw, code) or raw_folder() / _new_name(raw.name, code)
     copies = list(_copies(raw, folder))

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 FLAT_IMAGE_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".gif")
-"""Endings of picture formats, which have no spacing; nnU-Net reads some of them, we don't."""
+"""Endings of picture formats, which have no spacing and are read by readers of their own (:mod:`nnssl_adapt.data.pictures`)."""
+
+READ_PICTURES = (
+    "pictures are read where dataset.json has their 'file_ending' (.png, .bmp, .tif), or 'overwrite_image_reader_writer': "
+    "'NaturalImage2DIO' ('Tiff3DIO' for 3D .tif)"
+)
+"""What to do about a picture among 3D images."""
 
 _PIECE = 1 << 18
 """Voxels converted and checked at a time, in the processor's cache."""
@@ -63,9 +69,7 @@ def open_image(path: Path) -> sitk.ImageFileReader:
     if not path.is_file():
         raise CaseError(f"{path}: no such file", path=path)
     if path.name.lower().endswith(FLAT_IMAGE_ENDINGS):
-        raise CaseError(
-            f"{path}: 2D pictures are not supported yet; 3D formats are .nii.gz, .nii, .nrrd, .mha", path=path
-        )
+        raise CaseError(f"{path} is a picture: {READ_PICTURES}", path=path)
     reader = sitk.ImageFileReader()
     with explain_read_errors(path), _name_for_itk(path) as name:
         reader.SetFileName(str(name))

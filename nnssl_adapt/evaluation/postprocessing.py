@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.data.images import read_labels
+from nnssl_adapt.data.images import read_labels, reader_for
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.metrics import CaseMetrics, Summary, cases_in, compare_labels, summarize
@@ -82,8 +82,9 @@ def judge_candidates(
     prediction_file: Path, reference_file: Path, labels: LabelScheme, candidates: Sequence[Postprocessing]
 ) -> list[CaseMetrics]:
     """Metrics of one case after each candidate."""
-    reference, _ = read_labels(reference_file)
-    prediction, _ = read_labels(prediction_file)
+    reader = reader_for((reference_file, prediction_file))
+    reference, _ = read_labels(reference_file, reader)
+    prediction, _ = read_labels(prediction_file, reader)
     if prediction.shape != reference.shape:
         raise CaseError(f"{prediction_file} and {reference_file} have different shapes")
     return [

@@ -248,7 +248,7 @@ def _overlay(model: ModelFolder, case: CaseResult, what: str) -> bytes:
         names,
         spacing=geometry.spacing,
         title=f"{what}: {case.name}, mean Dice {case.mean_dice:.3f}",
-        direction=geometry.direction,
+        direction=None if geometry.picture is not None else geometry.direction,
     )
     return _png(figure)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnssl_adapt.data.images import read_image
+from nnssl_adapt.data.images import read_image, reader_for
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.evaluation.overlay import overlay_figure
 from nnssl_adapt.inference.inputs import from_simpleitk
@@ -61,8 +61,9 @@ def _volume(given: Any) -> tuple[np.ndarray, tuple[float, ...], tuple[float, ...
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     direction: tuple[float, ...] | None = None
     if isinstance(given, (str, Path)):
-        array, geometry = read_image([given])
-        spacing, direction = geometry.spacing, geometry.direction
+        array, geometry = read_image([given], reader_for((given,)))
+        spacing = geometry.spacing
+        direction = None if geometry.picture is not None else geometry.direction
     elif isinstance(given, sitk.Image):
         voxels, geometry = from_simpleitk(given)
         array, spacing, direction = voxels, geometry.spacing, geometry.direction

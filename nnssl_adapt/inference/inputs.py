@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import NIBABEL_REORIENT, SIMPLE_ITK, ImageGeometry, geometry_problems
 from nnssl_adapt.data.nifti import is_nifti
+from nnssl_adapt.data.pictures import PICTURE_ENDINGS, PICTURE_READERS, TIFF_3D, TIFF_ENDINGS
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.inference.model_folder import NIBABEL_ORIENTATION, ModelFolder
 from nnssl_adapt.inference.pairing import (
@@ -93,7 +94,8 @@ def _paired(model: ModelFolder, images: Any, output: Path | None, keep_folders: 
         folder = Path(images)
         if output is not None and output.resolve() == folder.resolve():
             raise ConfigurationError(f"{output} is the folder of the images: choose another output")
-        endings = (*IMAGE_ENDINGS, model.file_ending.lower())
+        pictures = PICTURE_ENDINGS if model.image_reader in PICTURE_READERS else ()
+        endings = (*IMAGE_ENDINGS, *pictures, model.file_ending.lower())
         files = [
             path
             for path in folder.iterdir()
@@ -102,7 +104,7 @@ def _paired(model: ModelFolder, images: Any, output: Path | None, keep_folders: 
         if not files:
             raise CaseError(f"{folder} has no images: expected names like CASE_0000{model.file_ending}", path=folder)
         order = channel_order(folder, model.channel_names)
-        return order.applied(pair_folder(folder, files, order.names)), True
+        return order.applied(pair_folder(folder, files, order.names, model.image_reader)), True
     files = [Path(images)] if isinstance(images, (str, Path)) else [Path(str(file)) for file in images]
     if not files:
         raise CaseError("no image was given")
@@ -112,7 +114,7 @@ def _paired(model: ModelFolder, images: Any, output: Path | None, keep_folders: 
     order, folders = ChannelOrder.of(model.channel_names), {file.absolute().parent for file in files}
     if len(folders) == 1 and all(case_and_channel(file)[1] is not None for file in files):
         order = channel_order(folders.pop(), model.channel_names)
-    pairing = order.applied(pair_files(files, order.names, keep_folders))
+    pairing = order.applied(pair_files(files, order.names, keep_folders, model.image_reader))
     return pairing, len(pairing.cases) + len(pairing.refused) > 1
 
 
@@ -125,7 +127,7 @@ def is_in_memory(images: Images) -> bool:
 
 def is_image_file(path: Path) -> bool:
     """Whether an output is meant as a file."""
-    return path.name.lower().endswith(IMAGE_ENDINGS) and not path.is_dir()
+    return path.name.lower().endswith((*IMAGE_ENDINGS, *PICTURE_ENDINGS)) and not path.is_dir()
 
 
 def _task(model: ModelFolder, case: RawCase, output: Path | None, keep_orientation: bool) -> ImageTask:
@@ -137,7 +139,13 @@ def _task(model: ModelFolder, case: RawCase, output: Path | None, keep_orientati
     reader, orientation = model.image_reader, None if keep_orientation else model.image_orientation
     if reader == NIBABEL_REORIENT:
         orientation = None  # the reader turns images itself
-    if not all(is_nifti(path) for path in case.images):  # nibabel reads no other format
+    if reader in PICTURE_READERS:
+        orientation = None  # pictures lie nowhere
+        if not all(path.name.lower().endswith(PICTURE_ENDINGS) for path in case.images):
+            reader = SIMPLE_ITK
+    elif all(path.name.lower().endswith(TIFF_ENDINGS) for path in case.images):
+        reader, orientation = TIFF_3D, None
+    elif not all(is_nifti(path) for path in case.images):  # nibabel reads no other format
         orientation = NIBABEL_ORIENTATION if reader == NIBABEL_REORIENT else orientation
         reader = SIMPLE_ITK
     return ImageTask(case.identifier, case.images, target, reader=reader, orientation=orientation)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import DatasetJson, RawCase
-from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.images import SIMPLE_ITK, count_channels
 from nnssl_adapt.data.names import channel_key, pair_channels
+from nnssl_adapt.data.pictures import PICTURE_READERS
 from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS
 from nnssl_adapt.errors import CaseError, DatasetJsonError
 from nnssl_adapt.inference.task import without_ending
@@ -42,27 +43,34 @@ class Pairing:
         self.refused[identifier] = CaseError(problem, path=path)
 
 
-def pair_folder(folder: Path, files: Iterable[Path], channel_names: Sequence[str]) -> Pairing:
-    """The cases of a folder, sorted by name. Every file must have its channel's number, as in nnU-Net."""
+def pair_folder(folder: Path, files: Iterable[Path], channel_names: Sequence[str], reader: str = SIMPLE_ITK) -> Pairing:
+    """The cases of a folder, sorted by name. Every file must have its channel's number, as in nnU-Net.
+
+    ``reader`` is the model's: pictures are images of a model that was trained on pictures, and else refused.
+    """
     found = Pairing()
     groups: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(files):
         case, channel = case_and_channel(path)
-        if path.name.lower().endswith(FLAT_IMAGE_ENDINGS):
+        if path.name.lower().endswith(FLAT_IMAGE_ENDINGS) and reader not in PICTURE_READERS:
             found.refuse(
-                path.name, f"{path}: 2D pictures are not supported yet; 3D formats are .nii.gz, .nii, .nrrd, .mha", path
+                path.name,
+                f"{path} is a picture, and the model was trained on 3D images (.nii.gz, .nii, .nrrd, .mha)",
+                path,
             )
         elif channel is None:
             found.refuse(path.name, f"{path}: expected a name like CASE_0000 (case, channel in four digits)", path)
         else:
             groups.setdefault(case, []).append((channel, path))
     for identifier, members in groups.items():
-        _add(found, identifier, members, channel_names)
+        _add(found, identifier, members, channel_names, reader)
     found.cases.sort(key=lambda case: case.identifier)
     return found
 
 
-def pair_files(files: Sequence[Path], channel_names: Sequence[str], keep_folders: bool = False) -> Pairing:
+def pair_files(
+    files: Sequence[Path], channel_names: Sequence[str], keep_folders: bool = False, reader: str = SIMPLE_ITK
+) -> Pairing:
     """The cases that given files belong to, in the order in which they first occur.
 
     Files without a channel's number are taken where nothing is ambiguous: for a model of one channel each is an image; a 4D
@@ -72,6 +80,7 @@ def pair_files(files: Sequence[Path], channel_names: Sequence[str], keep_folders
         files: the files.
         channel_names: of the model.
         keep_folders: cases of different folders are different ones, and are called ``FOLDER/CASE``.
+        reader: of the model's images.
     """
     found = Pairing()
     above = Path(os.path.commonpath([path.absolute().parent for path in files]))
@@ -81,7 +90,11 @@ def pair_files(files: Sequence[Path], channel_names: Sequence[str], keep_folders
         folder = path.absolute().parent.relative_to(above).as_posix() if keep_folders else "."
         groups.setdefault(case if folder == "." else f"{folder}/{case}", []).append((channel, path))
     bare = [path for members in groups.values() for channel, path in members if channel is None]
-    if len(channel_names) > 1 and len(bare) == len(files) == len(channel_names) and not _are_whole(bare, channel_names):
+    if (
+        len(channel_names) > 1
+        and len(bare) == len(files) == len(channel_names)
+        and not _are_whole(bare, channel_names, reader)
+    ):
         pairs = ", ".join(f"{name} = {path.name}" for name, path in zip(channel_names, bare, strict=True))
         logger.warning("the files' names have no channel numbers: taken in the order given, %s", pairs)
         found.cases.append(RawCase(case_and_channel(bare[0])[0], tuple(bare)))
@@ -90,10 +103,10 @@ def pair_files(files: Sequence[Path], channel_names: Sequence[str], keep_folders
         numbered = [(channel, path) for channel, path in members if channel is not None]
         without = [path for channel, path in members if channel is None]
         if not without:
-            _add(found, identifier, numbered, channel_names)
+            _add(found, identifier, numbered, channel_names, reader)
         elif len(members) > 1:
             found.refuse(identifier, _several(identifier, [path for _, path in members]), without[0])
-        elif len(channel_names) == 1 or _are_whole(without, channel_names):
+        elif len(channel_names) == 1 or _are_whole(without, channel_names, reader):
             found.cases.append(RawCase(identifier, (without[0],)))
         else:
             found.refuse(
@@ -185,7 +198,9 @@ def case_and_channel(file: Path) -> tuple[str, int | None]:
     return (match["case"], int(match["channel"])) if match else (name, None)
 
 
-def _add(found: Pairing, identifier: str, members: Sequence[tuple[int, Path]], channel_names: Sequence[str]) -> None:
+def _add(
+    found: Pairing, identifier: str, members: Sequence[tuple[int, Path]], channel_names: Sequence[str], reader: str
+) -> None:
     """Add a case, or refuse it: every channel must be there once, and no other."""
     groups: dict[int, list[Path]] = {}
     for channel, path in members:
@@ -195,7 +210,7 @@ def _add(found: Pairing, identifier: str, members: Sequence[tuple[int, Path]], c
         found.refuse(identifier, problem, first)
     elif len(groups) == len(channel_names):
         found.cases.append(RawCase(identifier, tuple(groups[channel][0] for channel in range(len(channel_names)))))
-    elif _are_whole([first], channel_names):
+    elif _are_whole([first], channel_names, reader):
         found.cases.append(RawCase(identifier, (first,)))
     else:
         stem = case_and_channel(first)[0]
@@ -232,11 +247,11 @@ def _several(identifier: str, paths: Sequence[Path]) -> str:
     return f"{identifier}: several files for the same channel ({listed}): leave one"
 
 
-def _are_whole(paths: Sequence[Path], channel_names: Sequence[str]) -> bool:
-    """Whether each is a file with all of several channels (4D). What can't be read is none, and told when it is read."""
+def _are_whole(paths: Sequence[Path], channel_names: Sequence[str], reader: str) -> bool:
+    """Whether each is a file with all of several channels (4D, colours). What can't be read is none, and told when it is read."""
     if len(channel_names) == 1:
         return False
     try:
-        return all(count_channels(path) == len(channel_names) for path in paths)
+        return all(count_channels(path, reader) == len(channel_names) for path in paths)
     except CaseError:
         return False

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from nnssl_adapt.data.dataset import MAX_LISTED
-from nnssl_adapt.data.images import read_geometry, read_labels, write_labels
+from nnssl_adapt.data.images import read_geometry, read_labels, reader_for, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, UnsafeCheckpoint
 from nnssl_adapt.files import atomic_path, make_folder, write_json
@@ -182,7 +182,7 @@ def keep_largest_component(labels: np.ndarray, values: Sequence[int]) -> np.ndar
 
 def postprocess_case(source: Path, target: Path, postprocessing: Postprocessing) -> None:
     """Process one label file into another. Raises CaseError, OutputError."""
-    labels, geometry = read_labels(source)
+    labels, geometry = read_labels(source, reader_for((source,)))
     write_labels(target, postprocessing.apply(labels[0]), geometry)
 
 

@@ -18,11 +18,12 @@ from nnssl_adapt.data.images import (
     read_image,
 )
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.pictures import PICTURE_ENDINGS
 from nnssl_adapt.data.preprocess_cases import memory_needed
 from nnssl_adapt.data.turning import turn_geometry
 from nnssl_adapt.data.verifying.grids import grid_distance
 from nnssl_adapt.errors import CaseError
-from nnssl_adapt.geometry.orientation import Turn, orientation_code
+from nnssl_adapt.geometry.orientation import Turn
 from nnssl_adapt.geometry.spacing import resampled_shape
 from nnssl_adapt.inference.postprocess import BYTES_PER_VOXEL
 from nnssl_adapt.inference.sliding_window import tile_positions
@@ -102,7 +103,7 @@ class ImageTask:
 
 def without_ending(name: str) -> str:
     """The name of an image file without ``.nii.gz`` and the like, in capitals or not."""
-    ending = next((ending for ending in IMAGE_ENDINGS if name.lower().endswith(ending)), "")
+    ending = next((ending for ending in (*IMAGE_ENDINGS, *PICTURE_ENDINGS) if name.lower().endswith(ending)), "")
     return name[: len(name) - len(ending)]
 
 
@@ -138,7 +139,7 @@ def foresee(
         geometry = task.loaded[1] if task.loaded is not None else read_geometry(task.files[0], task.reader)
     except CaseError:
         return Foresight(1, 0)
-    lies = orientation_code(geometry.direction) if task.files else None
+    lies = geometry.orientation if task.files else None
     if task.orientation is not None:
         geometry = turn_geometry(geometry, Turn.to(task.orientation, geometry.direction))
     shape = network_shape(geometry, plan)

@@ -159,7 +159,7 @@ def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -
     )
     return FinetunePlan(
         {
-            **dataset_entries(raw, fingerprint, raw.json.image_reader or BasePlans().image_reader, forward),
+            **dataset_entries(raw, fingerprint, raw.image_reader or BasePlans().image_reader, forward),
             "plans_name": PLANNED_HERE,
             "configurations": {CONFIGURATION: configuration},
             "label_manager": "LabelManager",

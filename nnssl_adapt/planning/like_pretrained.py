@@ -119,7 +119,7 @@ def _content(
     normalization = choose_normalization(request.normalization, checkpoint.plan, raw, fingerprint, request.settings)
     schemes, _ = normalization
     content: dict[str, Any] = {
-        **dataset_entries(raw, fingerprint, raw.json.image_reader or base.image_reader, forward),
+        **dataset_entries(raw, fingerprint, raw.image_reader or base.image_reader, forward),
         "plans_name": request.plans_name or f"ptPlans__{request.name}____{describe_settings(choice.spacing, schemes)}",
         "configurations": {
             CONFIGURATION: _full_resolution(

@@ -10,7 +10,7 @@ import torch
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.errors import DatasetError
-from nnssl_adapt.geometry.orientation import check_code, is_oriented, orientation_code
+from nnssl_adapt.geometry.orientation import check_code, is_oriented
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.transfer.report import TransferReport
@@ -80,8 +80,8 @@ def find_other_orientations(raw: RawDataset, wanted: str) -> dict[str, str]:
     others: dict[str, str] = {}
     for case in raw.cases:
         for path in case.files:
-            direction = read_geometry(path, case.reader).direction
-            if not is_oriented(direction, wanted):
+            geometry = read_geometry(path, case.reader)
+            if geometry.orientation is not None and not is_oriented(geometry.direction, wanted):
                 name = path.relative_to(raw.folder) if path.is_relative_to(raw.folder) else path
-                others[name.as_posix()] = orientation_code(direction)
+                others[name.as_posix()] = geometry.orientation
     return others

@@ -10,6 +10,7 @@ from typing import Any
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import SIMPLE_ITK
+from nnssl_adapt.data.pictures import TIFF_3D
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard, preprocess_cases
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.store import RECORDS_FOLDER, CaseStore
@@ -157,9 +158,15 @@ def _copy_reference_labels(raw: RawDataset, folder: Path) -> None:
     for case in raw.cases:
         if case.label is None:
             continue
-        target = folder / f"{case.identifier}{raw.file_ending}"
-        source = case.label.stat()
-        if target.is_file() and target.stat().st_size == source.st_size and target.stat().st_mtime >= source.st_mtime:
-            continue
-        with atomic_path(target) as temporary:
-            shutil.copyfile(case.label, temporary)
+        _copy_if_new(case.label, folder / f"{case.identifier}{raw.file_ending}")
+        beside = case.label.with_suffix(".json")  # the spacing of a TIFF stack
+        if case.reader == TIFF_3D and beside.is_file():
+            _copy_if_new(beside, folder / f"{case.identifier}.json")
+
+
+def _copy_if_new(source: Path, target: Path) -> None:
+    found = source.stat()
+    if target.is_file() and target.stat().st_size == found.st_size and target.stat().st_mtime >= found.st_mtime:
+        return
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

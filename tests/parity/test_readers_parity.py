@@ -13,7 +13,7 @@ from support.model_folders import write_model_folder
 from support.nnunet_prediction import predict
 
 from nnssl_adapt.data.dataset import RawCase
-from nnssl_adapt.data.images import READERS, ImageGeometry, read_geometry, read_image, read_labels, write_labels
+from nnssl_adapt.data.images import NIFTI_READERS, ImageGeometry, read_geometry, read_image, read_labels, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_case
 from nnssl_adapt.inference.predictor import Predictor
@@ -55,7 +55,7 @@ def peer_reader(name: str):
 
 
 @pytest.mark.parametrize("kind", ["plain", "turned", "sheared", "micrometres"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NIFTI_READERS)
 def test_read_and_written_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -> None:
     if (reader, kind) == ("SimpleITKIO", "sheared"):
         pytest.skip("SimpleITK can't read it")
@@ -80,14 +80,14 @@ def test_read_and_written_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -
     assert one.get_data_dtype() == other.get_data_dtype() == np.uint8
 
 
-@pytest.mark.parametrize("reader", READERS[1:])
+@pytest.mark.parametrize("reader", NIFTI_READERS[1:])
 def test_scaled_intensities(tmp_path: Path, reader: str) -> None:
     path = write(tmp_path / "a_0000.nii", "turned", np.float32, slope=0.37)
     expected, _ = peer_reader(reader).read_images((str(path),))
     np.testing.assert_array_equal(read_image([path], reader)[0], expected)
 
 
-@pytest.mark.parametrize("reader", READERS[1:])
+@pytest.mark.parametrize("reader", NIFTI_READERS[1:])
 def test_preprocessed_as_by_nnunet(tmp_path: Path, reader: str) -> None:
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -107,7 +107,7 @@ def test_preprocessed_as_by_nnunet(tmp_path: Path, reader: str) -> None:
     assert list(ours.properties["spacing"]) == list(properties["spacing"])
 
 
-@pytest.mark.parametrize("reader", READERS[1:])
+@pytest.mark.parametrize("reader", NIFTI_READERS[1:])
 @pytest.mark.parametrize("kind", ["sheared", "micrometres"])
 def test_predicted_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -> None:
     folder = write_model_folder(tmp_path / "model")

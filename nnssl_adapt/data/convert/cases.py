@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl_adapt.data.images import FLAT_IMAGE_ENDINGS, count_channels
+from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.voxels import FLAT_IMAGE_ENDINGS
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetNotFound
 from nnssl_adapt.paths import find_dataset_name, raw_folder
 

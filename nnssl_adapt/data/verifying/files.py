@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases, refuse_unsupported
+from nnssl_adapt.data.dataset import (
+    DatasetJson,
+    RawCase,
+    colour_problems,
+    listed_cases,
+    read_as_asked,
+    refuse_unsupported,
+)
 from nnssl_adapt.data.images import count_channels
+from nnssl_adapt.data.pictures import PICTURE_READERS, reader_for_ending
 from nnssl_adapt.data.verifying.findings import Finding
 from nnssl_adapt.errors import CaseError
 
@@ -19,11 +26,12 @@ def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], l
     channels, path = len(description.channel_names), folder / "dataset.json"
     refuse_unsupported(description, path)
     if description.dataset is not None:
-        listed = listed_cases(description.dataset, folder, path)
+        listed = read_as_asked(listed_cases(description.dataset, folder, path), description)
         findings = [finding for case in listed for finding in _missing_from(case, channels)]
     else:
         listed, findings = _named_cases(folder, description)
-    listed = tuple(replace(case, reader=description.image_reader or case.reader) for case in listed)
+    missing = {finding.case for finding in findings if finding.level == "error"}
+    findings += [f for case in listed if case.identifier not in missing for f in _other_colours(case, channels)]
     incomplete = {finding.case for finding in findings if finding.level == "error"}
     total = sum(bool(case.images) for case in listed)  # as nnU-Net, which looks at images only
     findings += wrong_count(description, total)
@@ -46,10 +54,22 @@ def _missing_from(case: RawCase, channels: int) -> list[Finding]:
         for path in case.files
         if not path.is_file()
     ]
+    if case.reader in PICTURE_READERS:
+        return found
     if not found and len(case.images) != channels and not _holds_all_channels(case.images, channels):
         text = f"dataset.json names {len(case.images)} image files for {channels} channels"
         found.append(Finding("error", case.identifier, "present", text, "name one file a channel"))
     return found
+
+
+def _other_colours(case: RawCase, channels: int) -> list[Finding]:
+    """Pictures that have other channels than dataset.json; those that can't be read are told of when they are read."""
+    try:
+        problems = colour_problems(case, channels) if case.reader in PICTURE_READERS else []
+    except CaseError:
+        return []
+    fix = "save all pictures alike, or correct channel_names in dataset.json"
+    return [Finding("error", case.identifier, "channels", text, fix) for text in problems]
 
 
 def _holds_all_channels(images: Sequence[Path], channels: int) -> bool:
@@ -75,11 +95,14 @@ def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase,
         else:
             groups[match[1]][int(match[2])] = path
     labels = {p.name.removesuffix(ending): p for p in _visible(folder / "labelsTr") if p.name.endswith(ending)}
-    cases = []
+    cases: list[RawCase] = []
+    first = next((path for images in groups.values() for path in images.values()), None)
+    are_pictures = (description.image_reader or reader_for_ending(ending, first)) in PICTURE_READERS
     for name in sorted(groups.keys() | labels.keys()):
         images = groups.get(name, {})
         one_file = list(images) == [0] and channels > 1 and _holds_all_channels([images[0]], channels)
-        expected = set(images) if one_file else set(range(channels))
+        # How many pictures make up the channels depends on their colours, which are looked at later.
+        expected = set(images) if one_file or (are_pictures and images) else set(range(channels))
         missing = [f"imagesTr/{name}_{number:04d}{ending}" for number in sorted(expected - set(images))]
         missing += [] if name in labels else [f"labelsTr/{name}{ending}"]
         for file in missing:
@@ -93,7 +116,7 @@ def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase,
     if not cases:
         text = f"{folder / 'imagesTr'} has no images"
         findings.append(Finding("error", "-", "present", text, f"expected names like CASE_0000{ending}"))
-    return tuple(cases), findings
+    return read_as_asked(cases, description), findings
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -39,11 +39,11 @@ def compare_grids(
     if image.size != other.size:
         fix = "resample it to the image's grid (labels: nearest neighbours)"
     elif distance <= tolerance:
-        if fix_geometry:
+        if fix_geometry and image.picture is None:
             copy_header(case.images[0], path)
             logger.info("%s: has the header of %s now", path, case.images[0].name)
             return []
-        fix = "rounding only: --fix-geometry"
+        fix = "rounding only: --fix-geometry" if image.picture is None else "rounding only: correct the .json beside it"
     else:
         fix = "look at both together; resample it to the image's grid, or correct the header that is wrong"
     said = problems or list(geometry_doubts(image, other))

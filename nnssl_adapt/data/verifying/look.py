@@ -22,7 +22,6 @@ from nnssl_adapt.data.verifying.measures import CaseMeasures, measured
 from nnssl_adapt.data.voxels import FractionalLabels
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import atomic_path
-from nnssl_adapt.geometry.orientation import orientation_code
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _seen(case: RawCase, request: LookRequest) -> CaseLook:
     reference = reading.reference
     return CaseLook(
         findings=tuple(reading.findings),
-        orientation=None if reference is None else orientation_code(reference.direction),
+        orientation=None if reference is None else reference.orientation,
         spacing=None if reference is None else reference.spacing,
         digest=None if reading.digest is None else f"{reading.digest:08x}",
         measures=reading.measures(),

@@ -212,12 +212,12 @@ def test_one_4d_file_may_hold_all_channels(tmp_path: Path) -> None:
     assert len(RawDataset.open(root).cases[0].images) == 1
 
 
-@pytest.mark.parametrize("key, value", [("file_ending", ".png"), ("overwrite_image_reader_writer", "NaturalImage2DIO")])
+@pytest.mark.parametrize("key, value", [("file_ending", ".gif"), ("overwrite_image_reader_writer", "MyReader")])
 def test_unsupported_kinds_say_so(tmp_path: Path, key: str, value: str) -> None:
     root = make_dataset(tmp_path, cases=1, shape=(6, 8, 7))
     path = root / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(DatasetError, match="not supported"):
+    with pytest.raises(DatasetError, match=r"not (supported|read)"):
         RawDataset.open(root)
 
 

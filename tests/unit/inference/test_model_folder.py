@@ -156,7 +156,7 @@ def test_another_number_of_labels_is_a_shape_that_does_not_match(make_model):
     ("entries", "message"),
     [
         ({"previous_stage": "3d_lowres"}, "cascade"),
-        ({"image_reader_writer": "NaturalImage2DIO"}, "NaturalImage2DIO, which is not supported"),
+        ({"image_reader_writer": "MyReader"}, "MyReader, which is not supported"),
         ({"resampling_fn_probabilities": "resample_torch_fornnunet"}, "resample_torch_fornnunet, not supported"),
     ],
 )
