@@ -276,10 +276,8 @@ def _checksum(path: Path) -> int:
 @cache
 def _versions() -> dict[str, str]:
     """What decides the voxels of a case, beside its settings."""
-    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
-
-    versions = {"numpy": np.__version__, "SimpleITK": sitk.Version_VersionString(), "blosc2": blosc2.__version__}
-    for package in ("nnssl-adapt", "scipy"):
+    versions = {"numpy": np.__version__, "blosc2": blosc2.__version__}
+    for package in ("nnssl-adapt", "scipy", "SimpleITK"):  # by their metadata: a bare machine has no SimpleITK
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from its sources

@@ -36,3 +36,9 @@ def check_device(device: str | torch.device) -> torch.device:
         + (f"use {others}, or " if others else "")
         + "run on the CPU with -device cpu, which is slow"
     )
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """The 16-bit type that a CUDA device computes fastest and safest in: bf16 where it has it in hardware, else fp16."""
+    native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if native else torch.float16

@@ -91,12 +91,14 @@ class Ranks:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def wrap(self, network: nn.Module) -> nn.Module:
+    def wrap(self, network: nn.Module, find_unused: bool = True) -> nn.Module:
         """What to call instead of ``network`` so that gradients come out averaged over the ranks.
 
         The network itself is not changed, and to be asked for its weights as ever. All ranks get the main one's weights.
         To be called anew whenever other weights require gradients. Compile what this returns, not what it is given:
         only then does torch send gradients while it still computes others.
+
+        ``find_unused``: whether weights that learn may get no gradient, which has to be looked for in every step.
         """
         if self.size == 1:
             return network
@@ -106,7 +108,7 @@ class Ranks:
         return DistributedDataParallel(
             network,
             device_ids=[next(iter(devices)).index] if on_gpu else None,
-            find_unused_parameters=True,  # of deep supervision, the coarsest output has no part in the loss
+            find_unused_parameters=find_unused,
             **buffers,
         )
 

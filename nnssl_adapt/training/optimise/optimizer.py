@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.machine.device import half_precision
 from nnssl_adapt.training.optimise.layers import Layer, layers_of, says_where_its_encoder_is
 from nnssl_adapt.training.recipe.recipe import Recipe
 
@@ -81,6 +82,43 @@ def lr_scale(layer: Layer, recipe: Recipe) -> float:
     return rate / recipe.learning_rate * recipe.layer_decay**layer.steps_from_top
 
 
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its kernels take a flag on the device that says that the step is to be skipped."""
+    return all(bool(group.get("fused")) for group in optimizer.param_groups)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> None:
+    """Take a step, unless one of ``figures`` is NaN or infinite: then neither weights nor momenta change.
+
+    A fused optimiser gets the answer as a tensor on the device (``found_inf``), and nothing waits for it. For others the
+    figures are read.
+    """
+    if not is_fused(optimizer):
+        if bool(torch.isfinite(figures).all()):
+            optimizer.step()
+        return
+    begin_momenta(optimizer)
+    optimizer.found_inf = (~torch.isfinite(figures).all()).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def begin_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Give each weight that has a gradient a momentum of zero, if it has none. Changes ``optimizer``, for fused SGD only.
+
+    The step stays the same: the first momentum is the gradient. But torch makes it without values and marks it as begun also
+    where ``found_inf`` skips the step, and then the next step would add to whatever stood in memory.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not is_fused(optimizer):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["momentum"] else ():
+            if weight.grad is not None and optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Put a checkpoint's momenta and counts into ``optimizer`` (changes it), which keeps the settings of its groups.
 
@@ -118,8 +156,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         if device.type != "cuda":
             return None
-        native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if native else torch.float16
+        return half_precision(device)
     if precision == "fp16" and device.type != "cuda":
         raise ConfigurationError(f"precision fp16 needs a CUDA device, not {device.type}: use auto or fp32")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]

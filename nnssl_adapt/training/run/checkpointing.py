@@ -202,11 +202,16 @@ class CheckpointWriter:
         self._latest_at = time.monotonic()
         self._save(LATEST, state, resumable=True)
 
-    def after_step(self, state: TrainingState) -> None:
-        """Write ``checkpoint_latest`` when ``checkpoint_minutes`` have passed since the last one."""
+    def after_step(self, state: TrainingState, settle: Callable[[], None] = lambda: None) -> None:
+        """Write ``checkpoint_latest`` when ``checkpoint_minutes`` have passed since the last one.
+
+        ``settle`` completes the state before: the last step's figures may not have been read yet.
+        """
         self._background.check()
-        if time.monotonic() - self._latest_at >= 60 * self.run.recipe.checkpoint_minutes and is_good(state):
-            self.latest(state)
+        if time.monotonic() - self._latest_at >= 60 * self.run.recipe.checkpoint_minutes:
+            settle()
+            if is_good(state):
+                self.latest(state)
 
     def after_epoch(self, state: TrainingState) -> None:
         """Write ``checkpoint_best`` when the smoothed pseudo-Dice is the best so far, ``checkpoint_latest`` every N epochs."""

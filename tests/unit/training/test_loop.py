@@ -1,5 +1,6 @@
 """The loop: steps of one batch or several, precision, and steps that go wrong."""
 
+import contextlib
 import itertools
 import math
 
@@ -53,6 +54,101 @@ def test_many_bad_steps_end_the_run(plan, recipe):
     trainer.loss = lambda logits, target: inner(logits, target) / 0
     with pytest.raises(NonFiniteLoss, match=r"10 times in a row \(epoch 1, step 10\).*lower --lr"):
         trainer.run()
+
+
+# -- a device that nobody waits for ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Optimisers are fused, as on a GPU: the CPU has such kernels too. Then figures are read one step late."""
+    original = build_optimizer
+
+    def build(*arguments):
+        optimizer = original(*arguments)
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        optimizer._step_supports_amp_scaling = True  # what torch sets where it is told at the start
+        return optimizer
+
+    monkeypatch.setattr(start_module, "build_optimizer", build)
+    return build
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_reading_late_changes_nothing(plan, recipe, fused, monkeypatch, tmp_path, optimizer, package_log):
+    """Weights, average, losses and warnings, with steps that are not finite: the very first, and the last of an epoch."""
+    recipe = recipe.override(optimizer=optimizer, ema_decay=0.8, epochs=2, iterations_per_epoch=4)
+    bad, models, warnings = (1, 3, 4), [], []
+
+    def read_at_once(self, state, *arguments, original=TrainingLoop.step):
+        original(self, state, *arguments)
+        self.settle(state)
+
+    for number in range(2):
+        if number:
+            monkeypatch.setattr(TrainingLoop, "step", read_at_once)
+        trainer = trainer_of(plan, recipe, results_folder=tmp_path / str(number))
+        inner, calls = trainer.loss, itertools.count(1)
+        trainer.loss = lambda logits, target, inner=inner, calls=calls: (
+            inner(logits, target) * (math.nan if next(calls) in bad else 1)
+        )
+        package_log.clear()
+        models.append(trainer.run())
+        warnings.append([line for line in package_log.messages if "not finite, skipped" in line])
+    assert_same_training(*models)
+    assert warnings[0] == warnings[1]
+    assert [line.split(":")[0] for line in warnings[0]] == [f"epoch 1, step {step}" for step in bad]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told_one_step_later(optimizer, package_log):
+    network, cpu = small_network(), torch.device("cpu")
+    recipe = Recipe(optimizer=optimizer, learning_rate=0.5, warmup_epochs=0, momentum=0.5)
+    loop = TrainingLoop(recipe, build_loss(LABELS, batch_dice=False), LABELS, 2, cpu)
+    state = TrainingState(network, build_optimizer(network, recipe, cpu), None)
+    for group in state.optimizer.param_groups:
+        group["fused"] = True
+    prepare_epoch(network, state.optimizer, 0, recipe)
+    good, bad = batch_of(2), batch_of(2)
+    bad["image"][0] = math.inf
+
+    def weights():
+        return [weight.detach().clone() for weight in network.parameters()]
+
+    before = weights()
+    with deterministic_memory():  # memory without values is NaN: torch's first momentum of a skipped step
+        assert loop.step(state, [bad], network) is None
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
+        assert not package_log.messages and state.non_finite_in_a_row == 0  # nobody has looked yet
+        assert math.isnan(loop.step(state, [good], network))
+    assert package_log.messages == ["epoch 1, step 1: the loss or its gradient is not finite, skipped"]
+    after = weights()
+    assert all(torch.isfinite(w).all() for w in after) and not torch.equal(before[0], after[0])
+    loop.settle(state)
+    loop.settle(state)  # there is nothing left to read
+    assert len(state.losses) == 1 and state.non_finite_in_a_row == 0
+
+
+@contextlib.contextmanager
+def deterministic_memory():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_checkpoint_between_two_steps_knows_the_last_one(plan, recipe, fused, tmp_path, monkeypatch):
+    recipe = recipe.override(ema_decay=0.8)
+    whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
+    with monkeypatch.context() as patched:
+        interrupt(patched, step=5)
+        with pytest.raises(TrainingError):
+            trainer_of(plan, recipe, results_folder=tmp_path / "parts").run()
+    latest = load_checkpoint(next((tmp_path / "parts").rglob("checkpoint_latest.pth")))["nnssl_adapt"]
+    assert latest["iteration"] == len(latest["losses"]) == 2 and latest["average_state"]["updates"] == 5
+    assert_same_training(whole, trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True))
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""How does the work run on a GPU, and what does it wait for?"""
