@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +29,7 @@ from nnssl_adapt.training.optimise.schedule import prepare_epoch
 from nnssl_adapt.training.progress.clock import EpochClock
 from nnssl_adapt.training.progress.display import EpochDisplay
 from nnssl_adapt.training.progress.history import History
+from nnssl_adapt.training.progress.kernels import KernelProfile
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import CheckpointWriter, TrainingState, predicting
 from nnssl_adapt.training.run.stopping import STOPPED, StopRequest
@@ -101,18 +102,23 @@ class TrainingLoop:
             OutputError: a checkpoint can't be written.
         """
         recipe, clock = self.recipe, EpochClock(self.device)
+        kernels = KernelProfile(self.device, self.ranks.is_main)
         batches = clock.watched(batches)
         self._stop = stop
         stop.begin()
         while state.epoch < recipe.epochs:
             started = time.time()
             clock.start()
+            resumed_at = state.iteration
+            kernels.begin_epoch(state.epoch, recipe.epochs, recipe.iterations_per_epoch, resumed_at)
             rate = prepare_epoch(state.network, state.optimizer, state.epoch, recipe)
             forward = self._forward(state.network)
             with self._display(state, rate) as display:
                 state.network.train()
                 while state.iteration < recipe.iterations_per_epoch:
+                    kernels.before(state.iteration)
                     loss = self.step(state, itertools.islice(batches, recipe.accumulate), forward)
+                    kernels.after(state.iteration - 1)
                     clock.rest()
                     display.step(loss)
                     if self._asked(stop):
@@ -120,11 +126,14 @@ class TrainingLoop:
                     checkpoints.after_step(state, lambda: self.settle(state))
                     self.watch()
                 self.settle(state)
+                clock.steps_done(state.iteration - resumed_at)
                 judged = self._judge_epoch(state, batches, forward, display, stop)
                 if judged is None:
                     self._leave(state, checkpoints, stop)
             val_loss, dice = judged
-            state.history.add(_mean(state.losses), val_loss, dice, rate, started, time.time(), clock.stop())
+            ran = kernels.take()
+            figures = replace(clock.stop(), kernel_busy=ran.busy, kernel_idle=ran.idle_ms)
+            state.history.add(_mean(state.losses), val_loss, dice, rate, started, time.time(), figures)
             state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
             checkpoints.after_epoch(state)
             self.epoch_ended(state.history)

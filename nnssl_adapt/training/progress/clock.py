@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -29,11 +30,13 @@ class EpochClock:
         self._on_cuda = device.type == "cuda"
         self._spans: list[list[Any]] = []
         self._waited = 0.0
+        self._waited_in_steps = math.nan
         self._started = time.perf_counter()
 
     def start(self) -> None:
         """An epoch begins."""
         self._spans, self._waited, self._started = [], 0.0, time.perf_counter()
+        self._waited_in_steps = math.nan
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -56,15 +59,20 @@ class EpochClock:
         if self._spans and len(self._spans[-1]) == 1:
             self._spans[-1].append(self._mark())
 
+    def steps_done(self, steps: int) -> None:
+        """The epoch's training steps are over, ``steps`` of them here; what comes now are batches for validation."""
+        self._waited_in_steps = 1000 * self._waited / steps if steps else math.nan
+
     def stop(self) -> DeviceFigures:
         """The epoch is over. Waits until the device is done with it."""
         self.rest()
         if not self._on_cuda:
             worked = sum(end - begin for begin, end in self._spans)
-            return DeviceFigures(self._share(worked), self._waited)
+            return DeviceFigures(self._share(worked), self._waited, waited_a_step=self._waited_in_steps)
         torch.cuda.synchronize(self._device)
         worked = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
-        return DeviceFigures(self._share(worked), self._waited, torch.cuda.max_memory_allocated(self._device) / 2**30)
+        peak = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return DeviceFigures(self._share(worked), self._waited, peak, self._waited_in_steps)
 
     def _share(self, worked: float) -> float:
         return min(1.0, worked / max(time.perf_counter() - self._started, 1e-9))

@@ -111,6 +111,8 @@ def log_epoch(history: History, epochs: int, class_names: Sequence[str]) -> None
 def _device(history: History) -> str:
     busy, memory = history.device_busy[-1], history.peak_memory[-1]
     text = "" if math.isnan(busy) else f"  busy {busy:.0%}"
+    if not math.isnan(kernels := history.kernel_busy[-1]):
+        text += f" (kernels {kernels:.0%})"
     return text if math.isnan(memory) else f"{text}  {memory:.1f} GiB"
 
 

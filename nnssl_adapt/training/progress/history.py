@@ -16,7 +16,7 @@ from nnssl_adapt.files import write_text
 EMA_DECAY = 0.9
 """Share of the past in the smoothed pseudo-Dice that chooses ``checkpoint_best`` (nnU-Net's)."""
 
-OURS = ("device_busy", "data_waits", "peak_memory")
+OURS = ("device_busy", "data_waits", "peak_memory", "data_wait_steps", "kernel_busy", "kernel_idle")
 """Figures that nnU-Net has not. Checkpoints keep them apart: it takes the shortest of its lists for the number of epochs."""
 
 
@@ -28,11 +28,17 @@ class DeviceFigures:
         busy: 0 to 1, of the epoch's time that it worked.
         waited: seconds that the process waited for batches.
         peak_memory: GiB that tensors occupied at most; NaN where that is not counted (other devices than CUDA's).
+        waited_a_step: milliseconds that a training step waited for its batches, on the mean.
+        kernel_busy: 0 to 1, of a training step's time that kernels ran, in the epochs of which steps were profiled.
+        kernel_idle: milliseconds a training step in which no kernel ran; likewise.
     """
 
     busy: float = math.nan
     waited: float = math.nan
     peak_memory: float = math.nan
+    waited_a_step: float = math.nan
+    kernel_busy: float = math.nan
+    kernel_idle: float = math.nan
 
 
 @dataclass
@@ -46,7 +52,8 @@ class History:
         ema_fg_dice: that, smoothed over epochs.
         lrs: learning rate.
         epoch_start_timestamps, epoch_end_timestamps: seconds since 1970.
-        device_busy, data_waits, peak_memory: see :class:`DeviceFigures`; NaN in epochs of which nobody measured them.
+        device_busy, data_waits, peak_memory, data_wait_steps, kernel_busy, kernel_idle: see :class:`DeviceFigures`; NaN in
+            epochs of which nobody measured them.
     """
 
     train_losses: list[float] = field(default_factory=list)
@@ -60,6 +67,9 @@ class History:
     device_busy: list[float] = field(default_factory=list)
     data_waits: list[float] = field(default_factory=list)
     peak_memory: list[float] = field(default_factory=list)
+    data_wait_steps: list[float] = field(default_factory=list)
+    kernel_busy: list[float] = field(default_factory=list)
+    kernel_idle: list[float] = field(default_factory=list)
 
     def add(
         self,
@@ -91,6 +101,9 @@ class History:
         self.device_busy.append(float(device.busy))
         self.data_waits.append(float(device.waited))
         self.peak_memory.append(float(device.peak_memory))
+        self.data_wait_steps.append(float(device.waited_a_step))
+        self.kernel_busy.append(float(device.kernel_busy))
+        self.kernel_idle.append(float(device.kernel_idle))
 
     def __len__(self) -> int:
         return len(self.train_losses)
@@ -132,6 +145,9 @@ class History:
             "device_busy": self.device_busy[epoch],
             "data_wait_seconds": self.data_waits[epoch],
             "peak_memory_gib": self.peak_memory[epoch],
+            "data_wait_ms_per_step": self.data_wait_steps[epoch],
+            "kernel_busy": self.kernel_busy[epoch],
+            "kernel_idle_ms_per_step": self.kernel_idle[epoch],
         }
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
 
