@@ -116,7 +116,7 @@ def kernel_figures(events: Iterable[Any], steps: int) -> KernelFigures:
     kernels = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type.name == "CUDA"
         and not event.name.startswith(_NO_KERNELS)
         and not getattr(event, "is_user_annotation", False)
     )
