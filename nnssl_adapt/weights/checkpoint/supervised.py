@@ -223,8 +223,10 @@ def plan_from_tensors(
     that a file beside the weights tells. Returns the plan, the order of its image axes (``zyx`` or ``xyz``) and notes. Raises
     AdaptationPlanError when it is no U-Net, or an entry makes no sense.
     """
+    told_beside = dict(beside or {})
+    hints = {**(family.arguments if family else {}), **told_beside.pop("arguments", {})}
     try:
-        topology = read_topology(tensors)
+        topology = read_topology(tensors, hints)
     except ArchitectureError as error:
         raise AdaptationPlanError(f"{where} has no plan, and none can be read off its tensors: {error}") from error
     architecture = topology.architecture
@@ -247,14 +249,14 @@ def plan_from_tensors(
         use_mask_for_norm=(False,) * topology.channels,
         intensity=(facts.window.statistics(),) * topology.channels if facts.window else (),
         supervised=supervised,
-        head_names=facts.labels if supervised else (),
+        head_names=facts.labels if supervised and topology.heads == len(facts.labels) else (),
         orientation=facts.orientation,
         citations=tuple(dict(entry) for entry in facts.citations),
     )
     notes = [f"no plan in the file or beside it: the architecture was read off the tensors ({architecture})"]
     if beside:
         try:
-            plan = AdaptationPlan.model_validate({**dict(plan), **beside})
+            plan = AdaptationPlan.model_validate({**dict(plan), **told_beside})
         except ValidationError as error:
             raise AdaptationPlanError(f"beside {where}: wrong at {first_problem(error)}") from error
         return plan, facts.axes, notes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nnssl_adapt.errors import UnreadableCheckpoint
@@ -132,9 +132,10 @@ class Family:
         facts: how it was trained.
         key_map: for files with other names than the network has.
         recognises: whether a network without a plan is one of the family.
+        arguments: of its network, for what the tensors don't tell.
         refusal: why its files can't be used, and what can be done; None for those that can.
         beside: for families that write what they know into a pickle beside the weights (``X.model.pkl``): (its content as
-            plain values, its path, the path of the weights) → fields of an AdaptationPlan.
+            plain values, its path, the path of the weights) → fields of an AdaptationPlan, and ``arguments``.
         prepare: what is done to the tensors, under our names, so that the network built for them computes the same; returns
             them and notes for the user.
     """
@@ -143,6 +144,7 @@ class Family:
     facts: Facts
     key_map: KeyMap | None = None
     recognises: Callable[[Topology], bool] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
     beside: Callable[[Any, str, str], dict[str, Any]] | None = None
     prepare: Callable[[Tensors], tuple[dict[str, Any], tuple[str, ...]]] | None = None

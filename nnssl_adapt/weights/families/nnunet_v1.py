@@ -67,6 +67,15 @@ def trained_as(content: Any, where: str, folder: str = "") -> dict[str, Any]:
         ) from error
 
 
+def pooling(content: Any, where: str, folder: str = "") -> list[list[int]]:
+    """Steps from each resolution to the next (Z, Y, X), as the plans have them; arguments as of :func:`trained_as`."""
+    try:
+        steps = content["plans"]["plans_per_stage"][_stage(content, folder)]["pool_op_kernel_sizes"]
+        return [[int(size) for size in step] for step in steps]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdaptationPlanError(f"{where} does not say the network's steps (pool_op_kernel_sizes)") from error
+
+
 def _stage(content: Mapping[str, Any], folder: str) -> int:
     """Number of the resolution: the trainer's argument, else as the configuration's folder says, else the only one."""
     stages = list(content["plans"]["plans_per_stage"])

@@ -10,7 +10,6 @@ def _named(name: str, marker: str) -> Family:
 
 
 NOT_SUPPORTED = (
-    _named("a STU-Net (nnU-Net version 1)", r"conv_blocks_context\.0\.0\.conv1\.weight"),
     _named("a Swin UNETR", r"(?:.+\.)?layers1\.0\.blocks\.0\.attn\.qkv\.weight"),
     _named("a SegResNet of MONAI", r"(?:.+\.)?(?:convInit\.conv|conv_init)\.weight"),
     _named("a UNet3D of Models Genesis", r"(?:.+\.)?down_tr64\.ops\.0\.conv1\.weight"),

@@ -7,10 +7,11 @@ from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.fomo import FOMO_AMAES
 from nnssl_adapt.weights.families.nnunet_v1 import NNUNET_V1
 from nnssl_adapt.weights.families.not_supported import NOT_SUPPORTED
+from nnssl_adapt.weights.families.stu_net import STU_NET
 from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import Topology
 
-FAMILIES: tuple[Family, ...] = (CONTRAST_AGNOSTIC, FOMO_AMAES, NNUNET_V1, *NOT_SUPPORTED)
+FAMILIES: tuple[Family, ...] = (CONTRAST_AGNOSTIC, FOMO_AMAES, NNUNET_V1, STU_NET, *NOT_SUPPORTED)
 
 
 def family_of_names(tensors: Tensors) -> Family | None:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nnssl_adapt.errors import ArchitectureError, ConfigurationError
+from nnssl_adapt.weights.network import stu_net
 from nnssl_adapt.weights.network.arguments import (
     BLOCKS_PER_STAGE,
     CLASS_KEYS,
@@ -116,6 +117,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         for version in ("", "V2", "V3")
         for letter, size in _PRIMUS_SIZES.items()
     },
+    **{f"STUNet{letter}": (stu_net.CLASS_NAME, stu_net.published(letter)) for letter in stu_net.SIZES},
 }
 
 

@@ -105,8 +105,8 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "n_stages": stages,
         "features_per_stage": per_stage("features_per_stage", stages, positive_int),
         "conv_op": _operation_name(class_name, "conv_op", kwargs["conv_op"]),
-        "kernel_sizes": per_stage("kernel_sizes", stages, _triple),
-        "strides": per_stage("strides", stages, _triple),
+        "kernel_sizes": per_stage("kernel_sizes", stages, triple),
+        "strides": per_stage("strides", stages, triple),
         blocks_key: per_stage(blocks_key, stages, positive_int),
         "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, positive_int),
         "conv_bias": flag(class_name, "conv_bias", kwargs.get("conv_bias", False)),
@@ -145,7 +145,7 @@ def spell_out_primus(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"{class_name}: embed_dim {width} must be a multiple of 6 × eva_numheads ({heads}), "
             "so that each head holds sine-cosine pairs of three axes"
         )
-    patch = _triple(class_name, "patch_embed_size", values["patch_embed_size"])
+    patch = triple(class_name, "patch_embed_size", values["patch_embed_size"])
     if class_name != "Primus" and patch != [8, 8, 8]:
         raise ArchitectureError(f"{class_name}: patch_embed_size is {patch}, and its tokenizer always makes steps of 8")
     init_values = values["init_values"]
@@ -194,7 +194,7 @@ def positive_int(class_name: str, key: str, value: Any) -> int:
     return int(value)
 
 
-def _triple(class_name: str, key: str, value: Any) -> list[int]:
+def triple(class_name: str, key: str, value: Any) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * 3
     if len(values) != 3:
         raise ArchitectureError(

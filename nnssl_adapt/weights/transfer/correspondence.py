@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 
 _CNN_BLOCK = re.compile(r"(?P<stage>\d+)\.(?:\d+\.)?(?P<word>blocks|convs)\.(?P<block>\d+)\.(?P<rest>.+)")
 _EVA_BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.+)")
@@ -89,9 +88,7 @@ def _counted(count: int, word: str) -> str:
 
 
 def _promised(architecture: Architecture) -> Mapping[int | None, int]:
-    if architecture.is_transformer:
-        return {None: int(architecture.kwargs["eva_depth"])}
-    return dict(enumerate(architecture.kwargs[BLOCKS_PER_STAGE[architecture.class_name]]))
+    return architecture.kind.blocks(architecture.kwargs)
 
 
 def other_names(relative: str) -> list[str]:

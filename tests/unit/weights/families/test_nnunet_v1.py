@@ -69,7 +69,6 @@ def test_the_network_computes_what_version_1_computed(trained, levels):
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("conv_blocks_context.0.0.conv1.weight", "STU-Net"),
         ("module.swinViT.layers1.0.blocks.0.attn.qkv.weight", "Swin UNETR"),
         ("encoder.conv_init.weight", "SegResNet"),
         ("module.down_tr64.ops.0.conv1.weight", "Genesis"),
