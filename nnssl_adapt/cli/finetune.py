@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         save_probabilities=arguments.npz,
         deadline=deadline,
         accept_changed=tuple(arguments.accept_changed),
+        stage=arguments.stage,
     )
     if arguments.num_gpus > 1:
         return _train_in_processes(request, arguments.num_gpus, arguments.verbose)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose, stop_in_order
+from nnssl_adapt.cli.job_flags import add_job_flags, resources_from, settings_from, stage_words
 
 if TYPE_CHECKING:
     from nnssl_adapt.cluster.submission import Submission
@@ -20,23 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-d", dest="dataset", help="dataset id or name, instead of the file's")
     parser.add_argument("-device", help="cuda, cpu or mps, instead of the file's")
-    jobs = parser.add_argument_group("where the runs are done")
-    jobs.add_argument(
-        "--cluster", choices=("local", "slurm"), default="local", help="on this machine (default), or as jobs of Slurm"
-    )
-    jobs.add_argument("--gpus", help="GPUs of each training, or TYPE:NUMBER such as a100:1 (default 1 for cuda)")
-    jobs.add_argument("--cpus", type=int, default=8, help="cores of each training (default 8)")
-    jobs.add_argument("--mem", default="", help="memory of each job, as Slurm writes it (48G)")
-    jobs.add_argument("--time", default="", help="of each job (24:00:00); it is queued again if need be")
-    jobs.add_argument("--partition", default="")
-    jobs.add_argument("--account", default="")
-    jobs.add_argument("--throttle", type=int, default=0, metavar="K", help="most trainings of a plan at the same time")
-    jobs.add_argument(
-        "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
-    )
-    jobs.add_argument(
-        "--sbatch", action="append", default=[], metavar="'FLAGS'", help="more flags of sbatch, as --sbatch='--qos=low'"
-    )
+    add_job_flags(parser.add_argument_group("where the runs are done"), cluster="local")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show the commands of all runs, and do nothing")
     what.add_argument("--status", action="store_true", help="show how far every run is")
@@ -81,19 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(study: Study, arguments: argparse.Namespace) -> Submission:
-    from nnssl_adapt.cluster.graph import Resources
-    from nnssl_adapt.cluster.scripts import SlurmSettings
-
-    gpus = arguments.gpus or ("1" if study.spec.device.startswith("cuda") else "0")
     return study.run(
         arguments.cluster,
-        Resources(cpus=arguments.cpus, gpus=gpus, mem=arguments.mem, time=arguments.time),
+        resources_from(arguments, study.spec.device),
         arguments.throttle,
-        SlurmSettings(
-            arguments.partition,
-            arguments.account,
-            None if arguments.setup is None else arguments.setup.expanduser().resolve(),
-            tuple(word for text in arguments.sbatch for word in shlex.split(text)),
-        ),
+        settings_from(arguments),
         ("nnssl-adapt", *arguments.command_line),
+        training=stage_words(arguments),
     )

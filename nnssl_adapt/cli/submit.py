@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import (
@@ -23,11 +20,11 @@ from nnssl_adapt.cli.common import (
     source_options,
     stop_in_order,
 )
+from nnssl_adapt.cli.job_flags import add_job_flags, resources_from, settings_from, stage_words
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_options_from
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
-    from nnssl_adapt.cluster.graph import Resources
     from nnssl_adapt.cluster.scripts import SlurmSettings
     from nnssl_adapt.cluster.submission import Submission
 
@@ -42,31 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shards", type=int, default=1, help="jobs that preprocess, each a part of the cases (default 1)"
     )
-    group.add_argument(
-        "--gpus", help="GPUs of each machine, or TYPE:NUMBER such as a100:2 (default 1; on CPUs: processes)"
-    )
     group.add_argument("--nodes", type=int, default=1, help="machines that train one fold together (default 1)")
-    group.add_argument("--cpus", type=int, default=8, help="cores for each process, of each GPU (default 8)")
-    group.add_argument("--mem", default="", help="memory of each machine, as Slurm writes it (48G)")
-    group.add_argument(
-        "--time", default="", help="of each job, in any form of Slurm's (24:00:00); it is queued again if need be"
-    )
-    group.add_argument("--partition", default="")
-    group.add_argument("--account", default="")
-    group.add_argument("--throttle", type=int, default=0, metavar="K", help="most folds that train at the same time")
-    group.add_argument(
-        "--setup", type=Path, metavar="FILE", help="what every job sources first: modules, an environment"
-    )
-    group.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="'FLAGS'",
-        help="more flags of sbatch, as --sbatch='--qos=low' (repeatable)",
-    )
-    group.add_argument(
-        "--cluster", choices=("slurm", "local"), default="slurm", help="local: run it all on this machine"
-    )
+    add_job_flags(group, cluster="slurm")
     group.add_argument(
         "--track",
         action="append",
@@ -114,10 +88,10 @@ def _submit(arguments: argparse.Namespace) -> int:
         shards=arguments.shards,
         recipe=recipe_from(arguments, checkpoint.architecture),
         device=arguments.device,
-        resources=_resources(arguments),
+        resources=resources_from(arguments, arguments.device),
         throttle=arguments.throttle,
         cluster=arguments.cluster,
-        settings=_settings(arguments),
+        settings=settings_from(arguments),
         plan_options=plan_options_from(arguments, dataset, checkpoint),
         source_options=source_options(arguments),
         training=_training_words(arguments),
@@ -125,7 +99,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         command=("nnssl-adapt", *arguments.command_line),
     )
     if arguments.dry_run:
-        _show_scripts(submitted.submission, _settings(arguments))
+        _show_scripts(submitted.submission, settings_from(arguments))
         print("Nothing was written or submitted: leave --dry-run out to go on")
         return EXIT_OK
     print(submitted)
@@ -165,28 +139,11 @@ def _cancel(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _resources(arguments: argparse.Namespace) -> Resources:
-    """On CPUs, --gpus counts processes."""
-    from nnssl_adapt.cluster.graph import Resources
-
-    gpus = arguments.gpus or ("1" if arguments.device == "cuda" else "0")
-    asked = Resources(cpus=arguments.cpus, gpus=gpus, nodes=arguments.nodes, mem=arguments.mem, time=arguments.time)
-    return asked if arguments.device == "cuda" else replace(asked, gpus="0", tasks=max(1, asked.num_gpus))
-
-
-def _settings(arguments: argparse.Namespace) -> SlurmSettings:
-    from nnssl_adapt.cluster.scripts import SlurmSettings
-
-    flags = tuple(word for text in arguments.sbatch for word in shlex.split(text))
-    setup = None if arguments.setup is None else arguments.setup.expanduser().resolve()
-    return SlurmSettings(arguments.partition, arguments.account, setup, flags)
-
-
 def _training_words(arguments: argparse.Namespace) -> list[str]:
     """Flags of the training beside the recipe, which the jobs get as a file."""
     words = ["--npz"] if arguments.npz else []
     words += [] if arguments.workers is None else ["--workers", str(arguments.workers)]
-    return [*words, *(word for tracker in arguments.track for word in ("--track", tracker))]
+    return [*words, *stage_words(arguments), *(word for tracker in arguments.track for word in ("--track", tracker))]
 
 
 def parse_folds(text: str) -> list[int]:

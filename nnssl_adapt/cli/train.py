@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import EXIT_OK, add_source, add_verbose, run_command, source_options, stop_in_order
+from nnssl_adapt.cli.job_flags import add_stage
 from nnssl_adapt.cli.nnunet_words import say_ignored_variables
 from nnssl_adapt.cli.parser import Parser
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
@@ -98,6 +99,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="save and stop before so much time is over, with exit code 75 (any form of Slurm's --time); in a Slurm job its end "
         "counts as well (none: not)",
     )
+    add_stage(parser)
 
 
 def deadline_of(arguments: argparse.Namespace, started: float) -> Deadline | None:
@@ -185,6 +187,7 @@ def _train(arguments: argparse.Namespace) -> int:
         splits=arguments.splits,
         deadline=deadline,
         accept_changed=tuple(arguments.accept_changed),
+        stage=arguments.stage,
     )
     return carry_out(request, plan=plan)
 

@@ -106,8 +106,7 @@ class Finetuning:
         words: tuple[str, ...] = ("train", "-d", self.plan.dataset_name, "-c", self.plan.configuration, "-f", str(fold))
         words += ("-p", self.plan.plans_name, "--recipe", str(self.recipe), "-device", self.device, "--c", "auto")
         words += ("-pc", self.source, *self.opening) if self.pretrained else ()
-        if resources.nodes * resources.tasks > 1:
-            words += ("--ranks", "slurm") if by_slurm else ("-num_gpus", str(resources.tasks))
+        words += resources.rank_words(by_slurm)
         return Step(
             f"fold_{fold}",
             FOLDS,

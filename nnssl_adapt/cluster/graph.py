@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ class Resources:
     tasks: int = 1
     mem: str = ""
     time: str = ""
+
+    @property
+    def a_task_for_each_gpu(self) -> Resources:
+        """The same with at least as many processes as GPUs."""
+        return replace(self, tasks=max(self.tasks, self.num_gpus))
+
+    def rank_words(self, by_slurm: bool) -> tuple[str, ...]:
+        """Flags of ``train`` for its processes: Slurm's tasks, or processes that the command starts itself."""
+        if self.nodes * self.tasks == 1:
+            return ()
+        return ("--ranks", "slurm") if by_slurm else ("-num_gpus", str(self.tasks))
 
     @property
     def num_gpus(self) -> int:

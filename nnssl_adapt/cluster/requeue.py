@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from nnssl_adapt.cluster import slurm
 from nnssl_adapt.cluster.rounds import Verdict, end_round
 from nnssl_adapt.cluster.submission import Submission
+from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.machine.copying import Stage, remove_abandoned_copies
 
 
 def after_round(folder: Path, name: str, code: int, job: str) -> tuple[Verdict, str]:
@@ -25,6 +29,7 @@ def after_round(folder: Path, name: str, code: int, job: str) -> tuple[Verdict, 
     Returns the verdict and what to tell. Raises ConfigurationError for a step that is none, SlurmError where Slurm refuses.
     """
     submission = Submission.load(folder)
+    _remove_copies(submission.graph.step(name).command)
     known = slurm.facts(job) if job else {}
     preempted = known.get("PreemptTime", "None") not in ("None", "Unknown", "")
     verdict, reason = end_round(folder, submission.graph.step(name), code, counts=not preempted)
@@ -34,6 +39,14 @@ def after_round(folder: Path, name: str, code: int, job: str) -> tuple[Verdict, 
         return Verdict.FAILED, "cancelled: not queued again"
     slurm.requeue(job)
     return verdict, f"{reason}: queued again"
+
+
+def _remove_copies(command: Sequence[str]) -> None:
+    """Remove what a training that was killed together with its copying process left on this machine's disk."""
+    with suppress(ConfigurationError):  # the training has told it
+        stage = Stage.of(dict(itertools.pairwise(command)).get("--stage"))
+        if stage is not None:
+            remove_abandoned_copies(stage.folder)
 
 
 def _was_cancelled(known: Mapping[str, str]) -> bool:

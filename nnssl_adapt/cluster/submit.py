@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from nnssl_adapt.files import write_text
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.recipe.recipe import Recipe
-from nnssl_adapt.training.run.deadline import read_time_limit
+from nnssl_adapt.training.run.deadline import is_unlimited, read_time_limit
 from nnssl_adapt.training.run.folder import RunFolder
 from nnssl_adapt.training.setup import adapted_plan, without_pretraining
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -126,7 +126,7 @@ def submit(
         StepFailed, TrainingStopped: of ``cluster="local"``.
     """
     resources, settings = resources or Resources(gpus="1" if device == "cuda" else "0"), settings or SlurmSettings()
-    resources = replace(resources, tasks=max(resources.tasks, resources.num_gpus))  # a process for each GPU
+    resources = resources.a_task_for_each_gpu
     _check_request(shards, resources, throttle, cluster, settings)
     if cluster == SLURM and not dry_run:
         slurm.require_slurm()
@@ -180,8 +180,8 @@ def _check_request(shards: int, resources: Resources, throttle: int, cluster: st
         mistakes.append(f"--nodes {resources.nodes} with --cluster local: this is one machine")
     if mistakes:
         raise ConfigurationError("; ".join(mistakes), mistakes=mistakes)
-    if resources.time:
-        read_time_limit(resources.time)
+    if resources.time and not is_unlimited(resources.time):
+        read_time_limit(resources.time, "--time")
 
 
 def _finetuning(

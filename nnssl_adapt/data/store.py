@@ -217,6 +217,11 @@ class CaseStore:
             digests[case] = " ".join(f"{number:08x}" for number in recorded or sizes)
         return digests
 
+    def checksums(self, identifier: str) -> dict[Path, int | None]:
+        """The three files of a case (data, labels, properties), each with its CRC-32 where it has a record."""
+        sums = _mapping(read_record(self._record(identifier)), "crc32")
+        return {path: sums.get(path.name) for path in self._paths(identifier)}
+
     def remove(self, identifier: str) -> None:
         """Remove a case, whole or not."""
         data_path, seg_path, properties_path = self._paths(identifier)

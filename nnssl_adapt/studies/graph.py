@@ -22,6 +22,7 @@ def study_graph(
     page: Path,
     resources: Resources,
     throttle: int = 0,
+    more: Sequence[str] = (),
 ) -> Graph:
     """The graph of a study.
 
@@ -33,6 +34,7 @@ def study_graph(
         page: that it writes.
         resources: of each training; preprocessing gets its cores and memory, and no GPU.
         throttle: most trainings of a plan at the same time; 0: all.
+        more: flags of every training, beside the runs' own.
     """
     plain = replace(resources, gpus="0", nodes=1, tasks=1)
     steps: list[Step] = []
@@ -43,7 +45,7 @@ def study_graph(
         asked |= {prepare: plain, train: resources}
         steps.append(_preparation(prepare, preparation))
         mine = [run for run in runs if run.plans_name == preparation.plans_name]
-        steps += [_training(train, prepare, run) for run in mine]
+        steps += [_training(train, prepare, run, more) for run in mine]
         trainings.append(train)
     summaries = tuple(run.summary for run in runs)
     steps.append(Step(ANSWER, ANSWER, tuple(answer), (page,), summaries, tuple(trainings)))
@@ -61,12 +63,12 @@ def _preparation(group: str, preparation: Preparation) -> Step:
     )
 
 
-def _training(group: str, after: str, run: StudyRun) -> Step:
+def _training(group: str, after: str, run: StudyRun, more: Sequence[str]) -> Step:
     folder = run.fold_folder
     return Step(
         run.key,
         group,
-        ("train", *run.words, "--c", "auto"),
+        ("train", *run.words, "--c", "auto", *more),
         outputs=run.outputs,
         after=(after,),
         watch=(folder / STOPPED, folder / "validation_done.json"),

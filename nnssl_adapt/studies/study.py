@@ -112,6 +112,7 @@ class Study:
         throttle: int = 0,
         settings: SlurmSettings | None = None,
         command: Sequence[str] = (),
+        training: Sequence[str] = (),
     ) -> Submission:
         """Do what is missing, and write the results. Call it again to go on: files say what is done.
 
@@ -122,6 +123,7 @@ class Study:
             throttle: most trainings of a plan at the same time; 0: all.
             settings: of all Slurm jobs.
             command: that asked for it, for the record.
+            training: more flags of every training.
 
         Raises:
             ConfigurationError: the study is running already, or there is no Slurm; SlurmError: Slurm refused.
@@ -130,9 +132,13 @@ class Study:
             StepFailed: of ``local``: a run failed (the others were done); its output is in the study's folder.
         """
         resources = resources or Resources(gpus="1" if self.spec.device.startswith("cuda") else "0")
+        resources = resources.a_task_for_each_gpu
+        more = (*resources.rank_words(cluster == SLURM), *training)
         answer = ("study", str(self.file), "--table")
         page = self.folder / "study.html"
-        graph = study_graph(f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle)
+        graph = study_graph(
+            f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle, more
+        )
         submission = Submission(self.folder / FOLDER, graph, cluster, tuple(command), versions_here(package_version()))
         if cluster == SLURM:
             slurm.require_slurm()

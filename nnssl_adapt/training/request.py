@@ -44,6 +44,7 @@ class TrainingRequest:
         splits: file instead of the dataset's ``splits_final.json``.
         deadline: when to have stopped.
         accept_changed: what may have changed since the run stopped.
+        stage: where to copy cases to, as ``--stage`` takes it.
     """
 
     dataset: str
@@ -65,6 +66,7 @@ class TrainingRequest:
     splits: str | None = None
     deadline: Deadline | None = None
     accept_changed: tuple[str, ...] = ()
+    stage: str | None = None
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -109,6 +111,7 @@ class TrainingRequest:
             results_folder=self.results,
             splits_file=self.splits,
             ranks=ranks,
+            stage=self.stage,
         )
         return trainer.run(
             resume=self.resume,

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ def batches_of_fold(
     ranks: Ranks,
     workers: int,
     pin_memory: bool,
+    copies: Path | None = None,
 ) -> Generator[Batch]:
     """All batches of a run from some point on, in the order in which the loop takes them. To be closed when no more are wanted.
 
@@ -99,6 +101,7 @@ def batches_of_fold(
         ranks: the processes that share each batch.
         workers: processes that make batches ahead.
         pin_memory: whether they go to a GPU.
+        copies: folder with copies of cases, now or later.
     """
     labels, patch, key = plan.labels, plan.patch_size, annotated_key(plan.labels)
     spatial, masks = SpatialRange.of(patch), plan.settings.use_mask_for_norm
@@ -121,6 +124,7 @@ def batches_of_fold(
         recipe.seed,
         rank=ranks.rank,
         size=ranks.size,
+        copies=copies,
     )
     epoch, step = start
     schedule = BatchSchedule(

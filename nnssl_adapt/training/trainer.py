@@ -19,11 +19,13 @@ from nnssl_adapt.evaluation.metrics import Summary
 from nnssl_adapt.files import make_folder, sha256_of
 from nnssl_adapt.inference.convolutions import cudnn_benchmark, exact_float32
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.machine.copying import Stage
 from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.machine.lock import only_run_in
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death
+from nnssl_adapt.training.batches.staging import staged
 from nnssl_adapt.training.batches.store_check import store_compared
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
@@ -86,6 +88,8 @@ class PretrainedTrainer:
         progress: whether to show a live line on a terminal.
         trackers: where else to send the figures: ``tensorboard``, ``wandb``.
         ranks: the processes that train together, if there are several; see :mod:`nnssl_adapt.training.launch.distributed`.
+        stage: a folder on a disk of the machine that the fold's cases are copied to while the training begins; ``none`` for no
+            copies; None: ``SLURM_TMPDIR`` where it is set and large enough.
 
     Raises:
         DeviceUnavailable: no such device here.
@@ -109,7 +113,9 @@ class PretrainedTrainer:
         progress: bool = True,
         trackers: Sequence[str] = (),
         ranks: Ranks | None = None,
+        stage: str | None = None,
     ) -> None:
+        self.stage = Stage.of(stage)
         self.ranks = ranks or Ranks()
         self.device = check_device(self.ranks.device(str(device)))
         recipe = recipe or Recipe.load("primus" if plan.architecture.is_transformer else "default")
@@ -235,11 +241,21 @@ class PretrainedTrainer:
         return network
 
     def _train(self, state: TrainingState, stop: StopRequest) -> None:
-        cases = [*self.training_cases, *self.validation_cases] if self.ranks.is_main else []
-        with store_compared(self.store, cases) as watch:
-            self._train_watched(state, stop, watch)
+        cases = [*self.training_cases, *self.validation_cases]
+        with (
+            store_compared(self.store, cases if self.ranks.is_main else []) as compared,
+            staged(self.store, cases, self.stage, self.ranks) as copies,
+        ):
 
-    def _train_watched(self, state: TrainingState, stop: StopRequest, watch: Callable[[], None]) -> None:
+            def watch() -> None:
+                compared()
+                copies.refuse_damaged()
+
+            self._train_watched(state, stop, watch, copies.folder)
+
+    def _train_watched(
+        self, state: TrainingState, stop: StopRequest, watch: Callable[[], None], copies: Path | None
+    ) -> None:
         loop = TrainingLoop(
             recipe=self.recipe,
             loss=self.loss,
@@ -257,7 +273,7 @@ class PretrainedTrainer:
         names, settings = self.labels.class_names, self.recipe.to_dict()
         self._picture = ProgressPicture(folder / "progress.png", names)
         with (
-            closing(self._batches_from(state)) as batches,  # ends its workers, whatever still refers to it
+            closing(self._batches_from(state, copies)) as batches,  # ends its workers, whatever still refers to it
             Trackers(self.trackers, folder, folder.parent.name, settings, state.epoch, names) as self._tracked,
             CheckpointWriter(folder, identity, self.checkpointing, self.ranks.is_main, stop.saved) as checkpoints,
         ):
@@ -286,7 +302,7 @@ class PretrainedTrainer:
             is_main=self.ranks.is_main,
         )
 
-    def _batches_from(self, state: TrainingState) -> Generator[Batch]:
+    def _batches_from(self, state: TrainingState, copies: Path | None) -> Generator[Batch]:
         return batches_of_fold(
             self.plan,
             self.store,
@@ -296,6 +312,7 @@ class PretrainedTrainer:
             self.ranks,
             self.workers,
             pin_memory=self.device.type == "cuda",
+            copies=copies,
         )
 
     def _describe(self, state: TrainingState, stop: StopRequest) -> None:

@@ -26,6 +26,7 @@ from nnssl_adapt.machine.memory import reuse_freed_memory
 from nnssl_adapt.machine.resources import default_workers as default_workers
 from nnssl_adapt.machine.resources import memory_kills, why_a_worker_died
 from nnssl_adapt.training.batches.spatial import Box, Size
+from nnssl_adapt.training.batches.staging import open_nearest
 from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
 
@@ -248,6 +249,7 @@ class Batches(Dataset):  # type: ignore[type-arg]
         seed: of all that is drawn.
         rank: of this process.
         size: how many processes there are.
+        copies: folder with copies of cases on this machine's own disk, now or later; see :mod:`.staging`.
 
     Raises:
         ConfigurationError: there are more processes than samples.
@@ -262,8 +264,10 @@ class Batches(Dataset):  # type: ignore[type-arg]
         seed: int,
         rank: int = 0,
         size: int = 1,
+        copies: Path | None = None,
     ) -> None:
         self.store = CaseStore(store_folder)
+        self.copies = None if copies is None else CaseStore(copies)
         self.phases = dict(phases)
         self.batch_size = batch_size
         self.foreground_fraction = foreground_fraction
@@ -281,7 +285,7 @@ class Batches(Dataset):  # type: ignore[type-arg]
         counters = self.seed, _PHASES.index(request.phase), request.epoch, request.iteration, index
         seed, later, _ = seeds_for(*counters)
         random = np.random.RandomState(seed)
-        case = self.store.open(data.cases[random.randint(len(data.cases))])
+        case = open_nearest(self.store, self.copies, data.cases[random.randint(len(data.cases))])
         forced = is_forced_foreground(index, self.batch_size, self.foreground_fraction)
         corner = data.sampler.lower_corner(
             case.data.shape[1:], forced, lambda: case.properties.get("class_locations") or {}, random

@@ -48,11 +48,7 @@ def store_compared(
                 return
             found += [] if store.is_complete(case, read_all=True) else [case]
         if found:
-            raise CaseError(
-                f"{store.folder}: {and_more(found)} changed on the disk since they were preprocessed (the bytes differ from "
-                f"their checksums): {MADE_AGAIN}",
-                path=store.folder,
-            )
+            raise changed_on_disk(store, found)
 
     with Background() as background:
         background.submit("checksums", compare)
@@ -60,6 +56,15 @@ def store_compared(
             yield background.check
         finally:
             over.set()
+
+
+def changed_on_disk(store: CaseStore, cases: Sequence[str]) -> CaseError:
+    """The error of cases whose bytes are not those that were written."""
+    return CaseError(
+        f"{store.folder}: {and_more(cases)} changed on the disk since they were preprocessed (the bytes differ from "
+        f"their checksums): {MADE_AGAIN}",
+        path=store.folder,
+    )
 
 
 @contextmanager

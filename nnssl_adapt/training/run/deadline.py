@@ -47,17 +47,17 @@ def is_unlimited(text: str) -> bool:
     return text.strip().lower() in _NO_LIMIT
 
 
-def read_time_limit(text: str) -> float:
+def read_time_limit(text: str, flag: str = "--time-limit") -> float:
     """Return the seconds that a time stands for, in any of the forms of Slurm's ``--time``.
 
     ``90`` (minutes, also ``1.5``), ``19:52`` (minutes:seconds), ``23:30:00``, ``1-12`` (days-hours), ``1-12:30`` and
-    ``1-12:30:00``. Raises ConfigurationError for anything else, and for no time.
+    ``1-12:30:00``. Raises ConfigurationError, which names ``flag``, for anything else, and for no time.
     """
     match = next((found for form in _FORMS if (found := form.fullmatch(text.strip()))), None)
     seconds = sum(_SECONDS[unit] * float(number or 0) for unit, number in match.groupdict().items()) if match else 0.0
     if seconds <= 0:
         raise ConfigurationError(
-            f"--time-limit {text}: expected minutes above 0 (90), minutes:seconds (19:52), hours:minutes:seconds (23:30:00), "
+            f"{flag} {text}: expected minutes above 0 (90), minutes:seconds (19:52), hours:minutes:seconds (23:30:00), "
             "days-hours (1-12), days-hours:minutes:seconds (1-12:30:00), or none"
         )
     return seconds
