@@ -25,6 +25,7 @@ def test_a_request_is_the_same_after_the_way_through_a_file(tmp_path):
         splits="splits.json",
         deadline=Deadline(1234.5, "the time limit of 2"),
         accept_changed=("splits",),
+        stage="/scratch",
     )
     path = tmp_path / "request.json"
     request.save(path)
