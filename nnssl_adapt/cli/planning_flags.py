@@ -38,7 +38,7 @@ def add_planning_flags(
         nargs="+" if several else 1,
         default=["3d_fullres"],
         metavar="CONFIGURATION",
-        help="nnU-Net's configurations to plan: 3d_fullres (default)",
+        help="nnU-Net's configurations to plan: 3d_fullres (default), 3d_lowres or 3d_cascade_fullres (where images are large)",
     )
     parser.add_argument(
         "-pc",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +25,18 @@ from nnssl_adapt.planning.entries import (
     pretrain_info,
     resampled_median_shape,
 )
+from nnssl_adapt.planning.low_resolution import refusal, stages
 from nnssl_adapt.planning.memory import by
-from nnssl_adapt.planning.normalization import normalization_of_data
-from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
+from nnssl_adapt.planning.normalization import Normalization, normalization_of_data
+from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, LOW_RESOLUTION, RESAMPLE, FinetunePlan
 from nnssl_adapt.planning.plans_file import NNUNET_PLANS, plans_beside, refuse_ignored_keys
 from nnssl_adapt.planning.preflight import check_transfer
 from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.planning.request import PlanRequest
-from nnssl_adapt.planning.topology import NNUNET_PRESETS, check_preset, needs_low_resolution, plan_network
+from nnssl_adapt.planning.topology import NNUNET_PRESETS, check_preset, low_resolution, plan_network
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch
-from nnssl_adapt.weights.transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +73,13 @@ def plan_dynamic(
     _refuse_spacing(request)
     raw = orient(raw)  # a plan knows the order of its images' axes, so it must be the oriented dataset's
     topology = _topology(raw, checkpoint, request, know)
-    check_transfer(raw, checkpoint, topology.architecture, topology.patch_size, request.settings)
+    for name in (CONFIGURATION, LOW_RESOLUTION) if request.wants_stages else (CONFIGURATION,):
+        seen = topology.seen_through(name)
+        check_transfer(raw, checkpoint, seen.architecture, seen.patch_size, request.settings)
     _compare_axes(topology, checkpoint)
     know(raw)
     plans_name = request.plans_name or f"ptPlans_dynamic__{request.name}"
-    content = dynamic_content(raw, checkpoint, topology, plans_name, request.settings)
+    content = dynamic_content(raw, checkpoint, topology, plans_name, request)
     return FinetunePlan(content, request.configurations[0])
 
 
@@ -90,9 +92,10 @@ def _topology(
     """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is asked for."""
     preset = request.preset
     if preset is None and (found := find_topology(raw.name, request.base_plans)) is not None:
+        _require_stages(found, request)
         return found
     chosen = preset or preset_for(checkpoint.architecture)
-    topology = nnunet_plan(raw, know(raw), chosen)
+    topology = nnunet_plan(raw, know(raw), chosen, request.wants_stages)
     logger.info(
         "network planned here by nnU-Net's rules, preset %s%s: %s, patch %s, batch %d",
         chosen,
@@ -127,13 +130,17 @@ def find_topology(dataset_name: str, name: str | None) -> FinetunePlan | None:
     return plan
 
 
-def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -> FinetunePlan:
+def nnunet_plan(
+    raw: RawDataset, fingerprint: DatasetFingerprint, preset: str, with_stages: bool = False
+) -> FinetunePlan:
     """The plan with the ``3d_fullres`` configuration of nnU-Net's planner ``preset``. It is in memory only, and unnamed.
 
     Spacing (median), order of axes, normalisation, network, patch, batch and Dice setting are nnU-Net's. For a Primus
-    (``PrimusV3S``, …) the patch is rounded to multiples of 8, where nnU-Net's own trainer would fail.
+    (``PrimusV3S``, …) the patch is rounded to multiples of 8, where nnU-Net's own trainer would fail. ``with_stages``: also with
+    ``3d_lowres`` and ``3d_cascade_fullres``.
 
-    Raises PlanError for images that no 3D U-Net takes, ConfigurationError for an unknown preset.
+    Raises PlanError for images that no 3D U-Net takes, or too small for the low resolution; ConfigurationError for an
+    unknown preset.
     """
     target = median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
     coarsest = int(np.argmax(target))
@@ -142,31 +149,64 @@ def nnunet_plan(raw: RawDataset, fingerprint: DatasetFingerprint, preset: str) -
     median_shape = resampled_median_shape(fingerprint, target, forward)
     if median_shape[0] == 1:
         raise PlanError(f"the images of {raw.name} are 2D (one voxel thick): only 3D networks can be planned")
-    labels = len(raw.json.labels)
-    number = raw.json.num_training or len(raw.cases)
-    planned = plan_network(preset, spacing, median_shape, labels, math.prod(median_shape) * number)
-    if preset in PRIMUS_TRAINERS:
-        primus = Architecture.named(preset)
-        planned = replace(planned, architecture=primus, patch_size=nearest_patch(primus, planned.patch_size))
-    configuration = configuration_entries(
-        planned.architecture,
-        planned.patch_size,
-        planned.batch_size,
-        spacing,
-        median_shape,
-        normalization_of_data(raw, fingerprint),
-        needs_low_resolution(preset, spacing, median_shape, labels),
-    )
+    normalization = normalization_of_data(raw, fingerprint)
+    found = low_resolution(preset, spacing, median_shape, len(raw.json.labels))
+    full = _planned_entries(raw, preset, spacing, median_shape, normalization, found.is_worth_it)
+    configurations = {CONFIGURATION: full}
+    if with_stages:
+        if not found.is_worth_it:
+            raise refusal(raw.name, full["patch_size"], median_shape, found)
+        low = _planned_entries(
+            raw, preset, found.spacing, found.rounded_shape, normalization, False, math.prod(found.median_shape)
+        )
+        configurations = stages(full, low)
     return FinetunePlan(
         {
             **dataset_entries(raw, fingerprint, raw.image_reader or BasePlans().image_reader, forward),
             "plans_name": PLANNED_HERE,
-            "configurations": {CONFIGURATION: configuration},
+            "configurations": configurations,
             "label_manager": "LabelManager",
             "foreground_intensity_properties_per_channel": copy.deepcopy(fingerprint.intensity),
             KEY: {"preset": preset},
         }
     )
+
+
+def _planned_entries(
+    raw: RawDataset,
+    preset: str,
+    spacing: Sequence[float],
+    median_shape: Sequence[float],
+    normalization: Normalization,
+    batch_dice: bool,
+    voxels: float | None = None,
+) -> dict[str, Any]:
+    """A configuration by nnU-Net's rules; ``voxels``: of the median image, where its shape is rounded."""
+    number = raw.json.num_training or len(raw.cases)
+    in_all = (math.prod(median_shape) if voxels is None else voxels) * number
+    planned = plan_network(preset, spacing, median_shape, len(raw.json.labels), in_all)
+    if preset in PRIMUS_TRAINERS:
+        primus = Architecture.named(preset)
+        planned = replace(planned, architecture=primus, patch_size=nearest_patch(primus, planned.patch_size))
+    return configuration_entries(
+        planned.architecture,
+        planned.patch_size,
+        planned.batch_size,
+        spacing,
+        median_shape,
+        normalization,
+        batch_dice,
+    )
+
+
+def _require_stages(base: FinetunePlan, request: PlanRequest) -> None:
+    """Raise PlanError where a low resolution is requested, and nnU-Net planned none."""
+    there = base.content["configurations"]
+    if request.wants_stages and LOW_RESOLUTION not in there:
+        raise PlanError(
+            f"{base.path} has no {LOW_RESOLUTION}, but {', '.join(there)}: nnU-Net plans it where a patch sees less than a "
+            f"quarter of the median image. Use -c {CONFIGURATION}"
+        )
 
 
 def preset_for(architecture: Architecture) -> str:
@@ -184,9 +224,9 @@ def preset_for(architecture: Architecture) -> str:
 
 
 def dynamic_content(
-    raw: RawDataset, checkpoint: Checkpoint, base: FinetunePlan, plans_name: str, settings: TransferSettings
+    raw: RawDataset, checkpoint: Checkpoint, base: FinetunePlan, plans_name: str, request: PlanRequest
 ) -> dict[str, Any]:
-    """The plans file: the base plan's ``3d_fullres`` as it is, plus where the weights come from.
+    """The plans file: the base plan's configurations that are requested as they are, plus where the weights come from.
 
     ``base`` is a file that nnU-Net wrote, or what :func:`nnunet_plan` made by its rules, which is said in the result.
 
@@ -207,7 +247,7 @@ def dynamic_content(
     content = {key: copy.deepcopy(value) for key, value in base.content.items() if key not in _REPLACED}
     content.update(
         plans_name=plans_name,
-        configurations={CONFIGURATION: chosen},
+        configurations=_kept(base, request),
         experiment_planner_used="nnssl_adapt",
         pretrain_info=pretrain_info(checkpoint),
     )
@@ -216,7 +256,7 @@ def dynamic_content(
     digest = name_stores(content)
     planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
     provenance = replace(
-        Provenance.of(checkpoint, settings),
+        Provenance.of(checkpoint, request.settings),
         spacing_mode=SPACING_MODE,
         base_plans=None if planned_here else base.plans_name,
         topology={"planned_by": "nnssl_adapt", "preset": base.provenance.preset} if planned_here else None,
@@ -224,6 +264,14 @@ def dynamic_content(
         preprocessing_digest=digest,
     )
     return {**content, KEY: provenance.to_dict()}
+
+
+def _kept(base: FinetunePlan, request: PlanRequest) -> dict[str, dict[str, Any]]:
+    """The base plan's configurations that are requested, each with the entries that it inherits."""
+    full = base.settings_of_configuration
+    if not request.wants_stages:
+        return {CONFIGURATION: full}
+    return stages(full, base.seen_through(LOW_RESOLUTION).settings_of_configuration)
 
 
 def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:

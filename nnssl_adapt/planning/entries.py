@@ -124,12 +124,15 @@ def resampled_median_shape(
 
 
 def name_stores(content: dict[str, Any]) -> str:
-    """Give each configuration the folder of its preprocessed cases; returns the digest of the first one's settings."""
-    digests = []
+    """Give each configuration the folder of its preprocessed cases; returns the digest of the full resolution's settings.
+
+    One that inherits from another has its folder, too.
+    """
+    digests = {}
     for name, entries in content["configurations"].items():
-        entries["data_identifier"], digest = data_identifier(FinetunePlan(content, name))
-        digests.append(digest)
-    return digests[0]
+        if "inherits_from" not in entries:
+            entries["data_identifier"], digests[name] = data_identifier(FinetunePlan(content, name))
+    return digests.get(CONFIGURATION) or next(iter(digests.values()))
 
 
 def data_identifier(plan: FinetunePlan) -> tuple[str, str]:

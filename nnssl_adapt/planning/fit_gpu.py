@@ -20,7 +20,7 @@ from nnssl_adapt.planning.memory import (
     gib,
     largest_fit,
 )
-from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
 from nnssl_adapt.planning.provenance import KEY
 from nnssl_adapt.weights.network.architectures import Architecture
 
@@ -111,5 +111,8 @@ def fit_plan(
         "batch_before": plan.batch_size,
         "reason": reason,
     }
-    content[KEY] = {**content.get(KEY, {}), "fit_gpu": record}
+    ours = content.get(KEY, {})
+    if plan.configuration != CONFIGURATION:  # beside that of the full resolution
+        record = {**ours.get("fit_gpu", {}), plan.configuration: record}
+    content[KEY] = {**ours, "fit_gpu": record}
     return FinetunePlan(content, plan.configuration, plan.path)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
+from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import (
     Spacing,
     SpacingChoice,
@@ -30,6 +31,7 @@ from nnssl_adapt.planning.entries import (
     resampled_median_shape,
 )
 from nnssl_adapt.planning.fit_gpu import usual_step
+from nnssl_adapt.planning.low_resolution import coarser_images, refusal, stages
 from nnssl_adapt.planning.memory import MIN_BATCH, estimate_memory
 from nnssl_adapt.planning.normalization import (
     Normalization,
@@ -38,7 +40,7 @@ from nnssl_adapt.planning.normalization import (
     parse_normalization,
 )
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
-from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
+from nnssl_adapt.planning.plan import CONFIGURATION, LOW_RESOLUTION, FinetunePlan
 from nnssl_adapt.planning.plans_file import describe_settings
 from nnssl_adapt.planning.preflight import check_transfer
 from nnssl_adapt.planning.provenance import KEY, Provenance
@@ -118,14 +120,11 @@ def _content(
     forward = _axis_order(choice, reference_spacing, checkpoint.plan)
     normalization = choose_normalization(request.normalization, checkpoint.plan, raw, fingerprint, request.settings)
     schemes, _ = normalization
+    full = _full_resolution(checkpoint, fingerprint, choice, reference_spacing, forward, normalization, base.batch_dice)
     content: dict[str, Any] = {
         **dataset_entries(raw, fingerprint, raw.image_reader or base.image_reader, forward),
         "plans_name": request.plans_name or f"ptPlans__{request.name}____{describe_settings(choice.spacing, schemes)}",
-        "configurations": {
-            CONFIGURATION: _full_resolution(
-                checkpoint, fingerprint, choice, reference_spacing, forward, normalization, base.batch_dice
-            )
-        },
+        "configurations": _configurations(raw, checkpoint, request, full, choice),
         "experiment_planner_used": "nnssl_adapt",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": intensity_statistics(
@@ -170,6 +169,32 @@ def _full_resolution(
     if choice.spacing is None:
         keep_own_spacing(configuration)
     return configuration
+
+
+def _configurations(
+    raw: RawDataset, checkpoint: Checkpoint, request: PlanRequest, full: dict[str, Any], choice: SpacingChoice
+) -> dict[str, dict[str, Any]]:
+    """The full resolution, and where they are requested the low one and the cascade."""
+    if not request.wants_stages:
+        return {CONFIGURATION: full}
+    if choice.spacing is None:
+        raise ConfigurationError(
+            f"-am no_resample keeps the spacing of each image, and {LOW_RESOLUTION} is another spacing: choose another mode, or "
+            f"-c {CONFIGURATION}"
+        )
+    spacing, shape, network = full["spacing"], full["median_image_size_in_voxels"], checkpoint.architecture
+    wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
+    found = coarser_images(
+        spacing, shape, full["patch_size"], lambda _, coarse: fit_patch(wanted, network.total_stride, coarse)
+    )
+    if not found.is_worth_it:
+        raise refusal(raw.name, full["patch_size"], shape, found)
+    patch = fit_patch(wanted, network.total_stride, found.rounded_shape)
+    normalization = full["normalization_schemes"], full["use_mask_for_norm"]
+    low = configuration_entries(
+        network, patch, DEFAULT_BATCH_SIZE, found.spacing, found.rounded_shape, normalization, batch_dice=False
+    )
+    return stages(full, low)
 
 
 def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: AdaptationPlan) -> list[int]:

@@ -84,7 +84,16 @@ def make_plan(
     know = partial(_known_fingerprint, fingerprint, workers, progress)
     plan_it = plan_dynamic if request.keep_topology else plan_like_pretrained
     plan = plan_it(raw, checkpoint, request, orient, know)
-    return plan if request.fit_gpu is None else fit_plan(plan, raw.labels.num_heads, len(raw.cases), request.fit_gpu)
+    return plan if request.fit_gpu is None else _fitted(plan, raw, request.fit_gpu)
+
+
+def _fitted(plan: FinetunePlan, raw: RawDataset, wish: str) -> FinetunePlan:
+    """With patch and batch of each configuration fitted to a GPU; those that inherit follow."""
+    fitted = plan
+    for name, entries in sorted(plan.content["configurations"].items()):  # the full resolution first
+        if "inherits_from" not in entries:
+            fitted = fit_plan(fitted.seen_through(name), raw.labels.num_heads, len(raw.cases), wish)
+    return fitted.seen_through(plan.configuration)
 
 
 def _checked(request: PlanRequest) -> PlanRequest:

@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 CONFIGURATION = "3d_fullres"
 
+LOW_RESOLUTION = "3d_lowres"
+
+CASCADE = "3d_cascade_fullres"
+"""The full resolution, with the segmentation of the low one as further channels."""
+
 COPY_IN_MODEL_FOLDER = "plans"
 """What nnU-Net calls the copy of a plan in a model folder (without ``.json``)."""
 
@@ -241,6 +246,7 @@ class FinetunePlan:
         weights = self.provenance.source
         source = "no pre-trained weights" if weights is None else weights.source
         fit = self.provenance.fit_gpu
+        fit = fit and fit.get(self.configuration, fit)
         return (
             f"{self.plans_name} ({self.dataset_name}, {self.configuration})\n"
             f"  spacing {spacing}, patch {patch}, batch {self.batch_size}, "

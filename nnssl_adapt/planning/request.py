@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING
-from nnssl_adapt.planning.plan import CONFIGURATION
+from nnssl_adapt.planning.plan import CASCADE, CONFIGURATION, LOW_RESOLUTION
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
-CONFIGURATIONS = (CONFIGURATION,)
+CONFIGURATIONS = (CONFIGURATION, LOW_RESOLUTION, CASCADE)
 """Names of the configurations that are planned here."""
 
 
@@ -59,6 +59,11 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configurations", check_configurations(self.configurations))
+
+    @property
+    def wants_stages(self) -> bool:
+        """Whether a low resolution, or the cascade that goes on from it, is requested."""
+        return bool({LOW_RESOLUTION, CASCADE} & set(self.configurations))
 
     @property
     def settings(self) -> TransferSettings:

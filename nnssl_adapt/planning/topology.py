@@ -16,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.planning.low_resolution import Coarser, coarser_images
 from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
@@ -33,10 +34,6 @@ START_VOLUME = 256**3
 
 MIN_BATCH = 2
 
-LOW_RESOLUTION_BELOW = 0.25
-"""Where a patch sees less than this share of the median image, nnU-Net plans a network at low resolution as well."""
-
-_COARSER_EACH_TIME = 1.03
 _FIRST_FEATURES, _MOST_FEATURES = 32, 320
 _STAGES = 13
 
@@ -194,17 +191,17 @@ def needs_low_resolution(preset: str, spacing: Sequence[float], median_shape: Se
 
     It then trains ``3d_fullres`` with the Dice of the whole batch, since a patch often has few classes.
     """
+    return low_resolution(preset, spacing, median_shape, heads).is_worth_it
+
+
+def low_resolution(preset: str, spacing: Sequence[float], median_shape: Sequence[float], heads: int) -> Coarser:
+    """What images would be in ``3d_lowres``; arguments as of :func:`plan_network`."""
     chosen = check_preset(preset)
-    patch = _fit_stages(chosen, spacing, median_shape, heads).patch_size
-    full_voxels = voxels = float(np.prod(np.asarray(median_shape, dtype=np.float64)))
-    coarse = np.asarray(spacing, dtype=np.float64).copy()
-    while math.prod(patch) / voxels < LOW_RESOLUTION_BELOW:
-        much_finer = coarse.max() / coarse > 2
-        coarse[much_finer if much_finer.any() else slice(None)] *= _COARSER_EACH_TIME
-        shape = np.asarray(spacing) / coarse * np.asarray(median_shape)
-        voxels = float(np.prod(shape))
-        patch = _fit_stages(chosen, coarse, [round(float(n)) for n in shape], heads).patch_size
-    return full_voxels / voxels >= 2
+
+    def patch_at(spacing: Sequence[float], shape: Sequence[float]) -> Shape:
+        return _fit_stages(chosen, spacing, shape, heads).patch_size
+
+    return coarser_images(spacing, median_shape, patch_at(spacing, median_shape), patch_at)
 
 
 def _fit_stages(preset: Preset, spacing: Sequence[float], median_shape: Sequence[float], heads: int) -> Stages:

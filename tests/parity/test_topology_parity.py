@@ -13,7 +13,7 @@ from support.synthetic import make_dataset
 pytest.importorskip("nnunetv2")
 
 from nnssl_adapt.geometry.spacing import median_spacing, resampled_shape
-from nnssl_adapt.planning.topology import needs_low_resolution, plan_network
+from nnssl_adapt.planning.topology import low_resolution, needs_low_resolution, plan_network
 from nnssl_adapt.weights.network.architectures import Architecture
 
 # Median spacing (mm) and shape (voxels) of a dataset, its cases, its labels, and the ResEnc preset it is planned with too.
@@ -147,6 +147,20 @@ def test_planned_as_by_nnunet(planned, number):
         assert (theirs["patch_size"], theirs["batch_size"]) == (list(ours.patch_size), ours.batch_size)
         assert Architecture.from_plans_dict(theirs["architecture"]) == ours.architecture
         assert theirs["batch_dice"] == needs_low_resolution(preset, spacing, median, labels)
+        coarse = low_resolution(preset, spacing, median, labels)
+        if (
+            not coarse.is_worth_it
+        ):  # and neither for nnU-Net, by the line above; a file of an earlier row may still have one
+            continue
+        low = plan["configurations"]["3d_lowres"]
+        voxels = float(np.prod(coarse.median_shape)) * row.dataset_json["numTraining"]
+        ours = plan_network(preset, coarse.spacing, coarse.rounded_shape, labels, voxels)
+        assert (low["spacing"], low["median_image_size_in_voxels"]) == (
+            list(coarse.spacing),
+            list(coarse.rounded_shape),
+        )
+        assert (low["patch_size"], low["batch_size"]) == (list(ours.patch_size), ours.batch_size)
+        assert Architecture.from_plans_dict(low["architecture"]) == ours.architecture
 
 
 def test_the_table_is_worth_its_name(planned):
