@@ -154,6 +154,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="order of the image axes in training: zyx as nnssl and nnU-Net, xyz as MONAI (default: told by the file)",
     )
     group.add_argument(
+        "--patch-merging",
+        choices=("auto", "old", "new"),
+        default="auto",
+        help="of a Swin UNETR whose origin the file doesn't tell: old if it was trained with MONAI up to 1.4, new since 1.5",
+    )
+    group.add_argument(
         "--cache-dir", help="where downloads and unpacked zips are kept (default: the usual cache folders)"
     )
     group.add_argument("--local-files-only", action="store_true", help="never touch the network")
@@ -169,6 +175,7 @@ def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "fold": arguments.source_fold,
         "stem": arguments.source_stem,
         "axes": None if arguments.source_axes == "auto" else arguments.source_axes,
+        "patch_merging": None if arguments.patch_merging == "auto" else arguments.patch_merging,
     }
     return {name: value for name, value in given.items() if value is not None}
 

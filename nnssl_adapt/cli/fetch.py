@@ -118,6 +118,7 @@ def _reading_flags(arguments: argparse.Namespace) -> dict[str, str | None]:
     return {
         "--stem": arguments.source_stem,
         "--axes": None if arguments.source_axes == "auto" else arguments.source_axes,
+        "--patch-merging": None if arguments.patch_merging == "auto" else arguments.patch_merging,
     }
 
 

@@ -156,7 +156,7 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture, label
 
     mistakes: list[str] = []
     try:
-        recipe = _chosen(arguments, architecture.is_transformer)
+        recipe = _chosen(arguments, architecture.kind.recipe)
     except ConfigurationError as error:  # the rest is checked all the same
         mistakes, recipe = [str(error)], Recipe()
     changes = changes_from(arguments)
@@ -174,8 +174,8 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture, label
     return wanted
 
 
-def _chosen(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
-    """What ``-tr`` or ``--recipe`` names, or the family's own."""
+def _chosen(arguments: argparse.Namespace, usual: str) -> Recipe:
+    """What ``-tr`` or ``--recipe`` names, or the one that is usual for the network."""
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.training.recipe.recipe import Recipe
 
@@ -183,7 +183,7 @@ def _chosen(arguments: argparse.Namespace, is_transformer: bool) -> Recipe:
         raise ConfigurationError("-tr and --recipe both choose a recipe: give one of them")
     if arguments.trainer:
         return Recipe.for_trainer_name(arguments.trainer, pretrained=bool(getattr(arguments, "source", None)))
-    return Recipe.load(arguments.recipe or ("primus" if is_transformer else "default"))
+    return Recipe.load(arguments.recipe or usual)
 
 
 def changes_from(arguments: argparse.Namespace) -> dict[str, Any]:

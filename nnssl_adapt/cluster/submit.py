@@ -197,7 +197,7 @@ def _finetuning(
 ) -> tuple[Finetuning, Recipe]:
     """What the steps will be told, and the recipe as it will be trained with."""
     plan, preliminary = planned(raw, opened, name, options)
-    recipe = recipe or Recipe.load("primus" if plan.architecture.is_transformer else "default")
+    recipe = recipe or Recipe.load(plan.architecture.kind.recipe)
     recipe = without_pretraining(recipe) if recipe.from_scratch else recipe
     recipe.check_against(plan.architecture, device)
     model = RunFolder.of(plan, recipe.trainer_name, 0).model

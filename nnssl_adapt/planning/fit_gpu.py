@@ -58,7 +58,7 @@ def memory_budget(text: str) -> int:
 
 def usual_step(architecture: Architecture) -> StepSettings:
     """How the published recipes train such a network."""
-    return StepSettings(optimizer="adamw" if architecture.is_transformer else "sgd")
+    return StepSettings(optimizer=architecture.kind.optimizer)
 
 
 def plan_memory(plan: FinetunePlan, heads: int, step: StepSettings | None = None) -> MemoryEstimate:

@@ -137,7 +137,7 @@ def estimate_memory(
         step: precision, optimiser and the rest that matters.
     """
     with without_memory(architecture):
-        supervised = step.deep_supervision and not architecture.is_transformer
+        supervised = step.deep_supervision and architecture.kind.has_deep_supervision
         network = build_network(architecture, channels, heads, patch_size, deep_supervision=supervised).train()
     _freeze(network, step.freeze)
     traced = trace_step(

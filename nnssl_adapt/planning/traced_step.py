@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 def is_recomputed(module: nn.Module) -> bool:
     """Whether it is a block whose inside activation checkpointing computes again instead of keeping."""
+    if getattr(module, "recomputed_as_one", False):  # networks of ours
+        return True
     eva = sys.modules.get("timm.models.eva")  # takes seconds to import; where it is not, there are no such blocks
     return isinstance(module, (BasicBlockD, BottleneckD, StackedConvBlocks, *((eva.EvaBlock,) if eva else ())))
 

@@ -16,7 +16,7 @@ from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.errors import ConfigurationError, NnsslAdaptError
 from nnssl_adapt.geometry.orientation import check_code, orientation_code
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
-from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS, STOCK_TRAINER, trainer_for_nnunet
+from nnssl_adapt.inference.trainer_class import STOCK_TRAINER, needs_trainer_class, trainer_for_nnunet
 
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _LOOKED_AT = 20
@@ -83,7 +83,7 @@ def sct_warnings(model: ModelFolder, folds: Sequence[Fold], orientation: str | N
                 f"label {name!r} becomes part of file names in SCT: use letters, digits, _ and - (in dataset.json)"
             )
     trainer = trainer_for_nnunet(model.architecture)
-    if trainer == PRIMUS_FROM_PLANS:
+    if needs_trainer_class(model.architecture):
         found.append("the network needs trainer_class.py (in the package): SCT must be one that loads it")
     elif trainer != STOCK_TRAINER:
         found.append(

@@ -15,10 +15,11 @@ from torch import Tensor
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json, write_text
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder, Which
-from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS, trainer_for_nnunet, write_trainer_class
+from nnssl_adapt.inference.trainer_class import trainer_for_nnunet, write_trainer_class
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
+from nnssl_adapt.weights.network.other_kinds import OTHER_KINDS
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -28,24 +29,26 @@ _MEANT = ("channel_names", "modality", "labels", "regions_class_order")
 _LISTS_OF_FILES = ("dataset", "training", "test", "validation")
 """Those that name every subject: nnU-Net's, and the Decathlon's."""
 
-_FOR_SCT = f'''
+_FOR_SCT = '''
 
 def _from_either(first, *others, **named):
     """nnU-Net up to 2.6 (and the Spinal Cord Toolbox) hands over the class name and its arguments, later ones managers."""
     if not isinstance(first, str):
         return _from_managers(first, *others, **named)
     named.pop("enable_deep_supervision", None)
-    return get_network_from_plans(first, *others[:4], **named)
+    return {build}
 
 
-_from_managers = {PRIMUS_FROM_PLANS}.build_network_architecture
-{PRIMUS_FROM_PLANS}.build_network_architecture = staticmethod(_from_either)
+_from_managers = {trainer}.build_network_architecture
+{trainer}.build_network_architecture = staticmethod(_from_either)
 
 
 def get_trainer_class():
     """Called by the Spinal Cord Toolbox."""
-    return {PRIMUS_FROM_PLANS}
+    return {trainer}
 '''
+
+_BUILD_FROM_PLANS = "get_network_from_plans(first, *others[:4], **named)"
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,14 @@ def write_contents(
         _write_fold(model, fold, make_folder(folder / f"fold_{fold}"), trainer, cleaner)
     written = write_trainer_class(folder, model.architecture)
     if written is not None and "def get_trainer_class" not in (text := written.read_text(encoding="utf-8")):
-        write_text(written, text.rstrip("\n") + "\n" + _FOR_SCT)
+        write_text(written, text.rstrip("\n") + "\n" + _for_sct(model, trainer))
     return PackagedModel(folder, model.plan.dataset_name, trainer, tuple(folds), _left_out(model, folds))
+
+
+def _for_sct(model: ModelFolder, trainer: str) -> str:
+    name = model.architecture.class_name
+    build = f"{name}(others[2], others[3], **others[0])" if name in OTHER_KINDS else _BUILD_FROM_PLANS
+    return _FOR_SCT.format(build=build, trainer=trainer)
 
 
 def _dataset_json(model: ModelFolder, orientation: str | None, cleaner: Cleaner) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class PretrainedTrainer:
     Args:
         plan: of the dataset, preprocessed already; see :func:`nnssl_adapt.preprocess_dataset`.
         fold: 0, 1, … of the dataset's splits, or ``"all"`` to train (and validate) on every case.
-        recipe: what to vary; None: ``default``, or ``primus`` for a transformer.
+        recipe: what to vary; None: the one for this kind of network (``default``, ``primus``, ``swin_unetr``).
         device: ``cuda``, ``cuda:1``, ``cpu`` or ``mps``.
         checkpoint: the pre-trained weights, or where they lie; None: found from what the plan records.
         source_options: how to open them, where other than the plan records: arguments of
@@ -118,7 +118,7 @@ class PretrainedTrainer:
         self.stage = Stage.of(stage)
         self.ranks = ranks or Ranks()
         self.device = check_device(self.ranks.device(str(device)))
-        recipe = recipe or Recipe.load("primus" if plan.architecture.is_transformer else "default")
+        recipe = recipe or Recipe.load(plan.architecture.kind.recipe)
         self.recipe = without_pretraining(recipe) if from_scratch or recipe.from_scratch else recipe
         self.autocast_dtype = autocast_dtype(self.recipe.precision, self.device)
         self.recipe.check_against(plan.architecture, self.device.type)

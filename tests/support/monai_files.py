@@ -56,3 +56,116 @@ def swin_names(name):
         if match := re.fullmatch(pattern, name):
             return to(match)
     raise AssertionError(name)
+
+
+def swin_hidden(network, image):
+    """The six skips of MONAI's Swin UNETR; without its convolutions what the transformer gives for each, from the second on."""
+    with torch.no_grad():
+        hidden = network.swinViT(image, True)
+        made = [
+            network.encoder1(image),
+            network.encoder2(hidden[0]),
+            network.encoder3(hidden[1]),
+            network.encoder4(hidden[2]),
+            hidden[3],
+            network.encoder10(hidden[4]),
+        ]
+    return made, hidden
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def swin_file(family, network):
+    """Content of a published file of a family, in its layout."""
+    tensors = network.state_dict()
+    swin = {name.removeprefix("swinViT."): tensor for name, tensor in tensors.items() if name.startswith("swinViT.")}
+    with_encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder", "out."))}
+    heads = {
+        "rotation_head.weight": torch.zeros(4, 8),
+        "contrastive_head.weight": torch.zeros(5, 8),
+        "conv.0.bias": torch.zeros(3),
+    }
+    text = {
+        "organ_embedding": torch.zeros(32, 8),
+        "controller.weight": torch.zeros(3, 8, 1),
+        "GAP.0.bias": torch.zeros(4),
+    }
+    old_mlp = {name.replace(".mlp.linear", ".mlp.fc"): tensor for name, tensor in swin.items()}
+    if family == "nvidia":
+        return {"epoch": 5, "state_dict": prefixed("module.", old_mlp)}
+    if family == "disruptive":
+        again = {name.replace(".0.", ".0.0.", 1): tensor for name, tensor in swin.items() if name.startswith("layers")}
+        rest = {name: tensor for name, tensor in swin.items() if not name.startswith("layers")}
+        extra = {"mask_token": torch.zeros(1, 8), "norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
+        return {"model": {**prefixed("encoder.", {**again, **rest, **extra}), "decoder.0.weight": torch.zeros(3, 3)}}
+    if family == "voco":
+        students = {f"student.layer1.0.{kind}": torch.zeros(8) for kind in ("weight", "bias")}
+        return {"state_dict": prefixed("module.backbone.", with_encoder) | prefixed("module.", students)}
+    if family == "vocomni":
+        return dict(tensors)
+    if family == "suprem":
+        without_out = {name: tensor for name, tensor in tensors.items() if not name.startswith("out.")}
+        return {"net": prefixed("module.backbone.", without_out) | prefixed("module.", text)}
+    if family == "brainsegfounder":
+        return {"state_dict": prefixed("module.", {**prefixed("swinViT.", swin), **heads})}
+    assert family == "unknown"
+    return dict(tensors)
+
+
+def with_noise(network, seed=0):
+    """The network with norms and statistics that matter, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data = base + 0.3 * torch.randn(parameter.shape, generator=generator)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return network.eval()
+
+
+def seg_res_net(family, channels=1):
+    """MONAI's network of a family of SegResNets, tiny, and what its file holds."""
+    from monai.networks.nets import SegResNet, SegResNetDS
+    from monai.networks.nets.segresnet_ds import SegResEncoder, SegResNetDS2
+
+    torch.manual_seed(0)
+    blocks = (1, 2, 2)
+    text = {"organ_embedding": torch.zeros(32, 8)}
+    if family == "ctfm":
+        network = with_noise(SegResNetDS(init_filters=4, in_channels=channels, blocks_down=blocks, dsdepth=2))
+        return network, network.state_dict()
+    if family == "ctfm_extractor":
+        network = with_noise(SegResEncoder(init_filters=4, in_channels=channels, blocks_down=blocks))
+        return network, prefixed("backbone.", network.state_dict())
+    if family == "whole_body":
+        network = with_noise(SegResNetDS(init_filters=4, in_channels=channels, blocks_down=blocks, out_channels=9))
+        return network, network.state_dict()
+    if family == "vista3d":
+        kwargs = {
+            "init_filters": 4,
+            "in_channels": channels,
+            "blocks_down": blocks,
+            "norm": "instance",
+            "out_channels": 4,
+        }
+        network = with_noise(SegResNetDS2(**kwargs))
+        more = {"class_head.class_embeddings.weight": torch.zeros(9, 4), "point_head.mlp.bias": torch.zeros(4)}
+        return network, prefixed("network.", {**prefixed("image_encoder.", network.state_dict()), **more})
+    kwargs = {
+        "init_filters": 8,
+        "in_channels": channels,
+        "blocks_down": blocks,
+        "blocks_up": (1, 1),
+        "dropout_prob": 0.0,
+    }
+    network = with_noise(SegResNet(out_channels=32 if family == "suprem" else 3, **kwargs))
+    if family == "suprem":
+        return network, {"net": prefixed("module.", {**network.state_dict(), **text})}
+    assert family == "segresnet"
+    return network, {"state_dict": prefixed("model.", network.state_dict())}

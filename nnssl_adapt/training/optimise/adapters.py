@@ -83,10 +83,11 @@ def plain_weights(network: nn.Module, weights: Mapping[str, Tensor] | None = Non
 
 
 def _attention_layers(network: nn.Module) -> Iterator[str]:
-    """Dotted names of the linear layers inside modules called ``attn``."""
+    """Dotted names of the linear layers inside modules called ``attn``; a network of ours names them itself."""
+    adapted = getattr(network, "attention_layers", _ADAPTED)
     for name, module in network.named_modules():
         words = name.split(".")
-        if isinstance(module, nn.Linear) and len(words) > 1 and words[-2] == "attn" and words[-1] in _ADAPTED:
+        if isinstance(module, nn.Linear) and len(words) > 1 and words[-2] == "attn" and words[-1] in adapted:
             yield name
 
 

@@ -124,27 +124,30 @@ def contradictions(recipe: Any) -> Iterable[str]:
 
 def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str | None = None) -> Iterable[str]:
     """What the network, the device or the installation can't do of ``recipe``, which may be anything with its fields."""
-    is_transformer = architecture.is_transformer
+    kind = architecture.kind
     if recipe.network is not None and not is_network(architecture, recipe.network):
         yield (
             f"trainer name {recipe.trainer_name}: it stands for a {recipe.network}, and this network is {architecture}; take a "
             "trainer name for any network (PretrainedTrainer, nnUNetTrainer), or a plan with that network"
         )
-    stages = architecture.kwargs["eva_depth"] if is_transformer else len(architecture.strides)
+    stages = kind.stages(architecture.kwargs)
     if (frozen_stages(recipe.freeze) or 0) > stages:
-        yield f"freeze {recipe.freeze}: this network's encoder has {stages} {'blocks' if is_transformer else 'stages'}"
-    if recipe.lora_rank > 0 and not is_transformer:
+        words = "blocks" if architecture.is_transformer else "stages"
+        yield f"freeze {recipe.freeze}: this network's encoder has {stages} {words}"
+    if recipe.lora_rank > 0 and not kind.has_attention:
         yield (
             "lora_rank: adapters go into a transformer's attention, and this network is a CNN; "
             "try layer_decay (--llrd 0.75) or freeze (--freeze encoder)"
         )
     elif recipe.lora_rank > 0 and importlib.util.find_spec("peft") is None:
         yield "lora_rank: needs peft, which is not installed: pip install 'nnssl-adapt[lora]'"
-    if recipe.deep_supervision and is_transformer:
+    if recipe.deep_supervision and not kind.has_deep_supervision:
         yield (
-            "deep_supervision: a transformer has a single output; leave --deep-supervision out, or take a recipe without it "
-            "(primus; -tr nnUNet_Primus_M_Trainer)"
+            f"deep_supervision: a {architecture.class_name} has a single output; leave --deep-supervision out, or take a recipe "
+            f"without it ({kind.recipe})"
         )
+    if recipe.from_scratch and (why := kind.needs_pretraining(architecture.kwargs)):
+        yield f"from_scratch: {why}, and random weights have none; leave it out"
     if recipe.precision == "fp16" and device_type not in (None, "cuda"):
         yield f"precision: fp16 needs a CUDA device, not {device_type}; use auto or fp32"
     if recipe.compile == "on" and device_type == "mps":
@@ -158,9 +161,9 @@ def frozen_stages(freeze: str) -> int | None:
 
 
 def is_network(architecture: Architecture, name: str) -> bool:
-    """Whether a network is of a class (``Primus``), or has the size of a preset (``PrimusS``)."""
+    """Whether a network is of a class (``Primus``: of any version), or has the size of a preset (``PrimusS``)."""
     if name == architecture.class_name or name not in PRESETS:
-        return name == architecture.class_name
+        return name == architecture.class_name or (name == "Primus" and architecture.is_transformer)
     named = Architecture.named(name)
     what = _SIZES if named.is_transformer else ("features_per_stage", "n_blocks_per_stage", "strides")
     return named.class_name == architecture.class_name and all(

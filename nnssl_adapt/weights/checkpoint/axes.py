@@ -21,9 +21,10 @@ from nnssl_adapt.weights.network.architectures import Architecture
 def exchange_axes(
     tensors: Mapping[str, Tensor], plan: AdaptationPlan, where: str
 ) -> tuple[dict[str, Tensor], AdaptationPlan]:
-    """Return tensors and plan of the same network for arrays with their three axes in reverse order.
+    """Return tensors and plan of the same network for images whose arrays have their three axes in reverse order.
 
-    Kernels (out, in, X, Y, Z) become (out, in, Z, Y, X); they are views, nothing is copied. Twice is the identity.
+    Kernels (out, in, X, Y, Z) become (out, in, Z, Y, X); they are views, nothing is copied. Twice is the identity. A network
+    that is not symmetric in its axes (Swin UNETR) keeps its weights, and its plan turns the images.
     Raises ConfigurationError for a transformer, whose rotary positions no exchange makes exact, and for a plan whose
     images had their axes transposed already.
     """
@@ -37,6 +38,8 @@ def exchange_axes(
             f"{where}: its plan transposes image axes ({list(plan.transpose_forward)}), which says their order already; leave "
             "out --axes xyz"
         )
+    if not plan.architecture.kind.has_symmetric_axes:
+        return dict(tensors), plan.model_copy(update={"transpose_forward": (2, 1, 0)})
     exchanged = {
         name: tensor.permute(0, 1, 4, 3, 2) if tensor.ndim == 5 else tensor for name, tensor in tensors.items()
     }
@@ -52,6 +55,6 @@ def exchange_axes(
 
 def _reversed_architecture(architecture: Architecture) -> Architecture:
     kwargs = dict(architecture.kwargs)
-    for key in ("strides", "kernel_sizes"):
+    for key in {"strides", "kernel_sizes"} & kwargs.keys():
         kwargs[key] = [list(entry)[::-1] for entry in kwargs[key]]
     return replace(architecture, kwargs=kwargs)

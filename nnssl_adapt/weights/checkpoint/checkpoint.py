@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnssl_adapt.errors import UnreadableCheckpoint
+from nnssl_adapt.errors import ConfigurationError, UnreadableCheckpoint
 from nnssl_adapt.text import and_more, dimensions
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.axes import exchange_axes
@@ -43,8 +43,8 @@ class Checkpoint:
         trainer_name: nnssl's or nnU-Net's trainer, where the file or its plan says so.
         citations: what to cite, as ``{type, name, apa_citations | bibtex_citations}``.
         notes: what was wrong in the file or its plan, and what was done about it.
-        choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``) that were not left at
-            their defaults; opening with them gives these weights again.
+        choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``, ``patch_merging``) that
+            were not left at their defaults; opening with them gives these weights again.
     """
 
     tensors: dict[str, Tensor]
@@ -127,6 +127,7 @@ def open_checkpoint(
     fold: str | None = None,
     stem: str | None = None,
     axes: str = "auto",
+    patch_merging: str = "auto",
 ) -> Checkpoint:
     """Open pre-trained weights, self-supervised (nnssl) or of a segmentation network (nnU-Net, MONAI).
 
@@ -142,6 +143,8 @@ def open_checkpoint(
         axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
             nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
             Lightning's or of a family that is known to be, else ``zyx``.
+        patch_merging: of a Swin UNETR of unknown origin: ``old`` if it was trained with MONAI up to 1.4, ``new`` since 1.5. It
+            does not show in the tensors and changes what they compute.
 
     Returns a :class:`Checkpoint`; ``print`` it to see what it is. Nothing in the file is run.
 
@@ -151,16 +154,17 @@ def open_checkpoint(
         UnsafeCheckpoint: loading it would run code.
         AdaptationPlanError: no plan in the file or beside it that fits its tensors, and none can be read off them.
         ModelFolderError: the model folder's plans.json or dataset.json can't be read.
-        ConfigurationError: ``stem`` or ``axes`` make no sense for these weights.
+        ConfigurationError: ``stem``, ``axes`` or ``patch_merging`` make no sense for these weights; or a package is missing
+            that their network is built with.
     """
-    options = SourceOptions(revision, cache_dir, local_files_only, filename, fold, stem, axes)
+    options = SourceOptions(revision, cache_dir, local_files_only, filename, fold, stem, axes, patch_merging)
     return read_checkpoint(resolve_source(source, options), options)
 
 
 def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = None) -> Checkpoint:
     """Read weights that are on this machine already.
 
-    Of the options ``stem`` and ``axes`` count. Raises what :func:`open_checkpoint` does.
+    Of the options ``stem``, ``axes`` and ``patch_merging`` count. Raises what :func:`open_checkpoint` does.
     """
     options = options or SourceOptions()
     path = resolved.weights
@@ -168,11 +172,13 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     state = state_dict_of(content, path)
     tensors, family, family_notes = _in_our_names(_all_folds(resolved, state), str(path))
     tensors, stem_notes = choose_stem(tensors, options.stem, str(path))
-    found = find_plan(content, resolved, tensors, family, is_lightning=state.key == LIGHTNING_KEY)
+    told = {} if options.patch_merging == "auto" else {"patch_merging": options.patch_merging}
+    found = find_plan(content, resolved, tensors, family, state.key == LIGHTNING_KEY, told)
     plan, notes = found.plan, [*state.notes, *family_notes, *stem_notes, *found.notes]
     if options.axes == "xyz" or (options.axes == "auto" and found.axes == "xyz"):
         tensors, plan = exchange_axes(tensors, plan, str(path))
-        notes.append(_exchanged(options.axes, state.key))
+        notes.append(_exchanged(options.axes, state.key, plan))
+    _check_told(told, plan, str(path))
     citations, citation_notes = _citations(content.get("citations"), plan)
     trainer_name = content.get("trainer_name")
     checkpoint = Checkpoint(
@@ -223,7 +229,22 @@ def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Ten
     return translated, family, notes
 
 
-def _exchanged(axes: str, key: str | None) -> str:
+def _check_told(told: Mapping[str, str], plan: AdaptationPlan, where: str) -> None:
+    """What the user said of the network has to be what it became: for other networks it means nothing."""
+    for name, value in told.items():
+        if plan.architecture.kwargs.get(name) != value:
+            raise ConfigurationError(
+                f"{where} is a {plan.architecture}: --{name.replace('_', '-')} {value} is for Swin UNETRs whose origin is not "
+                "known; leave it out"
+            )
+
+
+def _exchanged(axes: str, key: str | None, plan: AdaptationPlan) -> str:
+    if not plan.architecture.kind.has_symmetric_axes:
+        return (
+            "trained on (x, y, z) arrays, and not symmetric in its axes: images are turned for it (transpose_forward "
+            f"{list(plan.transpose_forward)}), its weights are left as they are"
+        )
     if axes == "xyz":
         return "its axes were exchanged, (x, y, z) → (z, y, x), as requested; exact for a convolutional network"
     why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "networks of its family were"

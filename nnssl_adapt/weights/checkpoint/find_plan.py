@@ -42,6 +42,7 @@ def find_plan(
     tensors: Tensors,
     family: Family | None = None,
     is_lightning: bool = False,
+    told: Mapping[str, Any] | None = None,
 ) -> FoundPlan:
     """Find the plan: nnssl's in the file or beside it, else nnU-Net's of the model folder or in the file, else the tensors.
 
@@ -51,6 +52,7 @@ def find_plan(
         tensors: its tensors, under the names that our networks have.
         family: told by the names in the file, if any.
         is_lightning: whether Lightning wrote the file.
+        told: arguments of the network that the user said, for what the tensors of a file without a plan don't tell.
 
     Raises AdaptationPlanError when there is no plan, or none that fits; ModelFolderError or DatasetJsonError for the model
     folder's files.
@@ -64,7 +66,7 @@ def find_plan(
     if not candidates and (nnunet := _nnunet_plan(content, resolved)) is not None:
         candidates = {"of nnU-Net": nnunet}
     if not candidates:
-        plan, axes, notes = _plan_of_tensors(content, resolved, tensors, family)
+        plan, axes, notes = _plan_of_tensors(content, resolved, tensors, family, told or {})
         axes = "xyz" if is_lightning and family is None else axes
         candidates = {"of the tensors": plan}
     _, plan, corrected, others = reconcile_best(candidates, tensors, where)
@@ -92,18 +94,22 @@ def _nnssl_plans(
 
 
 def _plan_of_tensors(
-    content: Mapping[str, Any], resolved: ResolvedSource, tensors: Tensors, family: Family | None
+    content: Mapping[str, Any],
+    resolved: ResolvedSource,
+    tensors: Tensors,
+    family: Family | None,
+    told: Mapping[str, Any],
 ) -> tuple[AdaptationPlan, str, list[str]]:
     trainer = content.get("trainer_name")
     if isinstance(trainer, str) and not trained_by_nnunet(trainer):
         raise _no_plan(resolved)  # nnssl writes one beside every file: it was left behind, and is worth fetching
     beside = _beside(resolved.weights, family)
     try:
-        return plan_from_tensors(tensors, str(resolved.weights), trainer, family, beside)
+        return plan_from_tensors(tensors, str(resolved.weights), trainer, family, beside, told)
     except AdaptationPlanError as error:
         if family is not None:
             raise AdaptationPlanError(
-                f"{resolved.weights} is {family.name}, but incomplete: {error.__cause__}"
+                f"{resolved.weights} is {family.name}, and can't be used as it is: {error.__cause__}"
             ) from error
         raise _no_plan(resolved, f", and {error.__cause__ or error}") from error
 

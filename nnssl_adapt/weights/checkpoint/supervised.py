@@ -216,17 +216,19 @@ def plan_from_tensors(
     trainer_name: str | None = None,
     family: Family | None = None,
     beside: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[AdaptationPlan, str, list[str]]:
     """The plan of a U-Net without any plan, as far as its tensors tell, what is known of its family, and notes on the rest.
 
     ``family`` is the one that its names told; else it is looked for by the network's size. ``beside`` are entries of the plan
-    that a file beside the weights tells. Returns the plan, the order of its image axes (``zyx`` or ``xyz``) and notes. Raises
-    AdaptationPlanError when it is no U-Net, or an entry makes no sense.
+    that a file beside the weights tells, ``arguments`` what the user says of the network where its tensors don't. Returns the
+    plan, the order of its image axes (``zyx`` or ``xyz``) and notes. Raises AdaptationPlanError when it is no network that is
+    known, or an entry makes no sense.
     """
     told_beside = dict(beside or {})
     hints = {**(family.arguments if family else {}), **told_beside.pop("arguments", {})}
     try:
-        topology = read_topology(tensors, hints)
+        topology = read_topology(tensors, {**hints, **(arguments or {})})
     except ArchitectureError as error:
         raise AdaptationPlanError(f"{where} has no plan, and none can be read off its tensors: {error}") from error
     architecture = topology.architecture

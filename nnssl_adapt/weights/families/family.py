@@ -132,6 +132,7 @@ class Family:
         facts: how it was trained.
         key_map: for files with other names than the network has.
         recognises: whether a network without a plan is one of the family.
+        fits: whether tensors with the key map's marker are this family's, where other families have the same names.
         arguments: of its network, for what the tensors don't tell.
         refusal: why its files can't be used, and what can be done; None for those that can.
         beside: for families that write what they know into a pickle beside the weights (``X.model.pkl``): (its content as
@@ -144,6 +145,7 @@ class Family:
     facts: Facts
     key_map: KeyMap | None = None
     recognises: Callable[[Topology], bool] | None = None
+    fits: Callable[[Tensors], bool] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
     beside: Callable[[Any, str, str], dict[str, Any]] | None = None

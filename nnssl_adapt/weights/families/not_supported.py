@@ -2,7 +2,7 @@
 
 from nnssl_adapt.weights.families.family import Facts, Family, KeyMap
 
-_INSTEAD = "only ResEnc and plain U-Nets and Primus can be fine-tuned here (docs/weights.md)"
+_INSTEAD = "only ResEnc and plain U-Nets, Primus, Swin UNETR and SegResNet can be fine-tuned here (docs/weights.md)"
 
 
 def _named(name: str, marker: str) -> Family:
@@ -10,8 +10,6 @@ def _named(name: str, marker: str) -> Family:
 
 
 NOT_SUPPORTED = (
-    _named("a Swin UNETR", r"(?:.+\.)?layers1\.0\.blocks\.0\.attn\.qkv\.weight"),
-    _named("a SegResNet of MONAI", r"(?:.+\.)?(?:convInit\.conv|conv_init)\.weight"),
     _named("a UNet3D of Models Genesis", r"(?:.+\.)?down_tr64\.ops\.0\.conv1\.weight"),
     _named("a U-Net with max pooling (FOMO25's baseline)", r"(?:.+\.)?encoder\.in_conv\.conv1\.conv\.weight"),
 )

@@ -177,6 +177,7 @@ class SegResNet(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        self.untold = {"norm": norm}
         self.encoder = Encoder(input_channels, init_filters, blocks_down, norm)
         widths = self.encoder.output_channels
         self.decoder = Decoder(num_classes, widths, blocks_up, decoder_norm, upsampling, final_norm, deep_supervision)

@@ -183,6 +183,7 @@ class SwinUNETR(nn.Module):
         super().__init__()
         if deep_supervision:
             raise ValueError("Swin UNETR has a single output: train it without deep supervision")
+        self.untold = {"patch_merging": patch_merging}
         self.encoder = Encoder(input_channels, feature_size, version, patch_merging, drop_path_rate)
         self.decoder = Decoder(num_classes, self.encoder.output_channels)
 

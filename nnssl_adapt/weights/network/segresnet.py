@@ -118,5 +118,6 @@ SEG_RES_NET = NetworkKind(
     needs_pretraining=lambda kwargs: (
         "its batch normalisation keeps the statistics of pre-training" if kwargs["norm"] == "batch" else ""
     ),
+    untold=("norm",),
     read=read,
 )

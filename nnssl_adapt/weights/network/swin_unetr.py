@@ -55,7 +55,7 @@ def read(tensors: Tensors, hints: Mapping[str, Any]) -> Reading | None:
     merging = hints.get("patch_merging")
     if merging not in PATCH_MERGINGS:
         raise ArchitectureError(
-            "it is a Swin UNETR, and its tensors don't tell in which order it merges patches, on which its function depends: "
+            "its tensors don't tell how it merges patches, on which its function depends: "
             "say --patch-merging old if it was trained with MONAI up to 1.4, new if with 1.5 or later"
         )
     version = 2 if any(name.startswith(f"{prefix}encoder.stages.2.conv.") for name in tensors) else 1
@@ -82,5 +82,6 @@ SWIN_UNETR = NetworkKind(
     has_symmetric_axes=False,
     may_lack=((r"\d\.residual\..+", "the file holds the Swin transformer without the convolutions beside it"),),
     needs=("monai", "nnssl-adapt[monai]"),
+    untold=("patch_merging",),
     read=read,
 )

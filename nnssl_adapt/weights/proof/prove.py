@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Shape, build_network, nearest_patch
+from nnssl_adapt.weights.network.network_parts import NetworkParts
 from nnssl_adapt.weights.proof.reference_encoder import (
     DECODER,
     Features,
+    lacking_names,
     pretrained_network,
     pretrained_token_features,
     watch_transformer,
@@ -252,14 +254,21 @@ def _cnns(
     deepest = [math.prod(step[axis] for step in target.encoder.strides) for axis in range(3)]
     shape = [2 * max(a, b) for a, b in zip(checkpoint.architecture.total_stride, deepest, strict=True)]
     decoder = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
-    source: Any = pretrained_network(checkpoint, (shape[0], shape[1], shape[2]), decoder=decoder)
+    source: Any = pretrained_network(checkpoint, (shape[0], shape[1], shape[2]), decoder=decoder, beside=network)
     old, new = checkpoint.plan.num_input_channels, _input_channels(network)
     before, after, how = _images(settings.channel_numbers, old, new, shape)
     notes += [how] if how else []
     skips, others = source.encoder(before), target.encoder(after)
+    beside = lacking_names(checkpoint, NetworkParts.of(source))
+    if beside:
+        notes.append("the file has only a part of the encoder; the rest is the network's own in both")
     truth: Features = {}
     found: Features = {}
     for index in range(min(len(skips), len(others))):
+        if any(
+            f"{key}.weight" in beside and key.startswith(f"encoder.stages.{index}.") for key in source.keys_to_in_proj
+        ):
+            continue  # nothing of it is the file's
         why = _stage_problem(source, target, index)
         if why:
             notes.append(f"stage {index} and what follows can't be compared: {why}")

@@ -7,6 +7,7 @@ tokens are put into the order that they were trained in, around its unchanged we
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,12 +28,17 @@ Features = dict[str, Tensor]
 
 @torch.no_grad()
 def pretrained_network(
-    checkpoint: Checkpoint, patch: Shape, positions: Tensor | None = None, decoder: bool = False
+    checkpoint: Checkpoint,
+    patch: Shape,
+    positions: Tensor | None = None,
+    decoder: bool = False,
+    beside: nn.Module | None = None,
 ) -> nn.Module:
     """The network that the checkpoint describes, with the file's own tensors in its encoder and stem.
 
     Where a layer has two names, the one under ``all_modules`` is what was trained. ``positions`` replace the file's. With
-    ``decoder`` that of a U-Net is filled too, up to its segmentation heads.
+    ``decoder`` that of a U-Net is filled too, up to its segmentation heads. What a file of this kind may lack as a whole (the
+    convolutions beside a Swin transformer) is taken from ``beside``, the network that was fitted.
 
     Raises TransferError naming what would stay without a value, or what has no place.
     """
@@ -40,7 +46,7 @@ def pretrained_network(
     parts = NetworkParts.of(network)
     by_name = {name: target.tensor for target in parts.tensors for name in target.names}
     prefixes = _prefixes(checkpoint, parts, decoder)
-    filled: set[int] = set()
+    filled = _filled_beside(checkpoint, parts, beside)
     leftover: list[str] = []
     for name in sorted(checkpoint.tensors, key=lambda name: ".all_modules." in name):
         for source, target in prefixes:
@@ -65,6 +71,29 @@ def pretrained_network(
             f"without a value {', '.join(missing[:3]) or 'none'}, without a place {', '.join(leftover[:3]) or 'none'}"
         )
     return network
+
+
+def lacking_names(checkpoint: Checkpoint, parts: NetworkParts) -> set[str]:
+    """Names in the network of what the file lacks as a whole, as files of its kind may."""
+    patterns = [re.compile(pattern) for pattern, _ in checkpoint.architecture.kind.may_lack]
+    there = [below(name, checkpoint.plan.key_to_encoder or "") or "" for name in checkpoint.tensors]
+    lacking = [pattern for pattern in patterns if not any(map(pattern.fullmatch, there))]
+    names = {
+        name: relative for target in parts.tensors for name in target.names for relative in target.below(parts.encoder)
+    }
+    return {name for name, relative in names.items() if any(pattern.fullmatch(relative) for pattern in lacking)}
+
+
+def _filled_beside(checkpoint: Checkpoint, parts: NetworkParts, beside: nn.Module | None) -> set[int]:
+    """Fill what the file lacks as a whole with another network's, where it has the same size; return which (``id``) that is."""
+    lacking = lacking_names(checkpoint, parts)
+    own = {} if beside is None else beside.state_dict()
+    found = [target for target in parts.tensors if lacking & {*target.names}]
+    for target in found:
+        value = own.get(target.names[0])
+        if value is not None and value.shape == target.tensor.shape:
+            target.tensor.copy_(value)
+    return {id(target.tensor) for target in found} if own else set()
 
 
 def _prefixes(checkpoint: Checkpoint, parts: NetworkParts, decoder: bool) -> list[tuple[str, str]]:

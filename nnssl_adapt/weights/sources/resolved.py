@@ -13,6 +13,7 @@ from nnssl_adapt.paths import downloads_folder
 from nnssl_adapt.weights.sources.listing import Chosen
 
 AXES = ("auto", "zyx", "xyz")
+PATCH_MERGINGS = ("auto", "old", "new")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class SourceOptions:
         axes: order of the image axes that the kernels were trained on: ``zyx`` (SimpleITK's array order, as nnssl and
             nnU-Net), ``xyz`` (as MONAI; they are exchanged exactly), or ``auto``: ``xyz`` for files without a plan that are
             Lightning's or of a family that is known to be, else ``zyx``.
+        patch_merging: of a Swin UNETR of unknown origin: how it merges patches, ``old`` (MONAI up to 1.4) or ``new``; ``auto``
+            for all whose origin tells.
 
-    Raises ConfigurationError for an unknown order of axes.
+    Raises ConfigurationError for an unknown order of axes or way to merge patches.
     """
 
     revision: str | None = None
@@ -43,8 +46,13 @@ class SourceOptions:
     fold: str | None = None
     stem: str | None = None
     axes: str = "auto"
+    patch_merging: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.patch_merging not in PATCH_MERGINGS:
+            raise ConfigurationError(
+                f"unknown way to merge patches {self.patch_merging!r}: choose one of {', '.join(PATCH_MERGINGS)}"
+            )
         if self.axes not in AXES:
             raise ConfigurationError(f"unknown order of axes {self.axes!r}: choose one of {', '.join(AXES)}")
 
@@ -55,12 +63,13 @@ class SourceOptions:
 
     @property
     def choices(self) -> dict[str, str]:
-        """Those of ``filename``, ``fold``, ``stem`` and ``axes`` that were made: with them the same weights are opened again."""
+        """How the weights were chosen and read, where not by default: with these the same weights are opened again."""
         made = {
             "filename": self.filename,
             "fold": self.fold,
             "stem": self.stem,
             "axes": None if self.axes == "auto" else self.axes,
+            "patch_merging": None if self.patch_merging == "auto" else self.patch_merging,
         }
         return {key: value for key, value in made.items() if value is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.checkpoint.positions import positions_grid, positions_name
 from nnssl_adapt.weights.network import tensor_ops
+from nnssl_adapt.weights.network.architectures import KINDS
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
 from nnssl_adapt.weights.transfer.correspondence import (
     Encoder,
@@ -62,14 +64,30 @@ class EncoderFit:
         is_transformer = parts.positions is not None
         if is_transformer:
             self._prepare_transformer(network)
-        other_kind = is_transformer != checkpoint.architecture.is_transformer or self._has_other_tokenizer(network)
+        other_kind = self._is_other_kind(network) or self._has_other_tokenizer(network)
         if other_kind or not self._has_anything():
             self.problems.append(
                 f"it is a {type(network).__name__}, the checkpoint a {checkpoint.architecture.class_name}"
             )
             return
+        self._check_untold(network)
         self._check_channels()
         self._compare_strides(network)
+
+    def _is_other_kind(self, network: nn.Module) -> bool:
+        """Whether the weights are of another class of networks, and not only of the other of two U-Nets or tokenizers."""
+        here, there = KINDS.get(type(network).__name__), self.checkpoint.architecture.kind
+        if (self.parts.positions is not None) != self.checkpoint.architecture.is_transformer:
+            return True
+        return here is not None and here is not there and not (here.is_resizable and there.is_resizable)
+
+    def _check_untold(self, network: nn.Module) -> None:
+        """Arguments that change what weights compute, and fit in every shape."""
+        theirs = self.checkpoint.architecture
+        for name in theirs.kind.untold:
+            mine = getattr(network, "untold", {}).get(name)
+            if mine != theirs.kwargs[name]:
+                self.problems.append(f"its {name} is {mine}, the checkpoint's {theirs.kwargs[name]}")
 
     def _has_other_tokenizer(self, network: nn.Module) -> bool:
         """Whether of two transformers one makes its tokens by one convolution, the other (PrimusV2, V3) by several."""
@@ -163,7 +181,7 @@ class EncoderFit:
 
     def _decide_missing(self, target: TargetTensor) -> TensorFate:
         relatives = target.below(self.parts.encoder) or tuple(_in_stem(name) for name in target.below(self.parts.stem))
-        reason = why_fresh(relatives[0], self.there)
+        reason = why_fresh(relatives[0], self.there) or self._why_lacking(relatives[0])
         if reason is not None:
             return TensorFate.fresh(reason)
         if does_nothing_as_one(relatives[0], self.there):
@@ -172,7 +190,18 @@ class EncoderFit:
         why = different_blocks(relatives[0], self.there)
         return TensorFate.problem(f"{target.names[0]} is not in the checkpoint" + (f" ({why})" if why else ""))
 
+    def _why_lacking(self, relative: str) -> str | None:
+        """Why a tensor of a part that a file may lack as a whole is not there; None: it should be."""
+        inside = [rest for name in self.source if (rest := below(name, self.keys.key_to_encoder or "")) is not None]
+        for pattern, reason in self.checkpoint.architecture.kind.may_lack:
+            part = re.compile(pattern)
+            if part.fullmatch(relative) and not any(map(part.fullmatch, inside)):
+                return reason
+        return None
+
     def _fit(self, target: TargetTensor, value: Tensor) -> Fitted:
+        if not self.checkpoint.architecture.kind.is_resizable:
+            self._require_same_size(target, value)
         before: tuple[str, ...] = ()
         role = Role()
         value = in_full_precision(value)
@@ -188,6 +217,15 @@ class EncoderFit:
         if self.order is not None and role.features == 0 and _has_other_width(value, target.tensor):
             self._warn_of_widths()
         return replace(fitted, rules=(*before, *fitted.rules))
+
+    def _require_same_size(self, target: TargetTensor, value: Tensor) -> None:
+        here, there = list(target.tensor.shape), list(value.shape)
+        if self.parts.is_in_proj(target) and len(here) == len(there):
+            here[1] = there[1]
+        if here != there:
+            raise DoesNotFit(
+                f"{times(there)} in the checkpoint, {times(here)} in the network, and no rule changes a network of this kind"
+            )
 
     def _warn_of_widths(self) -> None:
         warning = (

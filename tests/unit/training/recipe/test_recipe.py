@@ -294,7 +294,7 @@ def test_what_the_network_or_the_device_cannot_do():
         wanted.check_against(CNN, "cpu")
     with pytest.raises(ConfigurationError, match=r"precision"):
         wanted.check_against(TRANSFORMER, "cpu")
-    with pytest.raises(ConfigurationError, match="deep_supervision: a transformer has a single output"):
+    with pytest.raises(ConfigurationError, match="deep_supervision: a Primus has a single output"):
         Recipe(deep_supervision=True).check_against(TRANSFORMER)
     with pytest.raises(ConfigurationError, match="compile: not on mps"):
         Recipe(compile="on").check_against(CNN, "mps")

@@ -15,10 +15,10 @@ TINY = {"feature_size": 12, "version": 1, "patch_merging": "old"}
 def test_every_stage_and_the_output_equal_monais(version, channels, merging):
     theirs = swin_unetr(channels, 5, version, merging)
     ours = build_network(
-        Architecture("SwinUNETR", {**TINY, "version": version, "patch_merging": merging}), channels, 5, (64, 32, 96)
+        Architecture("SwinUNETR", {**TINY, "version": version, "patch_merging": merging}), channels, 5, (32, 64, 32)
     ).eval()
     ours.load_state_dict({swin_names(name): tensor for name, tensor in theirs.state_dict().items()})
-    image = torch.randn(1, channels, 64, 32, 96, generator=torch.Generator().manual_seed(3))
+    image = torch.randn(1, channels, 32, 64, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         hidden = theirs.swinViT(image, True)
         truth = [
