@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nnssl_adapt.data.reorient import reorient_dataset
     from nnssl_adapt.data.store import CaseStore
     from nnssl_adapt.evaluation.metrics import evaluate_folder
-    from nnssl_adapt.evaluation.report import Report, make_report, write_report
+    from nnssl_adapt.evaluation.report.report import Report, make_report, write_report
     from nnssl_adapt.evaluation.selection import find_best
     from nnssl_adapt.evaluation.show import show
     from nnssl_adapt.inference.model_folder import ModelFolder
@@ -50,7 +50,7 @@ _HOME = {
     "Proof": "nnssl_adapt.weights.proof.prove",
     "RawDataset": "nnssl_adapt.data.dataset",
     "Recipe": "nnssl_adapt.training.recipe.recipe",
-    "Report": "nnssl_adapt.evaluation.report",
+    "Report": "nnssl_adapt.evaluation.report.report",
     "Resumable": "nnssl_adapt.cluster.resumable",
     "Study": "nnssl_adapt.studies.study",
     "TransferReport": "nnssl_adapt.weights.transfer.report",
@@ -61,7 +61,7 @@ _HOME = {
     "install_model": "nnssl_adapt.sharing.install",
     "make_package": "nnssl_adapt.sharing.package",
     "make_plan": "nnssl_adapt.planning.make",
-    "make_report": "nnssl_adapt.evaluation.report",
+    "make_report": "nnssl_adapt.evaluation.report.report",
     "open_checkpoint": "nnssl_adapt.weights.checkpoint.checkpoint",
     "preprocess_case": "nnssl_adapt.data.preprocess",
     "preprocess_dataset": "nnssl_adapt.planning.preprocess_dataset",
@@ -72,7 +72,7 @@ _HOME = {
     "submit": "nnssl_adapt.cluster.submit",
     "transfer_weights": "nnssl_adapt.weights.transfer.transfer",
     "write_dataset_json": "nnssl_adapt.data.convert.dataset_json",
-    "write_report": "nnssl_adapt.evaluation.report",
+    "write_report": "nnssl_adapt.evaluation.report.report",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.evaluation.report import write_report
+    from nnssl_adapt.evaluation.report.report import write_report
 
     path = write_report(arguments.model, arguments.output, not arguments.no_overlays, lesion_rule(arguments))
     print(f"report: {path}")

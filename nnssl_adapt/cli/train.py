@@ -221,7 +221,7 @@ def run_request(arguments: argparse.Namespace) -> int:
 def show_end(model: Path, fold: int | str) -> None:
     """Write the report, and say where everything is and what comes next."""
     from nnssl_adapt.errors import NnsslAdaptError
-    from nnssl_adapt.evaluation.report import write_report
+    from nnssl_adapt.evaluation.report.report import write_report
 
     print(f"model in {model}")
     try:

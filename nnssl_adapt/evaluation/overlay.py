@@ -97,7 +97,7 @@ def overlay_figure(
                 side = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.5}
                 plot.text(0.02, 0.5, "IPR"[across], color="#ffd700", fontsize=8, transform=plot.transAxes, bbox=side)
             plot.set_axis_off()
-    handles = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(class_names) if labelled]
+    handles = [Line2D([], [], color=class_colour(i), label=name) for i, name in enumerate(class_names) if labelled]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -117,7 +117,7 @@ def _coloured(labels: np.ndarray, classes: int) -> np.ndarray:
 
     picture = np.zeros((*labels.shape, 4))
     for index in range(classes):
-        picture[labels == index + 1] = to_rgba(_colour(index), alpha=0.45)
+        picture[labels == index + 1] = to_rgba(class_colour(index), alpha=0.45)
     return picture
 
 
@@ -129,5 +129,6 @@ def _centre(labels: np.ndarray) -> tuple[int, ...]:
     return tuple(round(float(axis.mean())) for axis in where)
 
 
-def _colour(index: int) -> str:
+def class_colour(index: int) -> str:
+    """The colour of a class by its place among the classes, ``#rrggbb``."""
     return _COLOURS[index % len(_COLOURS)]

@@ -49,7 +49,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_fine_tune_push_and_fine_tune_from_it(tiny_dataset, small_resenc, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("nnssl_adapt.evaluation.report._pictures", lambda *_: ())  # seconds of drawing
+    monkeypatch.setattr("nnssl_adapt.evaluation.report.report.case_section", lambda *_: None)  # seconds of drawing
     tiny_dataset(cases=2, shape=(14, 22, 15))
     first = fine_tune("first", small_resenc)
     assert main.main(["push", "someone/cord", str(first), "--licence", "CC-BY-4.0", "--orientation", "RAI"]) == 0

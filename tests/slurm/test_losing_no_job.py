@@ -23,7 +23,7 @@ PLACES = {
     "in start-up": "nnssl_adapt.training.trainer:PretrainedTrainer.run",
     "in an epoch": STEP,
     "in validation": "nnssl_adapt.training.validation:FoldValidation._predict",
-    "in the report": "nnssl_adapt.evaluation.report:write_report",
+    "in the report": "nnssl_adapt.evaluation.report.report:write_report",
 }
 
 

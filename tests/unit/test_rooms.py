@@ -35,7 +35,7 @@ INNER_ROOMS = {
     "training": ["recipe", "progress", "optimise", "device", "run", "launch", "batches"],
 }
 # Inner rooms that stand below the files of their room instead: they build on them, and none of these imports them.
-BELOW = {"data": ["verifying", "convert"]}
+BELOW = {"data": ["verifying", "convert"], "evaluation": ["report"]}
 PEERS = {"nnunetv2", "batchgenerators", "sklearn", "skimage"}
 
 

@@ -11,8 +11,8 @@ from support.model_folders import write_model_folder
 from support.synthetic import make_dataset
 
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, SourceNotFound
-from nnssl_adapt.evaluation.report import commands, make_report
-from nnssl_adapt.evaluation.report_content import gather_folds
+from nnssl_adapt.evaluation.report.content import gather_folds
+from nnssl_adapt.evaluation.report.report import commands, make_report
 from nnssl_adapt.planning.make import make_plan
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset

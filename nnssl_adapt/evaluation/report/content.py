@@ -15,6 +15,8 @@ from nnssl_adapt.evaluation.metrics import load_summary
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.weights.transfer.report import TransferReport
 
+NOT_KNOWN = "–"
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -123,9 +125,19 @@ def deviation(values: Iterable[float]) -> float:
     return math.sqrt(sum((value - centre) ** 2 for value in known) / (len(known) - 1))
 
 
+def number(value: float) -> str:
+    """Three digits after the point; a dash for what is not known."""
+    return NOT_KNOWN if math.isnan(value) else f"{value:.3f}"
+
+
+def worst_first(cases: Iterable[CaseResult]) -> list[CaseResult]:
+    """By mean Dice, then by name; cases without a value come last."""
+    return sorted(cases, key=lambda case: (math.inf if math.isnan(case.mean_dice) else case.mean_dice, case.name))
+
+
 def worst_median_best(cases: Iterable[CaseResult]) -> list[tuple[str, CaseResult]]:
     """Up to three different cases by their mean Dice, each with what it is."""
-    ranked = sorted((c for c in cases if not math.isnan(c.mean_dice)), key=lambda c: (c.mean_dice, c.name))
+    ranked = worst_first(c for c in cases if not math.isnan(c.mean_dice))
     if not ranked:
         return []
     chosen = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}

@@ -1,0 +1,1 @@
+"""Is this model good, and where is it wrong? One page to look through."""
