@@ -31,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
+    from nnssl_adapt.weights.sources.published import address_of_name
     from nnssl_adapt.weights.sources.resolve import resolve_source
     from nnssl_adapt.weights.sources.resolved import SourceOptions
 
+    arguments.source = address_of_name(arguments.source)
     options = SourceOptions(**source_options(arguments))
     resolved = resolve_source(arguments.source, options)
     print(read_checkpoint(resolved, options))

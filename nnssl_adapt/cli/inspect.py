@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     import nnssl_adapt as na
 
     checkpoint = open_source(arguments)
+    print(_catalogued(checkpoint))
     network, settings, heads, channels, whose = _target(checkpoint, arguments)
     report = na.transfer_weights(
         checkpoint, network, **_as_arguments(settings), head_names=heads, channel_names=channels
@@ -58,6 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(arguments.json, content)
         print(f"\ndetails: {arguments.json}")
     return EXIT_OK if passed else EXIT_FAILED
+
+
+def _catalogued(checkpoint: Checkpoint) -> str:
+    """What the catalogue knows of it, in one line."""
+    from nnssl_adapt.text import and_more
+
+    if checkpoint.published is not None:
+        return f"  catalogue {checkpoint.published.id}: {checkpoint.published.page}"
+    similar = checkpoint.similar_published()
+    if not similar:
+        return "  catalogue no published network that is known here has this layout"
+    return f"  catalogue by its layout it may be {and_more((model.id for model in similar), 6)}"
 
 
 def _target(
@@ -115,6 +128,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "patch_size": list(plan.patch_size),
         "recommended_patch_size": list(plan.recommended_patch_size) if plan.recommended_patch_size else None,
         "licence": checkpoint.licence,
+        "published": checkpoint.published.id if checkpoint.published else None,
+        "similar_published": [model.id for model in checkpoint.similar_published()],
         "citations": list(checkpoint.citations),
         "notes": list(checkpoint.notes),
     }

@@ -1,4 +1,4 @@
-"""List the trained models of this machine, and the pre-trained checkpoints that everybody can get."""
+"""List the trained models of this machine, and the published networks that can be fine-tuned; or one of those in full."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ import os
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose
 
+_ALL = ""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--installed", action="store_true", help="only those in nnUNet_results")
-    which.add_argument("--public", action="store_true", help="only published checkpoints")
+    which.add_argument(
+        "--published",
+        "--public",
+        nargs="?",
+        const=_ALL,
+        metavar="ID",
+        help="only published networks; with a short name: everything that is known of it, and the command to use",
+    )
     add_verbose(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not arguments.public:
+    if arguments.published:
+        _show_one(arguments.published)
+        return EXIT_OK
+    if arguments.published is None:
         _show_installed(required=arguments.installed)
     if not arguments.installed:
-        _show_public()
+        _show_published()
     return EXIT_OK
 
 
@@ -38,18 +50,23 @@ def _show_installed(required: bool) -> None:
     print()
 
 
-def _show_public() -> None:
-    from nnssl_adapt.sharing.catalogue import known_checkpoints
+def _show_published() -> None:
+    from nnssl_adapt.weights.sources.published import published_models
 
-    print("Published checkpoints, for -pc (no network was asked):")
-    known = known_checkpoints()
-    width = max(len(checkpoint.repo_id) for checkpoint in known)
-    for checkpoint in known:
+    print("Published networks, for -pc (no network was asked):")
+    models = published_models()
+    width = max(len(model.id) for model in models)
+    for model in models:
+        where = model.repo_id or ("" if model.source else "to be downloaded by hand")
         facts = [
-            checkpoint.network,
-            checkpoint.data,
-            f"licence: {checkpoint.licence or 'see its page'}",
-            checkpoint.note,
+            *(model.architecture, model.method, model.size, model.terms if model.licence else "licence: see its page"),
+            *(*model.needs, where, model.note),
         ]
-        print(f"  {checkpoint.repo_id:<{width}}  {'; '.join(fact for fact in facts if fact)}")
-    print("Each one's page, with citation and licence: https://huggingface.co/OWNER/NAME")
+        print(f"  {model.id:<{width}}  {'; '.join(fact for fact in facts if fact)}")
+    print("Everything about one, with its citation and the command: nnssl-adapt models --published ID")
+
+
+def _show_one(name: str) -> None:
+    from nnssl_adapt.weights.sources.published import known_name
+
+    print(known_name(name))

@@ -13,8 +13,8 @@ from typing import Any
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
 from nnssl_adapt.sharing.anonymous import Cleaner
-from nnssl_adapt.sharing.catalogue import find_known
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
+from nnssl_adapt.weights.sources.published import find_published
 
 _HUB_LICENCES = re.compile(
     r"(apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0|gpl-3\.0|unlicense)"
@@ -108,10 +108,10 @@ def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:
     lines = [f"- weights: {where}" + (f", revision {source.revision}" if source.revision else "")]
     if source.sha256:
         lines.append(f"- file: {source.filename}, SHA-256 `{source.sha256}`")
-    known = find_known(base) if base else None
+    known = find_published(base) if base else None
     if known is not None:
-        lines.append(f"- kind: {known.method} on {known.network}, {known.data}")
-        lines.append(f"- licence of those weights: {known.licence or 'see the repository'}")
+        lines.append(f"- kind: {known.method} on {known.architecture}" + (f", {known.data}" if known.data else ""))
+        lines.append(f"- licence of those weights: {known.terms if known.licence else 'see the repository'}")
     if provenance.trainer_name:
         lines.append(f"- pre-trained by: {provenance.trainer_name}")
     if provenance.source is not None:

@@ -29,6 +29,7 @@ class Repository:
     gated: bool = False
     forbidden: bool = False
     truncated: set[str] = field(default_factory=set)
+    licence: str | None = None
 
 
 class HubServer:
@@ -172,7 +173,7 @@ class HubServer:
                 if parts[:2] == ["api", "models"] and parts[4:] == ["refs"]:
                     self._refs(f"{parts[2]}/{parts[3]}")
                 elif parts[:2] == ["api", "models"] and len(parts) >= 4:
-                    self._list(f"{parts[2]}/{parts[3]}")
+                    self._list(f"{parts[2]}/{parts[3]}", whole="tree" not in parts)
                 elif len(parts) >= 5 and parts[2] == "resolve":
                     self._file(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]))
                 else:
@@ -188,7 +189,8 @@ class HubServer:
                 ]
                 return self._send_json({"branches": branches, "tags": [], "converts": []})
 
-            def _list(self, repo_id: str) -> None:
+            def _list(self, repo_id: str, whole: bool) -> None:
+                """The list of its files, or all that the hub says of a repository."""
                 repository = hub.repositories.get(repo_id)
                 if repository is None:
                     return self._refuse(404, "RepoNotFound")
@@ -196,7 +198,11 @@ class HubServer:
                     {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for name, content in repository.files.items()
                 ]
-                return self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+                siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
+                card = {"license": repository.licence} if repository.licence else {}
+                told = {"id": repo_id, "sha": repository.commit, "siblings": siblings, "cardData": card}
+                answer = json.dumps(told if whole else entries)
+                return self._send(200, answer.encode(), {"Content-Type": "application/json"})
 
             def _file(self, repo_id: str, revision: str, name: str) -> None:
                 repository = hub.repositories.get(repo_id)
@@ -287,6 +293,9 @@ class WebServer:
             def log_message(self, *_args: object) -> None:
                 pass
 
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
             def do_GET(self) -> None:
                 wanted = self.headers.get("Range")
                 web.requests.append((self.path, wanted))
@@ -304,7 +313,8 @@ class WebServer:
                     self.send_header(key, value)
                 self.end_headers()
                 broken = page.breaks.pop(0) if page.breaks else None
-                self.wfile.write(content[:broken])
+                if self.command != "HEAD":
+                    self.wfile.write(content[:broken])
                 self.close_connection = broken is not None or not page.says_length
 
         return Handler

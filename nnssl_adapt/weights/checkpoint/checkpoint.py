@@ -7,6 +7,7 @@ needs code is refused. What the plan says is checked against the tensors, which 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from nnssl_adapt.weights.checkpoint.weight_file import check_sums, read_shards, 
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.registry import family_of_names
 from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, published_at
 from nnssl_adapt.weights.sources.resolve import resolve_source
 from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource, SourceOptions
 
@@ -45,6 +47,7 @@ class Checkpoint:
         notes: what was wrong in the file or its plan, and what was done about it.
         choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``, ``patch_merging``) that
             were not left at their defaults; opening with them gives these weights again.
+        published: the entry of the catalogue that they are, told by where they are from.
     """
 
     tensors: dict[str, Tensor]
@@ -54,6 +57,7 @@ class Checkpoint:
     citations: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    published: PublishedModel | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -91,7 +95,16 @@ class Checkpoint:
     def licence(self) -> str | None:
         """Under which terms the weights may be used, where their plan says so (``license`` or ``licence``)."""
         stated = self.plan.raw.get("license") or self.plan.raw.get("licence")
+        if not stated and self.published is not None and self.published.licence:
+            return f"{self.published.terms}, as its page said"
         return str(stated) if stated else None
+
+    def similar_published(self) -> list[PublishedModel]:
+        """Entries of the catalogue with a layout like this one: class, sizes, channels and outputs."""
+        heads = [t.shape[0] for name, t in self.tensors.items() if _HEAD.search(name) and t.ndim == 5]
+        outputs = int(heads[-1]) if heads else None
+        kwargs, plan = self.architecture.kwargs, self.plan
+        return fitting_models(self.architecture.class_name, kwargs, plan.num_input_channels, outputs, plan.supervised)
 
     @property
     def citation_names(self) -> tuple[str, ...]:
@@ -100,6 +113,9 @@ class Checkpoint:
             ": ".join(str(entry[key]) for key in ("type", "name") if entry.get(key)) or "unnamed"
             for entry in self.citations
         )
+
+
+_HEAD = re.compile(r"(^|\.)seg_layers\.\d+\.weight$")
 
 
 def _channels(plan: AdaptationPlan) -> str:
@@ -180,6 +196,10 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         notes.append(_exchanged(options.axes, state.key, plan))
     _check_told(told, plan, str(path))
     citations, citation_notes = _citations(content.get("citations"), plan)
+    published = published_at(resolved.origin)
+    if published is not None:
+        notes += [f"second-hand, not checked ({published.id}): {fact}" for fact in published.unverified]
+        citations = citations or ({"type": "Pretraining", "name": published.id, "apa_citations": [published.citation]},)
     trainer_name = content.get("trainer_name")
     checkpoint = Checkpoint(
         tensors=tensors,
@@ -189,6 +209,7 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         citations=citations,
         notes=tuple(notes + citation_notes),
         choices=options.choices,
+        published=published,
     )
     for note in checkpoint.notes:
         logger.warning("%s: %s", resolved.origin, note)

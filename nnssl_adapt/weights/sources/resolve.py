@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nnssl_adapt.errors import SourceError, SourceNotFound
 from nnssl_adapt.paths import pretrained_models_folder
+from nnssl_adapt.text import did_you_mean
 from nnssl_adapt.weights.sources.archive import is_archive
 from nnssl_adapt.weights.sources.download import Address, download
 from nnssl_adapt.weights.sources.hub import Hub, commit_of
@@ -21,6 +22,7 @@ from nnssl_adapt.weights.sources.hub_files import HubAddress, fetch_files, is_hu
 from nnssl_adapt.weights.sources.listing import Chosen, choose_files
 from nnssl_adapt.weights.sources.local import resolve_archive, resolve_path
 from nnssl_adapt.weights.sources.offline_store import find_in_store, has_revision
+from nnssl_adapt.weights.sources.published import address_of, find_published, published_models
 from nnssl_adapt.weights.sources.resolved import ResolvedSource, SourceOptions, assemble
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
     Args:
         source: a weight file (``.pth``, ``.safetensors``, ``.ckpt``, …), a zip, a folder with one, a trained nnU-Net model
             folder; a hub id ``[hf://]owner/name`` or ``owner/name@revision``, or a hub address
-            ``https://huggingface.co/owner/name[/tree/REVISION]``; or the https address of a file or zip, at best with
-            ``#sha256=…``. An existing path wins; then the same name below ``$nnssl_pretrained_models``; then caches and
-            the network.
+            ``https://huggingface.co/owner/name[/tree/REVISION]``; the https address of a file or zip, at best with
+            ``#sha256=…``; or a short name of the catalogue (``openmind-resencl-mae``). An existing path wins;
+            then the same name below ``$nnssl_pretrained_models``; then caches and the network.
         options: revision, cache, file and fold; see :class:`SourceOptions`.
 
     Raises:
@@ -61,6 +63,8 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
     stored = find_in_store(text, options.revision, options.filename)
     if stored is not None:
         return resolve_path(text, stored[0], replace(options, filename=stored[1]))
+    if hub is None and (known := find_published(text)) is not None:
+        return resolve_source(address_of(known), options)
     if hub is not None:
         return _resolve_hub(text, hub, options)
     if "://" in text and not is_hub_url(text):
@@ -87,7 +91,11 @@ def _not_found_message(text: str) -> str:
         return f"{text} is not a Hugging Face address (https://huggingface.co/owner/name[/tree/REVISION])"
     below = pretrained_models_folder()
     searched = f"the working folder and nnssl_pretrained_models={below}" if below else "the working folder"
-    return f"no file or folder {text!r} (looked in {searched}), and it is not a Hugging Face id (owner/name)"
+    close = did_you_mean(text.casefold(), (model.id for model in published_models()))
+    return (
+        f"no file or folder {text!r} (looked in {searched}), and it is not a Hugging Face id (owner/name), nor a network of "
+        f"'nnssl-adapt models --published'{close}"
+    )
 
 
 def _resolve_web(text: str, options: SourceOptions) -> ResolvedSource:

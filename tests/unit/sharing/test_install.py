@@ -14,7 +14,7 @@ from support.model_folders import write_model_folder
 from nnssl_adapt.errors import ConfigurationError, DigestMismatch, ModelFolderError, NnsslAdaptError, SourceError
 from nnssl_adapt.inference.find_model import find_model_folder
 from nnssl_adapt.inference.predictor import Predictor
-from nnssl_adapt.sharing.catalogue import find_known, installed_models, known_checkpoints
+from nnssl_adapt.sharing.catalogue import installed_models
 from nnssl_adapt.sharing.install import install_model
 from nnssl_adapt.sharing.package import make_package
 
@@ -205,17 +205,7 @@ def test_a_failing_disk_leaves_nothing(package, tmp_path, monkeypatch):
     assert [name for name in results(tmp_path) if "Dataset" not in name] == []
 
 
-# -- the table of published checkpoints ----------------------------------------------------------------------------------
-
-
-def test_the_table_has_every_published_checkpoint():
-    table = known_checkpoints()
-    assert len(table) == len({known.repo_id for known in table}) == 21
-    assert find_known("MIC-DKFZ/ResEncL-OpenMind-MAE") == find_known("AnonRes/ResEncL-OpenMind-MAE") is not None
-    assert find_known("AnonRes/PrimusM-OpenMind-SimCLR").note and find_known("nobody/nothing") is None
-    assert find_known("MIC-DKFZ/nnFoundationCNN").licence == "CC-BY-SA-4.0"
-    assert find_known("AnonRes/PrimusM-OpenMind-MAE").licence is None  # its page was not read
-    assert all(known.source == f"https://huggingface.co/{known.repo_id}" for known in table)
+# -- what is installed ---------------------------------------------------------------------------------------------------
 
 
 def test_broken_models_are_listed_too(tmp_path, nnunet_folders):
