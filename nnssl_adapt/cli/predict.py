@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "voxel each (default: float32)",
     )
     parser.add_argument(
-        "--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the network on a GPU (default fp16)"
+        "--precision",
+        choices=("fp16", "bf16", "fp32"),
+        help="of the network on a GPU (default: as it was trained; fp16 for nnU-Net's models)",
     )
     parser.add_argument("-device", "--device", default="cuda", help="cuda, cuda:1, mps or cpu (default cuda)")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")

@@ -19,6 +19,7 @@ from nnssl_adapt.data.preprocess import ResamplingRule
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.geometry.logits import logits_to_labels
+from nnssl_adapt.geometry.logits_on_device import labels_on_device
 from nnssl_adapt.geometry.resample import as_array, resample_image, resample_logits
 from nnssl_adapt.planning.plan import FinetunePlan
 
@@ -32,7 +33,7 @@ def logits_to_segmentation(
     """Turn logits into a label map on the image's own grid, as nnU-Net does.
 
     Args:
-        logits: (K, z, y, x) on the CPU, on the grid of the preprocessed case.
+        logits: (K, z, y, x) on the grid of the preprocessed case; or labels that :func:`decided_on_device` made of them.
         properties: of the preprocessed case.
         plan: with the spacing, the resampling rule and the order of axes.
         labels: what the K outputs mean.
@@ -40,6 +41,8 @@ def logits_to_segmentation(
     Returns:
         uint8 (Z, Y, X), or uint16 where there are 255 labels or more; background where the image was cropped away.
     """
+    if is_decided(logits):
+        return _uncropped(as_array(logits), properties, plan, _label_type(labels))
     shape = properties["shape_after_cropping_and_before_resampling"]
     if not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE:
         cropped = logits_to_labels(logits, shape, plan.spacing, _own_spacing(properties, plan))
@@ -50,6 +53,31 @@ def logits_to_segmentation(
     else:
         cropped = np.asarray(labels.heads_to_labels(_on_own_grid(logits, properties, plan)))
     return _uncropped(cropped, properties, plan, _label_type(labels))
+
+
+def can_decide_on_device(plan: FinetunePlan, labels: LabelScheme) -> bool:
+    """Whether the labels follow from logits by the rule that :func:`decided_on_device` knows: nnU-Net's, without regions."""
+    return not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE
+
+
+def decided_on_device(logits: Tensor, properties: Mapping[str, Any], plan: FinetunePlan) -> Tensor:
+    """Labels (Z, Y, X) of the cropped image on its own grid, on the CPU; made where the logits are.
+
+    They are those that :func:`logits_to_segmentation` would make. Where the memory is too small for that, the logits are
+    returned, on the CPU.
+    """
+    assert plan.spacing is not None
+    shape = properties["shape_after_cropping_and_before_resampling"]
+    try:
+        return labels_on_device(logits, shape, plan.spacing, _own_spacing(properties, plan)).cpu()
+    except torch.OutOfMemoryError:
+        pass
+    return logits.cpu()  # not in the handler, whose traceback keeps what there was in memory
+
+
+def is_decided(logits: Tensor | np.ndarray) -> bool:
+    """Whether these are labels already."""
+    return logits.ndim == 3
 
 
 def logits_to_probabilities(

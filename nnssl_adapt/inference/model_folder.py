@@ -22,6 +22,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.reorient import ORIENTATION_KEY
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.geometry.orientation import check_code
+from nnssl_adapt.inference.precision import OF_NNUNET, trained_precision
 from nnssl_adapt.inference.trained_with import other_order, trained_with
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
@@ -52,6 +53,7 @@ class FoldWeights:
         mirror_axes: axes (0 is Z) that were mirrored in training, so that predictions may be; empty: none.
         channels: names of the channels that it was trained with, in order; empty where the checkpoint does not say.
         labels: ``labels`` of the dataset.json that it was trained with; empty likewise.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``: of the network in training.
     """
 
     network_weights: dict[str, Tensor]
@@ -60,6 +62,7 @@ class FoldWeights:
     mirror_axes: tuple[int, ...]
     channels: tuple[str, ...] = ()
     labels: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = OF_NNUNET
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,7 @@ class ModelFolder:
             configuration=configuration,
             trainer_name=str(content.get("trainer_name", "")),
             mirror_axes=tuple(int(axis) for axis in content.get("inference_allowed_mirroring_axes") or ()),
+            precision=trained_precision(content),
             channels=channels,
             labels=outputs,
         )

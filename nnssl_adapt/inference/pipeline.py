@@ -13,15 +13,16 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nnssl_adapt.errors import OutputError, PredictionError
-from nnssl_adapt.inference.sliding_window import Allocate, Tiles
+from nnssl_adapt.inference.sliding_window import Allocate
 from nnssl_adapt.inference.steps import PreparedImage, SharedMemory, Steps, export_in_worker, prepare_in_worker
+from nnssl_adapt.inference.sums import Tiles
 from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.machine.workers import Budget, kill_workers, prepare_worker
 
@@ -31,6 +32,16 @@ Predict = Callable[[ImageTask, np.ndarray, Allocate], Tiles]
 """From a preprocessed image (C, Z, Y, X) to logits (K, Z, Y, X) in memory of the given kind, one tile after the other."""
 
 _THREADS = 2
+
+
+class ImageSteps(Protocol):
+    """What is done before and after the network; :class:`~nnssl_adapt.inference.steps.Steps` for images in files."""
+
+    def prepare(self, task: ImageTask) -> PreparedImage:
+        """Read an image, and preprocess it unless it is."""
+
+    def export(self, task: ImageTask, logits: Tensor | np.ndarray, prepared: PreparedImage) -> np.ndarray:
+        """Labels (Z, Y, X), written where they belong."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +64,16 @@ class Pipeline:
         memory: bytes that each image needs (identifier → bytes).
         settle: is told at once what became of an image, while the network works on another one, which may take hours.
         watch: is told after each tile how many of the image's are done.
+        decide: makes labels of logits where they are, or leaves them; in the thread of the network.
     """
 
-    steps: Steps
+    steps: ImageSteps
     predict: Predict
     workers: int = 0
     memory: Mapping[str, int] = field(default_factory=dict)
     settle: Callable[[Result], None] | None = None
     watch: Callable[[int], None] | None = None
+    decide: Callable[[Tensor, PreparedImage], Tensor] = lambda logits, prepared: logits
 
     def run(self, tasks: Sequence[ImageTask]) -> Iterator[Result]:
         """Yield what became of each image, after ``settle`` was told.
@@ -69,7 +82,7 @@ class Pipeline:
             OutputError: an image could not be written, and the next could not be either.
             PredictionError: a worker process was killed.
         """
-        if self.workers > 0 and SharedMemory.is_available():
+        if self.workers > 0 and SharedMemory.is_available() and isinstance(self.steps, Steps):
             with _processes(self.workers) as pool:
                 yield from _Run(self, _Processes(self.steps, pool), tasks).results()
         else:
@@ -84,6 +97,7 @@ class _Run:
         self.predict = pipeline.predict
         self.settle = pipeline.settle
         self.watch = pipeline.watch
+        self.decide = pipeline.decide
         self.hands = hands
         self.size = max(1, pipeline.workers)
         self.budget = Budget.of(pipeline.memory, pipeline.workers)
@@ -161,6 +175,7 @@ class _Run:
                 logger.warning("%s: %s", task.identifier, doubt)
             self._move_on()  # the next image may come in now
             logits = self._driven(self.predict(task, prepared.data, self.hands.allocate))
+            logits = self.decide(logits, prepared)
             self.exporting[self.hands.export(task, logits, prepared)] = task
         except (OutputError, BrokenProcessPool):
             raise
@@ -186,7 +201,7 @@ class _Run:
 class _Threads:
     """Work in threads of this process: nothing is copied."""
 
-    def __init__(self, steps: Steps, pool: Executor) -> None:
+    def __init__(self, steps: ImageSteps, pool: Executor) -> None:
         self.steps = steps
         self.pool = pool
         self.allocate: Allocate = lambda shape, dtype: torch.zeros(shape, dtype=dtype)

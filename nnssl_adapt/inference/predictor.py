@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,7 +17,8 @@ from torch import Tensor
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
-from nnssl_adapt.files import atomic_path, make_folder, sha256_of
+from nnssl_adapt.files import sha256_of
+from nnssl_adapt.inference.export import can_decide_on_device, decided_on_device
 from nnssl_adapt.inference.inputs import (
     Images,
     expected_channels,
@@ -32,25 +31,22 @@ from nnssl_adapt.inference.inputs import (
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
 from nnssl_adapt.inference.pipeline import Pipeline, Result
 from nnssl_adapt.inference.postprocess import Postprocessing
+from nnssl_adapt.inference.precision import OF_NNUNET, PRECISIONS, Precision, predicting_precision
 from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
 from nnssl_adapt.inference.sliding_window import (
     Allocate,
     Progress,
-    Tiles,
     finish,
     logits_by_tiles,
     with_float32_as_fallback,
 )
-from nnssl_adapt.inference.steps import Steps
+from nnssl_adapt.inference.steps import PreparedImage, Steps
+from nnssl_adapt.inference.sums import Tiles, part_of, sum_of
 from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee
 from nnssl_adapt.inference.tile_bar import TileBar
 from nnssl_adapt.machine.device import check_device
 
 logger = logging.getLogger(__name__)
-
-_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
-
-Precision = Literal["fp16", "bf16", "fp32"]
 
 
 class Predictor:
@@ -65,8 +61,8 @@ class Predictor:
         tta: average over mirrored images too, where training mirrored: more accurate, up to 8 times slower.
         accumulation_dtype: of the sums over tiles. float16 comes close to nnU-Net's labels (of 19 images 2 differed, in one voxel
             each), with its rounding: there logits are off by a thousandth, and by up to 0.5 in the corners of the image.
-        precision: of the network on CUDA: ``fp16`` as nnU-Net, ``bf16``, or ``fp32``. An image whose numbers are too large
-            for it is done again in float32. Other devices always compute in float32.
+        precision: of the network on CUDA: ``fp16`` as nnU-Net, ``bf16``, or ``fp32``; None: as it was trained. An image whose
+            numbers are too large for it is done again in float32. Other devices always compute in float32.
         batch_size: tiles, mirrored copies included, that go through the network together; None: as fits the device.
         postprocessing: done to every segmentation, or the file that says what (``postprocessing.json``, or nnU-Net's
             ``.pkl``); None: nothing.
@@ -89,14 +85,13 @@ class Predictor:
         step: float = 0.5,
         tta: bool = True,
         accumulation_dtype: torch.dtype = torch.float32,
-        precision: Precision = "fp16",
+        precision: Precision | None = None,
         batch_size: int | None = None,
         postprocessing: Postprocessing | str | Path | None = None,
         keep_orientation: bool = False,
     ) -> None:
         self.device = check_device(device)
-        if precision not in _PRECISIONS:
-            raise ConfigurationError(f"precision {precision!r}: expected {', '.join(_PRECISIONS)}")
+        predicting_precision(precision, OF_NNUNET, self.device)  # refuses an unknown one before anything is read
         if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"a batch of {batch_size} tiles: at least one is needed")
         if not 0 < step <= 1:
@@ -107,13 +102,13 @@ class Predictor:
         self.step = step
         self.checkpoint = checkpoint
         self.accumulation_dtype = accumulation_dtype
-        self.precision = precision
         self.batch_size = batch_size
         self.keep_orientation = keep_orientation
         self.postprocessing = _opened(postprocessing, self.model)
         self._network = self.model.build_network(empty=True)
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
         self._loaded = len(self._weights) - 1
+        self.precision = predicting_precision(precision, self._weights[0].precision, self.device)
         self.mirror_axes = self._weights[0].mirror_axes if tta else ()
         self.plan = replace(self.model.plan, configuration=self._weights[0].configuration)
 
@@ -139,8 +134,13 @@ class Predictor:
         """
         return finish(self.logits_by_tiles(image, allocate), progress)
 
-    def logits_by_tiles(self, image: np.ndarray | Tensor, allocate: Allocate | None = None) -> Tiles:
-        """As :meth:`predict_logits`, but stops after each tile of each fold and tells how far it is."""
+    def logits_by_tiles(
+        self, image: np.ndarray | Tensor, allocate: Allocate | None = None, keep: bool = False
+    ) -> Tiles:
+        """As :meth:`predict_logits`, but stops after each tile of each fold and tells how far it is.
+
+        ``keep``: leave the logits on the device, if they have room there.
+        """
         tensor = torch.as_tensor(image)
         total: Tensor | None = None
         folds = len(self._weights)
@@ -148,12 +148,12 @@ class Predictor:
             if index != self._loaded:
                 self._network.load_state_dict(weights.network_weights)
                 self._loaded = index
-            logits = yield from _part_of(self._fold_logits(tensor, allocate), index, folds)
-            total, allocate = (logits if total is None else total.add_(logits)), None
+            logits = yield from part_of(self._fold_logits(tensor, allocate, keep), index, folds)
+            total, allocate = sum_of(total, logits), None
         assert total is not None
         return total.div_(folds) if folds > 1 else total
 
-    def _fold_logits(self, image: Tensor, allocate: Allocate | None) -> Tiles:
+    def _fold_logits(self, image: Tensor, allocate: Allocate | None, keep: bool) -> Tiles:
         def run(precision: torch.dtype | None) -> Tiles:
             return logits_by_tiles(
                 self._network,
@@ -167,10 +167,12 @@ class Predictor:
                 accumulation_dtype=self.accumulation_dtype,
                 batch_size=self.batch_size,
                 allocate=allocate,
+                keep=keep,
+                copies=min(2, len(self._weights)) if keep else 1,
             )
 
         try:
-            return (yield from with_float32_as_fallback(run, _PRECISIONS[self.precision], self.device))
+            return (yield from with_float32_as_fallback(run, PRECISIONS[self.precision], self.device))
         except NotImplementedError as error:
             raise PredictionError(
                 f"PyTorch can't run a part of this network on {self.device.type}: use -device cpu"
@@ -202,7 +204,8 @@ class Predictor:
         given = gather_inputs(self.model, image, None, geometry, spacing, keep_orientation=self.keep_orientation)
         task, steps = given.tasks[0], self._steps(False)
         prepared = steps.prepare(task)
-        return steps.export(task, self.predict_logits(prepared.data, progress), prepared)
+        tiles = self.logits_by_tiles(prepared.data, None, self._decides_on_device)
+        return steps.export(task, self._decided(finish(tiles, progress), prepared), prepared)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -262,7 +265,7 @@ class Predictor:
         record = None
         if target is not None and not is_image_file(target):
             record = PredictionRecord(target, self._settings)
-            self._describe_output(record)
+            record.copy_model_files(self.model.path)
         waiting = tasks if overwrite else unfinished(tasks, record, save_probabilities)
         in_memory = is_in_memory(images) or output is None
         for name, problem in inputs.refused.items():
@@ -311,9 +314,12 @@ class Predictor:
         tell_orientation(self.model, tasks, [foresight.lies for foresight in foreseen.values()])
         bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
 
+        keep = self._decides_on_device and not save_probabilities
+        decide = self._decided if keep else _left
+
         def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
             bar.start(task.identifier, count_tiles(image.shape[1:], self.plan.patch_size, self.step) * len(self.folds))
-            return self.logits_by_tiles(image, allocate)
+            return self.logits_by_tiles(image, allocate, keep)
 
         def settle(result: Result) -> None:
             name = result.task.identifier
@@ -330,9 +336,21 @@ class Predictor:
         for task in tasks:
             remove_unfinished(task, save_probabilities)
         memory = {name: foresight.memory for name, foresight in foreseen.items()}
-        for _ in Pipeline(self._steps(save_probabilities), predict, workers, memory, settle, bar.advance).run(tasks):
+        steps = self._steps(save_probabilities)
+        for _ in Pipeline(steps, predict, workers, memory, settle, bar.advance, decide).run(tasks):
             pass
         return {task.identifier: results[task.identifier] for task in tasks if task.identifier in results}, failures
+
+    @property
+    def _decides_on_device(self) -> bool:
+        """Whether labels are made where the logits are, so that they need not leave a GPU."""
+        return self.device.type == "cuda" and can_decide_on_device(self.plan, self.model.labels)
+
+    def _decided(self, logits: Tensor, prepared: PreparedImage) -> Tensor:
+        """Labels of logits that stayed on the device, made there; others as they are."""
+        if not self._decides_on_device or logits.device.type != self.device.type:
+            return logits
+        return decided_on_device(logits, prepared.properties, self.plan)
 
     def _steps(self, save_probabilities: bool) -> Steps:
         return Steps(
@@ -360,21 +378,13 @@ class Predictor:
             "step": float(self.step),
             "mirror_axes": list(self.mirror_axes),
             "sums": str(self.accumulation_dtype).removeprefix("torch."),
-            "precision": self.precision if self.device.type == "cuda" else "fp32",
+            "precision": self.precision,
             **({} if self.keep_orientation or not turned else {"orientation": turned}),
         }
 
-    def _describe_output(self, record: PredictionRecord) -> None:
-        """Copy dataset.json and plans.json to the segmentations, where evaluation and nnU-Net's tools look for them."""
-        make_folder(record.folder)
-        for name, key in (("dataset.json", "dataset.json"), ("plans.json", "plans")):
-            path = record.folder / name
-            there = sha256_of(path) if path.is_file() else None
-            if there is None or there in record.used(key):  # that of the model before this one
-                with atomic_path(path) as temporary:
-                    shutil.copyfile(self.model.path / name, temporary)
-            elif there != self._settings[key]:  # somebody's dataset, which segmentations are added to
-                logger.warning("%s stays as it was; it is not the model's", path)
+
+def _left(logits: Tensor, prepared: PreparedImage) -> Tensor:
+    return logits
 
 
 def _opened(given: Postprocessing | str | Path | None, model: ModelFolder) -> Postprocessing:
@@ -384,15 +394,3 @@ def _opened(given: Postprocessing | str | Path | None, model: ModelFolder) -> Po
     steps = given if isinstance(given, Postprocessing) else Postprocessing.load(given)
     steps.refuse_unknown(model.labels, "the postprocessing" if isinstance(given, Postprocessing) else given)
     return steps
-
-
-def _part_of(tiles: Tiles, index: int, parts: int) -> Tiles:
-    """Tiles of one of several networks, counted as those of all."""
-    with closing(tiles):
-        while True:
-            try:
-                done, total = next(tiles)
-            except StopIteration as end:
-                logits: Tensor = end.value
-                return logits
-            yield index * total + done, parts * total

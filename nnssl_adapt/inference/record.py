@@ -10,6 +10,7 @@ import glob
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from nnssl_adapt.data.preprocess import digest_of
 from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.errors import NnsslAdaptError
-from nnssl_adapt.files import TEMPORARY_PREFIX, explain_write_errors, make_folder
+from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, explain_write_errors, make_folder, sha256_of
 from nnssl_adapt.inference.task import ImageTask
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,18 @@ class PredictionRecord:
         names = sorted({*before, *self.settings})
         plain = json.loads(json.dumps(dict(self.settings)))
         return tuple(name for name in names if before.get(name) != plain.get(name))
+
+    def copy_model_files(self, model: Path) -> None:
+        """Copy a model's dataset.json and plans.json to the segmentations: evaluation and nnU-Net's tools look for them there."""
+        make_folder(self.folder)
+        for name, key in (("dataset.json", "dataset.json"), ("plans.json", "plans")):
+            path = self.folder / name
+            there = sha256_of(path) if path.is_file() else None
+            if there is None or there in self.used(key):  # that of the model before this one
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(model / name, temporary)
+            elif there != self.settings[key]:  # somebody's dataset, which segmentations are added to
+                logger.warning("%s stays as it was; it is not the model's", path)
 
     def used(self, name: str) -> list[Any]:
         """Values of a setting with which images in this folder were predicted at some time."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
 from nnssl_adapt.inference.convolutions import cudnn_benchmark, exact_float32, onednn_convolutions
-from nnssl_adapt.inference.tile_batches import TileBatch, free_memory, tile_batch
+from nnssl_adapt.inference.sums import SumsPlace, Tiles, sums_places
+from nnssl_adapt.inference.tile_batches import TileBatch, tile_batch
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +33,11 @@ Progress = Callable[[int, int], None]
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Gives a tensor of zeros on the CPU, of this shape and type."""
 
-Tiles = Generator[tuple[int, int], None, Tensor]
-"""Work that stops after each tile, so that its driver can do something else: yields the number of tiles that are done and
-the number there are, and returns logits (K, Z, Y, X)."""
-
 SIGMA_SCALE = 1 / 8
 """Standard deviation of the weights, as a fraction of the patch."""
 
 WEIGHT_AT_CENTRE = 10.0
 """nnU-Net's scale. It matters only to float16 sums, whose smallest weights would otherwise vanish."""
-
-_SHARE_FOR_SUMS = 0.75
-"""Of the memory that a GPU has free, what may go to an image and its logits; the network needs the rest."""
 
 
 def tile_positions(shape: Sequence[int], patch_size: Sequence[int], step: float = 0.5) -> list[list[int]]:
@@ -95,6 +89,8 @@ def logits_by_tiles(
     accumulation_dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     allocate: Allocate | None = None,
+    keep: bool = False,
+    copies: int = 1,
 ) -> Tiles:
     """Run a network over a whole image, and stop after each tile.
 
@@ -108,20 +104,22 @@ def logits_by_tiles(
         step: largest distance between tiles, as a fraction of the patch.
         mirror_axes: spatial axes (0 is Z); every combination is flipped and the results are averaged. None or empty:
             no mirroring, up to 8 times faster.
-        device: where the network runs. The sums are kept there too; if a GPU's memory is too small for that they are
-            kept in main memory, and the log says so.
+        device: where the network runs. The sums are kept there too. If a GPU's memory is too small for that, they are in
+            float16, and if that is too much as well, in main memory; the log says so.
         autocast_dtype: precision of the network on CUDA (None: float32). Elsewhere the network runs in float32.
         accumulation_dtype: of the sums. float16 reproduces nnU-Net's rounding and needs half the memory.
         batch_size: tiles that go through the network together; a tile's mirrored copies count as one each. None: up to 8
             on CUDA (see :func:`~nnssl_adapt.inference.tile_batches.tiles_at_once`; half as many as often as its memory is
             too small), 1 elsewhere, where more gains nothing.
         allocate: makes the tensor that is returned; None: torch does.
+        keep: leave the logits where the sums were, on the device if they fitted.
+        copies: how many such logits will be on the device at a time, of several networks whose mean is wanted.
 
     Yields:
         The number of tiles that are done, and the number there are.
 
     Returns:
-        Logits (K, Z, Y, X) on the CPU in ``accumulation_dtype``.
+        Logits (K, Z, Y, X) on the CPU (but see ``keep``) in the type of the sums.
 
     Raises:
         PredictionError: the logits are NaN or infinite.
@@ -132,7 +130,7 @@ def logits_by_tiles(
     window = _Window(
         tiles=_tiles(whole.shape[1:], patch_size, step),
         flips=_flips(mirror_axes),
-        weights=gaussian_importance(patch_size, dtype=accumulation_dtype),
+        patch_size=tuple(patch_size),
         num_heads=num_heads,
         batch=TileBatch(batch_size) if batch_size else tile_batch(network, num_heads, patch_size, device),
         # A padded image's sums are larger than what is returned.
@@ -148,16 +146,20 @@ def logits_by_tiles(
     # Sums in float16 are asked for to get nnU-Net's very numbers, which are those of PyTorch's own choice of algorithm.
     fast = onednn_convolutions(network, device) if accumulation_dtype == torch.float32 else nullcontext()
     with _evaluating(network), cudnn_benchmark(device), exact_float32(device), fast:
-        keep_on = device if _has_room(device, window, whole) else torch.device("cpu")
-        fitting = yield from _blend_if_it_fits(run, whole, window, device, keep_on)
-        if fitting is None:  # not in a handler, whose traceback would keep the first sums in memory
-            _say_too_small(whole)
-            _empty_cache(device)
-            fitting = yield from _blend(run, whole, window, device, torch.device("cpu"))
+        places = sums_places(device, accumulation_dtype, num_heads, whole, copies)
+        fitting = None
+        for number, place in enumerate(places):
+            if number:  # not in a handler, whose traceback would keep the sums before in memory
+                _say_too_small(whole, place)
+                _empty_cache(device)
+            fitting = yield from _blend_if_it_fits(run, whole, window, device, place, place is places[-1])
+            if fitting is not None:
+                break
+        assert fitting is not None  # the last place raises
         logits: Tensor = fitting
         del fitting
     _refuse_non_finite(logits, autocast_dtype if device.type == "cuda" else accumulation_dtype)
-    return _returned(logits[original], allocate or _zeros)
+    return logits[original] if keep else _returned(logits[original], allocate or _zeros)
 
 
 def with_float32_as_fallback(
@@ -204,13 +206,13 @@ def finish(tiles: Tiles, progress: Progress | None = None) -> Tensor:
 
 
 def _blend_if_it_fits(
-    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, keep_on: torch.device
+    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, place: SumsPlace, last: bool
 ) -> Generator[tuple[int, int], None, Tensor | None]:
-    """:func:`_blend`; None where a GPU is too small for the sums. Raises OutOfMemoryError if they are not there anyway."""
+    """:func:`_blend`; None where a GPU is too small for the sums. Raises OutOfMemoryError in the last place there is."""
     try:
-        return (yield from _blend(run, image, window, device, keep_on))
+        return (yield from _blend(run, image, window, device, place))
     except torch.OutOfMemoryError:
-        if keep_on.type == "cpu" and device.type != "cpu":
+        if last:
             raise
     return None
 
@@ -239,7 +241,7 @@ class _Window:
     Attributes:
         tiles: where they lie, (Z, Y, X).
         flips: axes of an image (C, Z, Y, X) to mirror, one entry for each look at a tile.
-        weights: of a tile's voxels, in the type of the sums.
+        patch_size: of a tile (Z, Y, X).
         num_heads: outputs of the network.
         batch: looks that go through the network together.
         allocate: memory of the sums on the CPU.
@@ -247,17 +249,18 @@ class _Window:
 
     tiles: Sequence[tuple[slice, ...]]
     flips: Sequence[tuple[int, ...]]
-    weights: Tensor
+    patch_size: tuple[int, ...]
     num_heads: int
     batch: TileBatch
     allocate: Allocate
 
 
 def _blend(
-    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, keep_on: torch.device
+    run: Callable[[Tensor], Tensor], image: Tensor, window: _Window, device: torch.device, place: SumsPlace
 ) -> Tiles:
-    """Weighted mean of overlapping tiles, (K, Z, Y, X) on ``keep_on``, in the type of the weights."""
-    weights = window.weights.to(keep_on)
+    """Weighted mean of overlapping tiles, (K, Z, Y, X), in this place."""
+    keep_on = place.device
+    weights = gaussian_importance(window.patch_size, dtype=place.dtype).to(keep_on)
     image = image.to(keep_on)
     shape = (window.num_heads, *image.shape[1:])
     if keep_on.type == "cpu":
@@ -332,22 +335,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 # -- the GPU's memory --------------------------------------------------------------------------------------------------
 
 
-def _has_room(device: torch.device, window: _Window, image: Tensor) -> bool:
-    """Whether the sums fit onto the device, by what it has free; if it does not say, it is tried."""
-    if device.type != "cuda":
-        return True
-    voxels = image[0].numel()
-    needed = (window.num_heads + 1) * voxels * window.weights.element_size() + image.numel() * image.element_size()
-    if needed < _SHARE_FOR_SUMS * free_memory(device):
-        return True
-    _say_too_small(image)
-    return False
-
-
-def _say_too_small(image: Tensor) -> None:
-    logger.warning(
-        "GPU memory is too small for the logits of an image of %s: kept in main memory, slower", tuple(image.shape[1:])
-    )
+def _say_too_small(image: Tensor, place: SumsPlace) -> None:
+    where = "kept in main memory, slower" if place.device.type == "cpu" else "added up in float16, as nnU-Net does"
+    logger.warning("GPU memory is too small for the logits of an image of %s: %s", tuple(image.shape[1:]), where)
 
 
 def _empty_cache(device: torch.device) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
@@ -19,14 +20,18 @@ from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import TrainingStopped
 from nnssl_adapt.evaluation.metrics import Summary, evaluate_folder
 from nnssl_adapt.files import make_folder, write_json
-from nnssl_adapt.inference.export import logits_to_probabilities, logits_to_segmentation, write_probabilities
-from nnssl_adapt.inference.sliding_window import (
-    Progress,
-    Tiles,
-    finish,
-    logits_by_tiles,
-    with_float32_as_fallback,
+from nnssl_adapt.inference.export import (
+    can_decide_on_device,
+    decided_on_device,
+    logits_to_probabilities,
+    logits_to_segmentation,
+    write_probabilities,
 )
+from nnssl_adapt.inference.pipeline import Pipeline, Result
+from nnssl_adapt.inference.sliding_window import Allocate, logits_by_tiles, with_float32_as_fallback
+from nnssl_adapt.inference.steps import PreparedImage
+from nnssl_adapt.inference.sums import Tiles
+from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
@@ -111,24 +116,48 @@ class FoldValidation:
     ) -> bool:
         """Predict this rank's part of the cases that are not done; False when stopped in the middle of it."""
         remaining = [case for case in self.cases if case not in done]
-        costs = [math.prod(self.store.open(case).data.shape) for case in remaining] if self.ranks.size > 1 else None
-        mine = self.ranks.share_of(remaining, costs)
+        costs = {case: math.prod(self.store.open(case).data.shape[1:]) for case in remaining}
+        mine = self.ranks.share_of(remaining, [costs[case] for case in remaining])
         known = list(done) if self.ranks.is_main else []
+        numbers = {case: number for number, case in enumerate(mine, start=1)}
+        keep = (
+            not self.save_probabilities and self.device.type == "cuda" and can_decide_on_device(self.plan, self.labels)
+        )
 
-        def leave_if_asked(tile: int, tiles: int) -> None:
+        def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
+            logger.info("validating %s (%d/%d)", task.identifier, numbers[task.identifier], len(mine))
+            return self._tiles(network, torch.from_numpy(image), mirror_axes, keep)
+
+        def decide(logits: Tensor, prepared: PreparedImage) -> Tensor:
+            on_device = keep and logits.device.type == "cuda"
+            return decided_on_device(logits, prepared.properties, self.plan) if on_device else logits
+
+        def settle(result: Result) -> None:
+            if result.error is not None:
+                raise result.error
+            known.append(result.task.identifier)
+            if weights_id is not None:
+                write_json(self._record(self.ranks.rank), {"weights": weights_id, "cases": known})
+
+        def leave_if_asked(tiles: int) -> None:
             if stop:
                 raise TrainingStopped("in validation")
 
-        for number, case in enumerate(mine, start=1):
-            logger.info("validating %s (%d/%d)", case, number, len(mine))
-            try:
-                self._predict(network, case, mirror_axes, leave_if_asked)
-            except TrainingStopped:
-                return False
-            known.append(case)
-            if weights_id is not None:
-                write_json(self._record(self.ranks.rank), {"weights": weights_id, "cases": known})
+        memory = {case: voxels * self._bytes_a_voxel for case, voxels in costs.items()}
+        steps = _StoredCases(self)
+        tasks = [ImageTask(case, (), self.output / f"{case}{self.file_ending}") for case in mine]
+        try:
+            # One case is exported and the next is read while the network works on another.
+            for _ in Pipeline(steps, predict, 0, memory, settle, leave_if_asked, decide).run(tasks):
+                pass
+        except TrainingStopped:
+            return False
         return True
+
+    @property
+    def _bytes_a_voxel(self) -> int:
+        """Of a case on the network's grid: the image, the logits twice, float32."""
+        return 4 * (self.plan.num_channels + 2 * self.labels.num_heads)
 
     def _judge(self) -> Summary:
         if self.ranks.size > self.ranks.local_size:
@@ -149,11 +178,7 @@ class FoldValidation:
         while wanted - {path.name for path in self.output.iterdir()} and time.monotonic() < until:
             time.sleep(1)
 
-    def _predict(self, network: nn.Module, identifier: str, mirror_axes: Sequence[int], after_tile: Progress) -> None:
-        case = self.store.open(identifier)
-        with explained_damage(case):
-            image = torch.from_numpy(case.data[:])
-
+    def _tiles(self, network: nn.Module, image: Tensor, mirror_axes: Sequence[int], keep: bool) -> Tiles:
         def run(precision: torch.dtype | None) -> Tiles:
             return logits_by_tiles(
                 network,
@@ -163,16 +188,10 @@ class FoldValidation:
                 mirror_axes=mirror_axes,
                 device=self.device,
                 autocast_dtype=precision,
+                keep=keep,
             )
 
-        logits = finish(with_float32_as_fallback(run, self.autocast_dtype, self.device), after_tile)
-        if self.save_probabilities:
-            labels, probabilities = logits_to_probabilities(logits, case.properties, self.plan, self.labels)
-            write_probabilities(self.output / identifier, probabilities, case.properties)
-        else:
-            labels = logits_to_segmentation(logits, case.properties, self.plan, self.labels)
-        geometry = ImageGeometry.from_properties(case.properties, labels.shape)
-        write_labels(self.output / f"{identifier}{self.file_ending}", labels, geometry)
+        return with_float32_as_fallback(run, self.autocast_dtype, self.device)
 
     def _remove_others(self, done: Sequence[str]) -> None:
         """Remove what earlier calls wrote of other cases or with other weights: it must not be taken for this model's."""
@@ -202,6 +221,33 @@ class FoldValidation:
             write_json(self._record(0), {"weights": weights_id, "cases": list(cases)})
         for path in self.output.glob(".done_*.json"):
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _StoredCases:
+    """What is done before and after the network with cases that are preprocessed already."""
+
+    of: FoldValidation
+
+    def prepare(self, task: ImageTask) -> PreparedImage:
+        case = self.of.store.open(task.identifier)
+        with explained_damage(case):
+            image = case.data[:]
+        shape = np.asarray(case.properties["shape_before_cropping"])[list(self.of.plan.transpose_backward)]
+        return PreparedImage(
+            image, case.properties, ImageGeometry.from_properties(case.properties, tuple(shape.tolist()))
+        )
+
+    def export(self, task: ImageTask, logits: Tensor | np.ndarray, prepared: PreparedImage) -> np.ndarray:
+        plan, labels = self.of.plan, self.of.labels
+        assert task.target is not None
+        if self.of.save_probabilities:
+            segmentation, probabilities = logits_to_probabilities(logits, prepared.properties, plan, labels)
+            write_probabilities(task.beside_target(), probabilities, prepared.properties)
+        else:
+            segmentation = logits_to_segmentation(logits, prepared.properties, plan, labels)
+        write_labels(task.target, segmentation, prepared.geometry)
+        return segmentation
 
 
 def _read_record(path: Path, weights_id: str | None) -> set[str]:

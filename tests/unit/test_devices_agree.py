@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.inference import sliding_window, tile_batches
+from nnssl_adapt.inference import sliding_window, sums, tile_batches
 from nnssl_adapt.training.batches.augment import Augmentation, SpatialRange, Target
 from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, Work
 from nnssl_adapt.training.batches.intensity import Noise
@@ -50,7 +50,8 @@ def test_sliding_window(sums_on_the_gpu, monkeypatch):
     weights = sliding_window.gaussian_importance((16, 8, 16))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     monkeypatch.setattr(sliding_window, "gaussian_importance", lambda *_, **__: mode.from_tensor(weights))
-    monkeypatch.setattr(sliding_window, "_has_room", lambda *_: sums_on_the_gpu)
+    place = sums.SumsPlace(GPU if sums_on_the_gpu else torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(sliding_window, "sums_places", lambda *_: [place])
     monkeypatch.setattr(sliding_window, "_refuse_non_finite", lambda *_: None)
     monkeypatch.setattr(tile_batches, "free_memory", lambda _: 1 << 30)
     with mode:

@@ -88,10 +88,10 @@ def test_what_is_done_is_on_record_while_the_next_image_is_at_work(predictor, im
     """Images take hours on a CPU: a run that is killed then must not have forgotten the ones before."""
     out, calls, real = tmp_path / "out", [], Predictor.logits_by_tiles
 
-    def killed_in_the_second(self, image, allocate):
+    def killed_in_the_second(self, image, allocate, keep):
         calls.append(image.shape)
         if len(calls) == 1:
-            return (yield from real(self, image, allocate))
+            return (yield from real(self, image, allocate, keep))
         for _ in range(600):
             yield 1, 1000
             if (out / "predicted.jsonl").exists() and '"image": "a"' in (out / "predicted.jsonl").read_text():

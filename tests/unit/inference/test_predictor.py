@@ -19,8 +19,10 @@ from nnssl_adapt.errors import (
     OutputError,
     PredictionError,
 )
+from nnssl_adapt.inference import predictor as predictor_module
 from nnssl_adapt.inference import steps, task
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.precision import predicting_precision, trained_precision
 from nnssl_adapt.inference.predictor import Predictor
 
 SPACING = (3.0, 1.2, 0.8)  # Z, Y, X
@@ -282,3 +284,65 @@ def test_the_progress_bar_counts_tiles_of_all_folds_and_names_images(
     tiles = 2 * (2 + 3)  # two folds; of the two good images, as they are cropped
     assert f" {tiles}/{tiles} " in last[-1] and "3/3 images" in last[-1] and "100%" in last[-1]
     assert (len(last) > 5) == terminal  # a line for every tile would fill log files
+
+
+@pytest.mark.parametrize("folds", ["0", None])
+def test_labels_made_where_the_logits_are(make_model, images, monkeypatch, folds):
+    """By the way that a GPU goes, on tensors of the CPU: the same labels, in memory and in files."""
+    predictor = Predictor(make_model(), folds=folds, device="cpu", tta=False)
+    expected = predictor.predict(images)
+    decided = []
+
+    def watched(logits, *arguments, original=predictor_module.decided_on_device):
+        decided.append(original(logits, *arguments))
+        return decided[-1]
+
+    monkeypatch.setattr(Predictor, "_decides_on_device", True)
+    monkeypatch.setattr(predictor_module, "decided_on_device", watched)
+    found = predictor.predict(images)
+    assert found.keys() == expected.keys() and len(decided) == 2
+    assert all(labels.dtype == torch.uint8 and labels.ndim == 3 for labels in decided)
+    for name, labels in expected.items():
+        assert np.array_equal(found[name], labels) and len(np.unique(labels)) > 1
+    image = np.random.default_rng(0).normal(size=(1, 14, 30, 40)).astype(np.float32)
+    in_memory = predictor.predict_array(image, spacing=SPACING)
+    assert len(decided) == 3
+    monkeypatch.setattr(Predictor, "_decides_on_device", False)
+    assert np.array_equal(predictor.predict_array(image, spacing=SPACING), in_memory)
+
+
+def test_labels_are_made_on_the_cpu_where_a_gpu_is_too_small(make_model, images, monkeypatch):
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    predictor = Predictor(make_model(), device="cpu", tta=False)
+    expected = predictor.predict(images)
+    monkeypatch.setattr(Predictor, "_decides_on_device", True)
+    monkeypatch.setattr("nnssl_adapt.inference.export.labels_on_device", too_large)
+    found = predictor.predict(images)
+    assert all(np.array_equal(found[name], labels) for name, labels in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "native", "expected"),
+    [
+        (None, "auto", True, "bf16"),
+        (None, "bf16", True, "bf16"),
+        (None, "bf16", False, "fp16"),
+        (None, "fp16", True, "fp16"),
+        (None, "fp32", True, "fp32"),
+        ("fp16", "bf16", True, "fp16"),
+        ("bf16", "fp32", False, "bf16"),
+    ],
+)
+def test_the_precision_is_that_of_training(monkeypatch, asked, trained, native, expected):
+    kind = torch.bfloat16 if native else torch.float16
+    monkeypatch.setattr("nnssl_adapt.inference.precision.half_precision", lambda device: kind)
+    assert predicting_precision(asked, trained, torch.device("cuda")) == expected
+    assert predicting_precision(asked, trained, torch.device("cpu")) == "fp32"
+
+
+def test_what_a_checkpoint_says_of_its_precision():
+    assert trained_precision({"nnssl_adapt": {"recipe": {"precision": "bf16"}}}) == "bf16"
+    for content in ({}, {"nnssl_adapt": None}, {"nnssl_adapt": {"recipe": {"precision": "fp8"}}}):
+        assert trained_precision(content) == "fp16"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nnssl_adapt.errors import ConfigurationError, PredictionError
-from nnssl_adapt.inference import sliding_window
+from nnssl_adapt.inference import sliding_window, sums
 from nnssl_adapt.inference.convolutions import exact_float32
 from nnssl_adapt.inference.sliding_window import (
     finish,
@@ -19,6 +19,7 @@ from nnssl_adapt.inference.sliding_window import (
     tile_positions,
     with_float32_as_fallback,
 )
+from nnssl_adapt.inference.sums import SumsPlace
 from nnssl_adapt.inference.tile_batches import TileBatch, tiles_at_once
 
 PATCH = (8, 12, 16)
@@ -226,12 +227,87 @@ def test_when_the_gpu_is_too_small_sums_are_kept_in_main_memory_and_it_is_said(m
         return blend(*arguments)
 
     monkeypatch.setattr(sliding_window, "_blend", failing_once)
+    monkeypatch.setattr(
+        sliding_window, "sums_places", lambda *arguments: [SumsPlace(CPU, torch.float32) for _ in range(2)]
+    )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     data = image(2, 10, 20, 30)
     with caplog.at_level(logging.WARNING):
         logits = sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=None)
     assert "main memory" in caplog.text
     torch.testing.assert_close(logits[1], data[1] ** 2, rtol=1e-5, atol=1e-5)
+
+
+CPU = torch.device("cpu")
+
+
+def test_sums_are_tried_on_the_gpu_in_half_precision_there_and_in_main_memory_last(monkeypatch):
+    gpu, data = torch.device("cuda"), image(2, 10, 20, 30)
+    halves, floats = 3 * 6000 * 2, 3 * 6000 * 4
+    rest = 6000 * 4 + data.nbytes
+
+    def kinds(free, dtype=torch.float32, copies=1):
+        monkeypatch.setattr(sums, "free_memory", lambda device: free / 0.75)
+        return [(place.device.type, place.dtype) for place in sums.sums_places(gpu, dtype, 3, data, copies)]
+
+    whole, half, last = ("cuda", torch.float32), ("cuda", torch.float16), ("cpu", torch.float32)
+    assert kinds(floats + rest + 1) == [whole, half, last]
+    assert kinds(floats + rest - 1) == [half, last]
+    assert kinds(floats + rest + 1, copies=2) == [half, last]
+    assert kinds(halves // 2) == [last]
+    assert kinds(halves // 2, torch.float16) == [("cpu", torch.float16)]
+    assert [place.device.type for place in sums.sums_places(CPU, torch.float32, 3, data)] == ["cpu"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_each_place_that_turns_out_too_small_is_followed_by_the_next(monkeypatch, caplog, failing):
+    places = [SumsPlace(CPU, torch.float32), SumsPlace(CPU, torch.float16), SumsPlace(CPU, torch.float32)]
+    monkeypatch.setattr(sliding_window, "sums_places", lambda *arguments: places)
+
+    class TooLarge(Pointwise):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls <= failing:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x)
+
+    data = image(2, 10, 20, 30)
+    logits = sliding_window_logits(TooLarge(), data, PATCH, 3, mirror_axes=None)
+    kind = places[failing].dtype
+    monkeypatch.undo()
+    expected = sliding_window_logits(Pointwise(), data, PATCH, 3, mirror_axes=None, accumulation_dtype=kind)
+    assert logits.dtype == kind and torch.equal(logits, expected)
+
+
+def test_sums_of_networks_in_different_places():
+    one, other = torch.ones(2, 3), torch.full((2, 3), 2.0, dtype=torch.float16)
+    assert sums.sum_of(None, one) is one
+    assert torch.equal(sums.sum_of(one, one.clone()), torch.full((2, 3), 2.0)) and one[0, 0] == 2
+    assert torch.equal(sums.sum_of(other, one), torch.full((2, 3), 4.0))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("share", [0.9, 0.02])
+def test_large_images_on_a_gpu(share):
+    """Also where their logits have no room there: the fall-backs give the same labels."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 40, 1))
+    data = image(1, 150, 200, 210)
+    torch.cuda.empty_cache()
+    expected = sliding_window_logits(
+        network, data, (64, 64, 64), 40, mirror_axes=None, device="cuda", autocast_dtype=None
+    )
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(share, 1e9 * share / total))
+    try:
+        found = sliding_window_logits(
+            network, data, (64, 64, 64), 40, mirror_axes=None, device="cuda", autocast_dtype=None
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.cuda
@@ -262,6 +338,8 @@ def test_the_first_sums_are_gone_when_they_are_begun_again_in_main_memory(monkey
                 raise torch.OutOfMemoryError("no memory")
             return super().forward(x)
 
+    places = [SumsPlace(CPU, torch.float32), SumsPlace(CPU, torch.float32)]
+    monkeypatch.setattr(sliding_window, "sums_places", lambda *arguments: places)
     logits = sliding_window_logits(TooLargeOnce(), image(2, 10, 20, 30), PATCH, 3, mirror_axes=None, allocate=allocate)
     assert len(made) == 2 and alive == [[], [False]] and logits.shape == (3, 10, 20, 30)
 

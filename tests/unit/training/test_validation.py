@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from dataclasses import dataclass, replace
 
 import pytest
@@ -167,6 +168,28 @@ def test_files_of_other_machines_are_waited_for(validation, network, monkeypatch
     main = replace(main, ranks=replace(main.ranks, local_size=1, other=work))
     assert len(main.run(network, (0,), "digest", StopRequest()).cases) == 4
     assert there.is_file() and record(main)["cases"] == list(CASES)
+
+
+def test_one_case_is_exported_while_the_next_is_predicted(validation, network, monkeypatch):
+    threads, events = set(), []
+    write, tiles = validation_module.write_labels, validation_module.logits_by_tiles
+
+    def writing(path, *arguments):
+        threads.add(threading.current_thread())
+        assert next_began.wait(60) or path.name.startswith(CASES[-1])
+        write(path, *arguments)
+
+    def predicting(*arguments, **options):
+        events.append("network")
+        if len(events) == 2:
+            next_began.set()
+        return tiles(*arguments, **options)
+
+    next_began = threading.Event()
+    monkeypatch.setattr(validation_module, "write_labels", writing)
+    monkeypatch.setattr(validation_module, "logits_by_tiles", predicting)
+    assert len(validation.run(network, (), "digest", StopRequest()).cases) == 4
+    assert threading.main_thread() not in threads
 
 
 def test_cases_are_predicted_in_the_precision_of_training_and_in_float32_where_it_overflows(
