@@ -87,9 +87,9 @@ class OurBatches:
         from nnssl_adapt.data.labels import LabelScheme
         from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
         from nnssl_adapt.training.batches.augment_gpu import device_transforms
-        from nnssl_adapt.training.batches.patches import TRAINING, Batches, PatchSampler, PhaseData, prepare_worker
+        from nnssl_adapt.training.batches.patches import TRAINING, Batches, PatchSampler, PhaseData, prepare_data_worker
 
-        prepare_worker(0)
+        prepare_data_worker(0)
         size, scheme = (patch,) * 3, LabelScheme.from_dataset_json(dataset_json(labels))
         spatial = SpatialRange.of(size)
         if on_device:

@@ -202,7 +202,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def default_workers() -> int:
+def default_processes() -> int:
     """Processes to use when none were asked for: ``nnUNet_def_n_proc``, or the cores that this job may use, at most 8."""
     from nnssl_adapt.cli.nnunet_words import whole_number
     from nnssl_adapt.machine.resources import Resources
@@ -216,7 +216,7 @@ def checked_workers(wish: int | None) -> int:
 
     if wish is not None and wish < 1:
         raise ConfigurationError(f"-np {wish}: at least one process is needed")
-    return wish or default_workers()
+    return wish or default_processes()
 
 
 def require_device(name: str) -> str:

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_workers
+from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint = na.open_checkpoint(demo.demo_checkpoint())
     print(checkpoint)
-    workers = min(2, default_workers())
+    workers = min(2, default_processes())
     plan = na.make_plan(
         demo.DATASET_NAME, checkpoint, mode="like_pretrained", name="demo_mae", workers=workers, progress=True
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_workers
+from nnssl_adapt.cli.common import EXIT_OK, add_verbose, default_processes
 from nnssl_adapt.cli.nnunet_words import add_predict_words, part_of, processes_of
 
 if TYPE_CHECKING:
@@ -199,4 +199,4 @@ def _workers(arguments: argparse.Namespace) -> int:
         return 0  # the network takes all cores: other processes would only take them away, after seconds of starting
     given = Path(arguments.images[0])
     images = sum(1 for _ in given.iterdir()) if len(arguments.images) == 1 and given.is_dir() else len(arguments.images)
-    return min(default_workers(), images) if images >= _WORTH_PROCESSES else 0
+    return min(default_processes(), images) if images >= _WORTH_PROCESSES else 0

@@ -88,7 +88,7 @@ class Resources:
         return count
 
 
-def default_workers(device_type: str, ranks_on_machine: int = 1, batch_bytes: int = 0) -> int:
+def default_data_workers(device_type: str, ranks_on_machine: int = 1, batch_bytes: int = 0) -> int:
     """Processes that make batches when nothing else is asked for: of each rank, where several train on this machine.
 
     ``nnUNet_n_proc_DA`` decides where it is set. Otherwise see :meth:`Resources.workers`.

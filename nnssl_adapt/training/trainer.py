@@ -22,9 +22,10 @@ from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.machine.copying import Stage
 from nnssl_adapt.machine.device import check_device
 from nnssl_adapt.machine.lock import only_run_in
+from nnssl_adapt.machine.resources import default_data_workers
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.provenance import package_version
-from nnssl_adapt.training.batches.patches import default_workers, explained_worker_death
+from nnssl_adapt.training.batches.patches import explained_worker_death
 from nnssl_adapt.training.batches.staging import staged
 from nnssl_adapt.training.batches.store_check import store_compared
 from nnssl_adapt.training.launch.distributed import Ranks
@@ -145,7 +146,7 @@ class PretrainedTrainer:
             citations=tuple(self.plan.pretrain_info.get("citations") or ()),
         )
         if workers is None:
-            workers = default_workers(self.device.type, self.ranks.local_size, batch_bytes(self.plan, self.recipe))
+            workers = default_data_workers(self.device.type, self.ranks.local_size, batch_bytes(self.plan, self.recipe))
         self.workers = int(workers)
         if self.workers < 0:
             raise ConfigurationError(f"workers: expected 0 or more, got {workers}")

@@ -23,7 +23,6 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import NnsslAdaptError, TrainingError
 from nnssl_adapt.machine.memory import reuse_freed_memory
-from nnssl_adapt.machine.resources import default_workers as default_workers
 from nnssl_adapt.machine.resources import memory_kills, why_a_worker_died
 from nnssl_adapt.training.batches.spatial import Box, Size
 from nnssl_adapt.training.batches.staging import open_nearest
@@ -302,7 +301,7 @@ def iterate_batches(
     """Yield the schedule's batches in order, made ahead by ``workers`` processes, or here when there are none.
 
     Close it (:func:`contextlib.closing`) when no more are wanted: workers that are left when the program ends take its one
-    SIGTERM for a scheduler's (see :func:`prepare_worker`), and it would wait for them for ever.
+    SIGTERM for a scheduler's (see :func:`prepare_data_worker`), and it would wait for them for ever.
     """
     if workers == 0:
         for request in schedule:
@@ -314,7 +313,7 @@ def iterate_batches(
         sampler=schedule,  # type: ignore[arg-type]  # any iterable will do
         num_workers=workers,
         multiprocessing_context="spawn",  # a fork of a process that uses CUDA or threads may hang
-        worker_init_fn=prepare_worker,
+        worker_init_fn=prepare_data_worker,
         pin_memory=pin_memory,
         prefetch_factor=2,
         generator=torch.Generator(),  # keeps its hands off the global one
@@ -357,7 +356,7 @@ class _ErrorsAsItems(Dataset):  # type: ignore[type-arg]
             return error
 
 
-def prepare_worker(number: int) -> None:
+def prepare_data_worker(number: int) -> None:
     """Make this process a worker: one thread, freed memory is used again, signals are left to the trainer."""
     torch.set_num_threads(1)
     reuse_freed_memory()

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from nnssl_adapt.cli.common import default_workers
+from nnssl_adapt.cli.common import default_processes
 from nnssl_adapt.cli.main import build_parser, main
 from nnssl_adapt.cli.nnunet_words import dataset_of, folders_of, part_of, processes_of, say_ignored_variables
 from nnssl_adapt.cli.parser import NOTES
@@ -169,12 +169,12 @@ def test_folders_and_dataset_as_nnunet_has_them():
 def test_nnunets_numbers_of_processes_are_heeded(monkeypatch):
     monkeypatch.setenv("nnUNet_def_n_proc", "3")
     monkeypatch.setenv("nnUNet_nps", "7")
-    assert default_workers() == 3
+    assert default_processes() == 3
     assert processes_of(parse("predict", "-i", "a", "-o", "b", "-m", "c")) == 7
     assert processes_of(parse("predict", "-i", "a", "-o", "b", "-m", "c", "-np", "1")) == 1
     monkeypatch.setenv("nnUNet_def_n_proc", "many")
     with pytest.raises(ConfigurationError, match="nnUNet_def_n_proc"):
-        default_workers()
+        default_processes()
 
 
 def test_classes_of_trainers_elsewhere_are_said_to_be_ignored(monkeypatch, caplog):

@@ -8,7 +8,7 @@ from nnssl_adapt.machine import resources
 from nnssl_adapt.machine.resources import (
     Resources,
     cgroup_cores,
-    default_workers,
+    default_data_workers,
     memory_kills,
     why_a_worker_died,
 )
@@ -91,10 +91,10 @@ def test_workers(have, device, batch, expected):
 
 def test_the_users_word_wins(monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "37")
-    assert default_workers("cpu") == default_workers("cuda", 4, 1 << 40) == 37
+    assert default_data_workers("cpu") == default_data_workers("cuda", 4, 1 << 40) == 37
     monkeypatch.setenv("nnUNet_n_proc_DA", "many")
     monkeypatch.setattr(Resources, "here", classmethod(lambda cls, ranks: cls(8 // ranks, None, None)))
-    assert default_workers("cuda", ranks_on_machine=2) == 3
+    assert default_data_workers("cuda", ranks_on_machine=2) == 3
 
 
 def test_kills_are_counted(tmp_path):
