@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_adapt.cli.common import EXIT_FAILED, EXIT_OK, add_source, add_verbose, open_source
 from nnssl_adapt.cli.transfer_flags import add_transfer_flags, transfer_settings_from
+from nnssl_adapt.text import dimensions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +84,7 @@ def _target(
 
     plan = checkpoint.plan
     patch = nearest_patch(checkpoint.architecture, plan.patch_size)
-    size = " × ".join(map(str, patch))
+    size = dimensions(patch)
     if arguments.dataset is None:
         names = plan.channel_names or tuple(str(index) for index in range(plan.num_input_channels))
         heads = plan.head_names

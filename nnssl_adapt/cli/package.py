@@ -7,6 +7,7 @@ import shlex
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose
 from nnssl_adapt.cli.nnunet_words import add_package_words
+from nnssl_adapt.text import size_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"\npackage in {package.folder}")
     for layout, path in package.zips.items():
-        print(f"  {path.name} ({path.stat().st_size / 1e6:.1f} MB, {layout})")
+        print(f"  {path.name} ({size_text(path.stat().st_size)}, {layout})")
     print("  README.md, SHA256SUMS")
     print(f"release tag and title: {package.tag}. With GitHub's command line, for instance:")
     files = " ".join(shlex.quote(str(path)) for path in package.zips.values())

@@ -16,6 +16,7 @@ from nnssl_adapt.inference.ensemble import ensemble_cases, saved_probabilities
 from nnssl_adapt.inference.heads import order_of_heads
 from nnssl_adapt.inference.postprocess import copy_descriptions
 from nnssl_adapt.paths import preprocessed_folder, raw_folder
+from nnssl_adapt.text import and_more
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,7 @@ def ensemble_crossval(
     for model, member in zip(models, members, strict=True):
         missing = [name for name in names if name not in member]
         if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise CaseError(
-                f"{model.path} has no probabilities (.npz) of {', '.join(missing[:5])}{more}, another model has"
-            )
+            raise CaseError(f"{model.path} has no probabilities (.npz) of {and_more(missing)}, another model has")
     ending = models[0].description.file_ending
     make_folder(output)
     for name in set(cases_in(output, ending)) - set(names):

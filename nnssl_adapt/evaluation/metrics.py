@@ -31,6 +31,7 @@ from nnssl_adapt.evaluation.measures import Judging, add_measures
 from nnssl_adapt.files import write_json
 from nnssl_adapt.geometry.orientation import Turn, orientation_code
 from nnssl_adapt.machine.workers import over_cases
+from nnssl_adapt.text import and_more, lines_and_more
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +173,8 @@ def evaluate_folder(
     outcomes = list(over_cases(evaluate_case, tasks, workers, "Evaluating", progress, memory))
     failed = [f"{outcome.identifier}: {outcome.complaint}" for outcome in outcomes if outcome.error is not None]
     if failed:
-        more = f"\n  … and {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
-        listed = "\n  ".join(sorted(failed)[:MAX_LISTED])
-        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n  {listed}{more}")
+        listed = lines_and_more(sorted(failed), MAX_LISTED)
+        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n{listed}")
     found = {outcome.identifier: outcome.value for outcome in outcomes}
     summary = summarize(tuple(found[name] for name in identifiers), labels, judging)
     if output is not None:
@@ -203,9 +203,8 @@ def refuse_missing_predictions(predictions: str | Path, references: str | Path, 
     wanted, there = cases_in(Path(references), file_ending), set(cases_in(Path(predictions), file_ending))
     missing = [name for name in wanted if name not in there]
     if there and missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CaseError(
-            f"{predictions} lacks {len(missing)} of the {len(wanted)} cases in {references}: {', '.join(missing[:5])}{more}; "
+            f"{predictions} lacks {len(missing)} of the {len(wanted)} cases in {references}: {and_more(missing)}; "
             "predict them, or judge the others only with --chill"
         )
 

@@ -179,4 +179,4 @@ def why_a_worker_died(message: str, kills_before: int = 0) -> str:
 
 def _describe_shared_memory() -> str:
     free = _shared_memory()
-    return "/dev/shm" if free is None else f"/dev/shm has {free / 1e9:.1f} GB left"
+    return "/dev/shm" if free is None else f"/dev/shm has {size_text(free)} left"

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from nnssl_adapt.errors import NnsslAdaptError, OutputError, PreprocessingError
 from nnssl_adapt.machine.memory import available_memory, give_back_freed_memory, reuse_freed_memory
 from nnssl_adapt.machine.progress_bar import ProgressBar
+from nnssl_adapt.text import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Budget:
         if self.limit is None or need + sum(self.needs.get(other, 0) for other in others) <= self.limit:
             return True
         if not others:
-            logger.warning("%s may need %.1f GB, more than there is; trying", identifier, need / 1e9)
+            logger.warning("%s may need %s, more than there is; trying", identifier, size_text(need))
             return True
         return False
 

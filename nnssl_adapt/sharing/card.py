@@ -13,6 +13,7 @@ from typing import Any
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
 from nnssl_adapt.sharing.anonymous import Cleaner
+from nnssl_adapt.text import dimensions
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
 from nnssl_adapt.weights.sources.published import find_published
 
@@ -70,12 +71,12 @@ def _base_repository(model: ModelFolder) -> str | None:
 def _what_it_does(model: ModelFolder, folds: Sequence[Fold], orientation: str | None) -> str:
     plan = model.plan
     labels = "\n".join(f"| {key} | {value} |" for key, value in model.dataset_json["labels"].items())
-    spacing = " × ".join(f"{mm:g}" for mm in plan.spacing) + " mm" if plan.spacing else "each image's own"
+    spacing = f"{dimensions(plan.spacing)} mm" if plan.spacing else "each image's own"
     facts = {
         "input": ", ".join(f"channel {index}: {name}" for index, name in enumerate(model.channel_names)),
         "orientation": f"{orientation} (where axes come from, as in the Spinal Cord Toolbox)" if orientation else "any",
         "spacing": f"{spacing} (Z, Y, X as the network sees them)",
-        "patch": " × ".join(map(str, plan.patch_size)) + " voxels",
+        "patch": f"{dimensions(plan.patch_size)} voxels",
         "network": str(model.architecture),
         "folds": f"{', '.join(map(str, folds))} (averaged)" if len(folds) > 1 else str(folds[0]),
     }
@@ -130,7 +131,7 @@ def _data(model: ModelFolder, cleaner: Cleaner) -> str:
             lines.append(f"- {key.replace('license', 'licence')} of the data: {cleaner.text(content[key])}")
     median = model.plan.content.get("original_median_spacing_after_transp")
     if isinstance(median, list):
-        lines.append("- median spacing: " + " × ".join(f"{mm:.4g}" for mm in median) + " mm")
+        lines.append("- median spacing: " + f"{dimensions(median, 4)} mm")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from nnssl_adapt.errors import SourceError
+from nnssl_adapt.text import size_text
 from nnssl_adapt.weights.sources.digests import Record, file_digest, whole_folder
 from nnssl_adapt.weights.sources.listing import (
     ARCHIVE_SUFFIX,
@@ -153,10 +154,10 @@ def _check_sizes(entries: list[zipfile.ZipInfo], path: Path) -> None:
     """Against bombs: the sum of what comes out, whatever the entries share of what is in."""
     total, packed = sum(entry.file_size for entry in entries), path.stat().st_size
     if total > MAX_BYTES:
-        raise SourceError(f"{path} would unpack to {total / 1e9:.0f} GB, more than {MAX_BYTES / 1e9:.0f} GB: refused")
+        raise SourceError(f"{path} would unpack to {size_text(total)}, more than {size_text(MAX_BYTES)}: refused")
     if total > max(_FREE_OF_RATIO, MAX_RATIO * packed):
         raise SourceError(
-            f"{path} ({packed / 1e6:.1f} MB) would unpack to {total / 1e6:.0f} MB, more than {MAX_RATIO} times its size, "
+            f"{path} ({size_text(packed)}) would unpack to {size_text(total)}, more than {MAX_RATIO} times its size, "
             "which weights never do: refused"
         )
 

@@ -26,6 +26,7 @@ from nnssl_adapt.errors import (
     SourceUnavailable,
 )
 from nnssl_adapt.files import atomic_path
+from nnssl_adapt.text import size_text
 from nnssl_adapt.weights.sources.digests import Record, file_digest
 from nnssl_adapt.weights.sources.hub import offline
 
@@ -263,4 +264,4 @@ def _reason(error: Exception) -> str:
 
 
 def _megabytes(size: int | None) -> str:
-    return "unknown size" if size is None else f"{size / 1e6:.1f} MB"
+    return "unknown size" if size is None else size_text(size)
