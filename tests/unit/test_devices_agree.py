@@ -20,6 +20,11 @@ from nnssl_adapt.training.batches.intensity import Noise
 from nnssl_adapt.training.optimise.losses import build_loss, count_overlap
 
 GPU = torch.device("cuda:0")
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 7) and not torch.cuda.is_available(),
+    reason="fake tensors of torch 2.6 ask for a CUDA driver",
+)
 PATCH = (12, 20, 16)
 LABELS = {
     "labels": {"labels": {"background": 0, "a": 1, "b": 2}},

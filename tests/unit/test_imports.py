@@ -4,13 +4,12 @@ import subprocess
 import sys
 
 import pytest
-
-SLOW = ("timm", "torchvision", "torch._dynamo", "sympy", "matplotlib")
+from support.heavy_modules import HEAVY
 
 
 @pytest.mark.parametrize("module", ["nnssl_adapt.inference.predictor", "nnssl_adapt.training.trainer"])
 def test_slow_libraries_are_loaded_when_they_are_used(module):
-    code = f"import sys, {module}; print(*[name for name in {SLOW} if name in sys.modules])"
+    code = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.split() == []
 

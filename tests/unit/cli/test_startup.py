@@ -6,10 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from support.heavy_modules import HEAVY
 from support.synthetic import make_dataset
-
-HEAVY = ("torch._dynamo", "sympy", "torchvision", "timm", "matplotlib")
-"""What costs seconds to import and serves no command below."""
 
 PEER = ("nnunetv2", "batchgenerators", "skimage", "sklearn", "pandas")
 

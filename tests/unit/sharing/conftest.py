@@ -72,7 +72,7 @@ def hub(monkeypatch):
     """A running hub, also for uploads."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "nnssl_pretrained_models"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # pauses between attempts
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
