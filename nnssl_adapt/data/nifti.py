@@ -20,7 +20,7 @@ from isal import igzip_lib, isal_zlib
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
-_HEADER_BYTES = 348
+HEADER_BYTES = 348
 _GZIP_MAGIC = b"\x1f\x8b"
 _PIECE_BYTES = 1 << 17
 
@@ -81,14 +81,14 @@ def open_nifti(path: Path, shape: tuple[int, ...]) -> NiftiVoxels | None:
     Raises:
         IncompleteFile: there is not even a header.
     """
-    stream = _unpacked(path)
+    stream = unpacked(path)
     head = b""
-    while len(head) < _HEADER_BYTES:
+    while len(head) < HEADER_BYTES:
         piece = next(stream, None)
         if piece is None:
             raise IncompleteFile(f"only {len(head)} bytes")
         head += piece
-    order = _byte_order(head)
+    order = byte_order(head)
     if order is None or head[344:348] != b"n+1\0":
         return None
     (code,) = struct.unpack_from(order + "h", head, 70)
@@ -148,7 +148,7 @@ def _scaled(pieces: Iterator[np.ndarray], kind: np.dtype, slope: float, intercep
         yield (piece.astype(kind).astype(np.float64) * slope + intercept).astype(kind)
 
 
-def _unpacked(path: Path) -> Iterator[bytes]:
+def unpacked(path: Path) -> Iterator[bytes]:
     """The content of a file, unpacked if it is gzip's, in pieces."""
     with open(path, "rb") as stream:
         first = stream.read(_PIECE_BYTES)
@@ -184,9 +184,9 @@ def _unzipped(packed: bytes, stream: IO[bytes]) -> Iterator[bytes]:
             return
 
 
-def _byte_order(content: bytes) -> str | None:
+def byte_order(content: bytes) -> str | None:
     for order in "<>":
-        if struct.unpack_from(order + "i", content, 0)[0] == _HEADER_BYTES:
+        if struct.unpack_from(order + "i", content, 0)[0] == HEADER_BYTES:
             return order
     return None
 

@@ -221,7 +221,11 @@ def explain_damage(path: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_read_errors(path: Path) -> Iterator[None]:
-    """Turn ITK's errors into CaseError."""
+    """Turn ITK's errors into CaseError. Its warnings are kept back: what they are about is said by us, once."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         yield
     except RuntimeError as error:
@@ -235,6 +239,8 @@ def explain_read_errors(path: Path) -> Iterator[None]:
         raise CaseError(
             f"{path} can't be read as an image (truncated, or another format?): {last_line(error)}", path=path
         ) from error
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def last_line(error: Exception) -> str:

@@ -177,6 +177,12 @@ def tell_orientation(model: ModelFolder, tasks: Sequence[ImageTask], lies: Seque
         logger.info("images are taken as they lie, %s: the model does not say how its training images lay", found)
 
 
+def tell_doubts(doubts: Sequence[str]) -> None:
+    """Warn once of headers that contradict themselves."""
+    if doubts:
+        logger.warning("where images lie is doubtful, by their headers: %s", and_more(doubts, 3, "; "))
+
+
 # -- images in memory ----------------------------------------------------------------------------------------------
 
 

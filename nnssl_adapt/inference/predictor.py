@@ -25,6 +25,7 @@ from nnssl_adapt.inference.inputs import (
     gather_inputs,
     is_image_file,
     is_in_memory,
+    tell_doubts,
     tell_orientation,
     to_simpleitk,
 )
@@ -312,6 +313,7 @@ class Predictor:
             for task in tasks
         }
         tell_orientation(self.model, tasks, [foresight.lies for foresight in foreseen.values()])
+        tell_doubts([doubt for foresight in foreseen.values() for doubt in foresight.doubts])
         bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
 
         keep = self._decides_on_device and not save_probabilities

@@ -18,6 +18,7 @@ from nnssl_adapt.data.images import (
     read_image,
 )
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.nifti_header import placement_doubt
 from nnssl_adapt.data.pictures import PICTURE_ENDINGS
 from nnssl_adapt.data.preprocess_cases import memory_needed
 from nnssl_adapt.data.turning import turn_geometry
@@ -118,11 +119,13 @@ class Foresight:
         tiles: that each network will see.
         memory: bytes, from reading to the written labels; 0 where the header can't be read (reading will tell why).
         lies: orientation code of the image as it is stored; None where nothing tells.
+        doubts: what is contradictory in its files' headers, a sentence each.
     """
 
     tiles: int
     memory: int
     lies: str | None = None
+    doubts: tuple[str, ...] = ()
 
 
 def foresee(
@@ -155,7 +158,8 @@ def foresee(
     if with_postprocessing:
         exporting = max(exporting, target * heads * bytes_per_logit + source * BYTES_PER_VOXEL)
     reading = memory_needed(RawCase(task.identifier, task.files), plan.settings) if task.files else 0
-    return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting), lies)
+    doubts = tuple(f"{path}: {doubt}" for path in task.files if (doubt := placement_doubt(path)) is not None)
+    return Foresight(count_tiles(shape, plan.patch_size, step), max(reading, running, exporting), lies, doubts)
 
 
 def network_shape(geometry: ImageGeometry, plan: FinetunePlan) -> tuple[int, ...]:

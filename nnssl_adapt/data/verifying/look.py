@@ -15,6 +15,7 @@ from isal import isal_zlib
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import ImageGeometry, OpenImage, distinct_values, read_labels
 from nnssl_adapt.data.labels import label_problem
+from nnssl_adapt.data.nifti_header import placement_doubt
 from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.data.verifying.findings import Finding
 from nnssl_adapt.data.verifying.grids import TOLERANCE, compare_grids
@@ -133,6 +134,8 @@ class _Reading:
             if path != self.case.label:
                 self.digest = None
             return
+        if (doubt := placement_doubt(path)) is not None:
+            self._warn("header", f"{path}: {doubt}", "look at it beside its label, and write one header for both")
         if self.reference is None:
             self.reference = geometry
             return

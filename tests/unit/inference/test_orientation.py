@@ -112,3 +112,19 @@ def test_an_empty_image_is_predicted_with_a_warning(make_model, tmp_path, caplog
     write_image(folder / "e_0000.nii.gz", np.zeros((14, 30, 40), np.int16), SPACING)
     Predictor(make_model(), device="cpu", tta=False).predict(folder, tmp_path / "out", workers=workers)
     assert "e: the image is 0 everywhere" in caplog.text and (tmp_path / "out" / "e.nii.gz").is_file()
+
+
+def test_headers_that_contradict_themselves_are_told_once(make_model, tmp_path, caplog, capfd):
+    import nibabel
+
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in "ab":
+        image = nibabel.Nifti1Image(np.random.default_rng(1).normal(size=(18, 20, 22)).astype(np.float32), None)
+        image.header.set_sform(np.diag([2.0, 2.4, 6.0, 1.0]), 1)
+        image.header.set_qform(np.diag([1.0, 1.2, 3.0, 1.0]), 1)
+        nibabel.save(image, folder / f"{name}_0000.nii.gz")
+    Predictor(make_model(), device="cpu", tta=False).predict(folder, tmp_path / "out", workers=1)
+    told = [record.message for record in caplog.records if "sform" in record.message]
+    assert len(told) == 1 and "a_0000" in told[0] and "b_0000" in told[0]
+    assert "NiftiImageIO" not in capfd.readouterr().err
