@@ -11,12 +11,13 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from nnssl_adapt.data.endings import files_with, stem_of
 from nnssl_adapt.data.images import READERS, SIMPLE_ITK, count_channels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.pictures import LOSSY_ENDINGS, PICTURE_READERS, check_packages, reader_for_ending
 from nnssl_adapt.errors import CaseError, DatasetError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.paths import find_dataset_name, raw_folder
-from nnssl_adapt.text import lines_and_more, read_json
+from nnssl_adapt.text import and_more, lines_and_more, read_json
 
 _OTHER_PICTURES = (".gif", ".webp")
 
@@ -297,19 +298,20 @@ def _training_cases(folder: Path, file_ending: str) -> tuple[RawCase, ...]:
     groups = _grouped_images(folder / "imagesTr", file_ending)
     if not groups:
         raise CaseError(f"{folder / 'imagesTr'} has no images: expected names like CASE_0000{file_ending}")
+    labels = files_with(folder / "labelsTr", file_ending)
     return tuple(
-        RawCase(identifier, images, folder / "labelsTr" / f"{identifier}{file_ending}")
+        RawCase(identifier, images, labels.get(identifier, folder / "labelsTr" / f"{identifier}{file_ending}"))
         for identifier, images in groups.items()
     )
 
 
 def _grouped_images(folder: Path, file_ending: str) -> dict[str, tuple[Path, ...]]:
     """Channel files of every case, sorted; hidden files are passed over."""
-    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(file_ending))
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})(?i:" + re.escape(file_ending) + ")")
     groups: dict[str, list[Path]] = {}
     strangers = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(file_ending):
+        if path.name.startswith(".") or stem_of(path.name, file_ending) is None:
             continue
         match = pattern.fullmatch(path.name)
         if match is None:
@@ -347,9 +349,17 @@ def _channel_problems(case: RawCase, channels: int, file_ending: str | None) -> 
             return []
         return [f"{case.identifier}: has {len(case.images)} image files, expected {channels} (one a channel)"]
     folder = case.images[0].parent
-    expected = [folder / f"{case.identifier}_{channel:04d}{file_ending}" for channel in range(channels)]
-    missing = [f"{case.identifier}: channel file {path} is missing" for path in expected if path not in case.images]
-    extra = [path for path in case.images if path not in expected]
+    expected = {f"{case.identifier}_{channel:04d}": channel for channel in range(channels)}
+    given = [stem_of(path.name, file_ending) for path in case.images]
+    missing = [
+        f"{case.identifier}: channel file {folder / f'{stem}{file_ending}'} is missing"
+        for stem in expected
+        if stem not in given
+    ]
+    doubled = [path for path, stem in zip(case.images, given, strict=True) if given.count(stem) > 1]
+    if doubled:
+        missing.append(f"{case.identifier}: {and_more(doubled)} differ only in their ending's case: leave one")
+    extra = [path for path, stem in zip(case.images, given, strict=True) if stem not in expected]
     return missing + [
         f"{case.identifier}: {path} is not one of the {channels} channels in dataset.json" for path in extra
     ]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.images import read_geometry
 from nnssl_adapt.data.nifti import IncompleteFile, is_nifti, read_nifti_voxels
 from nnssl_adapt.data.pictures import PICTURE_READERS
 from nnssl_adapt.data.splits import SPLITS_FILE
-from nnssl_adapt.data.voxels import write_image_file
+from nnssl_adapt.data.voxels import read_itk_image, write_image_file
 from nnssl_adapt.errors import CaseError, DatasetError, PreprocessingError
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.orientation import check_code, is_code, is_oriented, opposite, orientation_code
@@ -168,17 +169,13 @@ def reorient_file(copy: FileCopy, code: str) -> None:
 
 def _read(path: Path) -> sitk.Image:
     """The image with its own number type. SimpleITK reads truncated NIfTI files without a word, so those are read twice."""
-    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
-
     read_geometry(path)  # says what is wrong with a file that is none, and with flat or odd images
+    image = read_itk_image(path)
     try:
-        image = sitk.ReadImage(str(path))
         if is_nifti(path):
             read_nifti_voxels(path, tuple(image.GetSize()[::-1]))
     except IncompleteFile as error:
         raise CaseError(f"{path} is truncated or damaged ({error}): copy or download it again") from None
-    except RuntimeError as error:
-        raise CaseError(f"{path} can't be read as an image: {str(error).strip().splitlines()[-1]}") from error
     return image
 
 
@@ -202,9 +199,9 @@ def _copies(raw: RawDataset, folder: Path) -> Iterator[FileCopy]:
         if case.label is not None:
             yield FileCopy(case.label, folder / "labelsTr" / f"{case.identifier}{ending}")
     for part in ("imagesTs", "labelsTs"):
-        for path in sorted((raw.folder / part).glob(f"*{ending}")):
-            if path.is_file() and not path.name.startswith("."):
-                yield FileCopy(path, folder / part / path.name)
+        for stem, path in files_with(raw.folder / part, ending).items():
+            if path.is_file():
+                yield FileCopy(path, folder / part / f"{stem}{ending}")
 
 
 def _refuse_same_target(copies: list[FileCopy], raw: RawDataset) -> None:

@@ -84,6 +84,14 @@ def open_image(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
+def read_itk_image(path: Path) -> sitk.Image:
+    """An image with all its voxels, as ITK has it. Raises CaseError."""
+    import SimpleITK as sitk  # loaded where it is needed: training on a bare machine has none
+
+    with explain_read_errors(path), _name_for_itk(path) as name:
+        return sitk.ReadImage(str(name))
+
+
 def fill_floats(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray) -> Extremes:
     """Fill ``out``, contiguous float32 of the image's shape, with its voxels in flat pieces, and return its extremes.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.endings import stem_of
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, ConfigurationError
 from nnssl_adapt.evaluation.metrics import load_summary
@@ -197,8 +198,7 @@ def _class_names(content: Mapping[str, Any], file: Path) -> dict[str, str]:
 
 def _identifier(prediction_file: str) -> str:
     name = prediction_file.replace("\\", "/").rsplit("/", 1)[-1]
-    ending = next((ending for ending in _ENDINGS if name.endswith(ending)), "")
-    return name.removesuffix(ending)
+    return next((stem for ending in _ENDINGS if (stem := stem_of(name, ending)) is not None), name)
 
 
 def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0) -> Comparison:

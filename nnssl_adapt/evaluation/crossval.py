@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_adapt.data.dataset import DatasetJson
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, ModelFolderError
 from nnssl_adapt.evaluation.metrics import Summary, cases_in, evaluate_folder
@@ -148,10 +149,10 @@ def accumulate(
 
 
 def _predictions(folder: Path, ending: str) -> dict[str, Path]:
-    names = cases_in(folder, ending)
-    if not names:
+    found = files_with(folder, ending)
+    if not found:
         raise CaseError(f"{folder} has no predictions: validate this fold again (--val)")
-    return {name: folder / f"{name}{ending}" for name in names}
+    return found
 
 
 def _one_per_case(folds: Mapping[int, Mapping[str, Path]], model: TrainedModel) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import MAX_LISTED
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.images import (
     ImageGeometry,
     distinct_values,
@@ -165,11 +166,16 @@ def evaluate_folder(
     identifiers = list(cases) if cases is not None else cases_in(predictions, file_ending)
     if not identifiers:
         raise CaseError(f"{predictions} has no predictions: expected names like CASE{file_ending}")
-    tasks = [
-        (name, (predictions / f"{name}{file_ending}", references / f"{name}{file_ending}", labels, judging))
+    ours, theirs = files_with(predictions, file_ending), files_with(references, file_ending)
+    pairs = {
+        name: (
+            ours.get(name, predictions / f"{name}{file_ending}"),
+            theirs.get(name, references / f"{name}{file_ending}"),
+        )
         for name in identifiers
-    ]
-    memory = {name: _memory_for(files[0]) for name, files in tasks} if workers > 1 else None
+    }
+    tasks = [(name, (*files, labels, judging)) for name, files in pairs.items()]
+    memory = {name: _memory_for(files[0]) for name, files in pairs.items()} if workers > 1 else None
     outcomes = list(over_cases(evaluate_case, tasks, workers, "Evaluating", progress, memory))
     failed = [f"{outcome.identifier}: {outcome.complaint}" for outcome in outcomes if outcome.error is not None]
     if failed:
@@ -194,8 +200,7 @@ def cases_in(folder: Path, file_ending: str) -> list[str]:
     """Identifiers of the label files in a folder, sorted; hidden files are passed over. Raises CaseError without one."""
     if not folder.is_dir():
         raise CaseError(f"{folder}: no such folder")
-    names = (path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(name.removesuffix(file_ending) for name in names if name.endswith(file_ending))
+    return list(files_with(folder, file_ending))
 
 
 def refuse_missing_predictions(predictions: str | Path, references: str | Path, file_ending: str) -> None:
@@ -218,11 +223,7 @@ def evaluate_case(
     Raises CaseError if a file is missing or unreadable, or their shapes differ (then it names both); with ``judging`` also
     if their spacings do, or a label is not of the scheme.
     """
-    reader = reader_for((reference_file, prediction_file))
-    reference, reference_geometry = read_labels(reference_file, reader)
-    prediction, geometry = read_labels(prediction_file, reader)
-    turn = Turn.to(orientation_code(reference_geometry.direction), geometry.direction)
-    prediction, geometry = np.ascontiguousarray(turn.apply(prediction)), turn_geometry(geometry, turn)
+    reference, reference_geometry, prediction, geometry = read_pair(reference_file, prediction_file)
     if prediction.shape != reference.shape:
         raise CaseError(
             f"{prediction_file} has shape {prediction.shape[1:]} (Z, Y, X), its reference {reference_file} has "
@@ -241,6 +242,21 @@ def evaluate_case(
     if judging is not None:
         add_measures(metrics, prediction[0], reference[0], reference_geometry.spacing, judging, labels.ignore_label)
     return CaseMetrics(str(reference_file), str(prediction_file), metrics, elsewhere)
+
+
+def read_pair(
+    reference_file: Path, prediction_file: Path
+) -> tuple[np.ndarray, ImageGeometry, np.ndarray, ImageGeometry]:
+    """Reference and prediction, int16 (1, Z, Y, X), each with its geometry; the prediction turned to lie as the reference.
+
+    Raises CaseError if a file is missing or unreadable.
+    """
+    reader = reader_for((reference_file, prediction_file))
+    reference, reference_geometry = read_labels(reference_file, reader)
+    prediction, geometry = read_labels(prediction_file, reader)
+    turn = Turn.to(orientation_code(reference_geometry.direction), geometry.direction)
+    turned = np.ascontiguousarray(turn.apply(prediction))
+    return reference, reference_geometry, turned, turn_geometry(geometry, turn)
 
 
 def _elsewhere(reference: ImageGeometry, other: ImageGeometry) -> str | None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.data.images import read_labels, reader_for
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme
 from nnssl_adapt.errors import CaseError
-from nnssl_adapt.evaluation.metrics import CaseMetrics, Summary, cases_in, compare_labels, summarize
+from nnssl_adapt.evaluation.metrics import CaseMetrics, Summary, cases_in, compare_labels, read_pair, summarize
 from nnssl_adapt.files import atomic_path
 from nnssl_adapt.inference.postprocess import Postprocessing, memory_of, postprocess_folder
 from nnssl_adapt.machine.workers import over_cases
@@ -57,12 +57,13 @@ class _Folder:
     def judge(self, candidates: Sequence[Postprocessing]) -> list[Summary]:
         """One summary for each candidate; every file is read once."""
         names = cases_in(self.predictions, self.file_ending)
+        predictions, references = (files_with(f, self.file_ending) for f in (self.predictions, self.references))
         tasks = [
             (
                 name,
                 (
-                    self.predictions / f"{name}{self.file_ending}",
-                    self.references / f"{name}{self.file_ending}",
+                    predictions[name],
+                    references.get(name, self.references / f"{name}{self.file_ending}"),
                     self.labels,
                     tuple(candidates),
                 ),
@@ -82,9 +83,7 @@ def judge_candidates(
     prediction_file: Path, reference_file: Path, labels: LabelScheme, candidates: Sequence[Postprocessing]
 ) -> list[CaseMetrics]:
     """Metrics of one case after each candidate."""
-    reader = reader_for((reference_file, prediction_file))
-    reference, _ = read_labels(reference_file, reader)
-    prediction, _ = read_labels(prediction_file, reader)
+    reference, _, prediction, _ = read_pair(reference_file, prediction_file)
     if prediction.shape != reference.shape:
         raise CaseError(f"{prediction_file} and {reference_file} have different shapes")
     return [

@@ -9,11 +9,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnssl_adapt.data.endings import stem_of
 from nnssl_adapt.files import write_text
 from nnssl_adapt.text import and_more
 
 if TYPE_CHECKING:
-    from nnssl_adapt.evaluation.metrics import Summary
+    from nnssl_adapt.evaluation.metrics import CaseMetrics, Summary
 
 _SHOWN = {
     "Dice": "Dice",
@@ -114,11 +115,16 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def write_summary_csv(path: str | Path, summary: Summary, file_ending: str) -> None:
-    """One row for every case and class: ``case, class, label`` and the metrics."""
+    """One row for every case and class: ``case, class, label``, the metrics, and how the prediction lies elsewhere, if so."""
     names = summary.metric_names
     rows = (
-        [Path(case.prediction_file).name.removesuffix(file_ending), name, str(entry), *(metrics[m] for m in names)]
+        [_identifier(case, file_ending), name, str(entry), *(metrics[m] for m in names), case.elsewhere or ""]
         for case in summary.cases
         for (entry, metrics), name in zip(case.metrics.items(), summary.class_names, strict=True)
     )
-    write_csv(path, ["case", "class", "label", *names], rows)
+    write_csv(path, ["case", "class", "label", *names, "geometry_differs"], rows)
+
+
+def _identifier(case: CaseMetrics, file_ending: str) -> str:
+    name = Path(case.prediction_file).name
+    return stem_of(name, file_ending) or name

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from nnssl_adapt.data.dataset import MAX_LISTED
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.images import read_geometry, read_labels, reader_for, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, UnsafeCheckpoint
@@ -182,7 +183,7 @@ def keep_largest_component(labels: np.ndarray, values: Sequence[int]) -> np.ndar
 
 def postprocess_case(source: Path, target: Path, postprocessing: Postprocessing) -> None:
     """Process one label file into another. Raises CaseError, OutputError."""
-    labels, geometry = read_labels(source, reader_for((source,)))
+    labels, geometry = read_labels(source, reader_for([source]))
     write_labels(target, postprocessing.apply(labels[0]), geometry)
 
 
@@ -209,7 +210,7 @@ def postprocess_folder(
         raise CaseError(f"{source}: no such folder")
     if source.resolve() == target.resolve():
         raise ConfigurationError(f"{source} would be overwritten: choose another output folder")
-    names = sorted(p.name for p in source.iterdir() if p.name.endswith(file_ending) and not p.name.startswith("."))
+    names = sorted(path.name for path in files_with(source, file_ending).values())
     if not names:
         raise CaseError(f"{source} has no segmentations: expected names like CASE{file_ending}")
     make_folder(target)

@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnssl_adapt.data.convert.cases import SourceFile, Target, ending_of, some
 from nnssl_adapt.data.images import distinct_values, read_and_repair_labels, read_image, write_labels
-from nnssl_adapt.data.voxels import write_image_file
+from nnssl_adapt.data.voxels import open_image, read_itk_image, write_image_file
 from nnssl_adapt.errors import CaseError, OutputError
 from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, explain_write_errors, make_folder
 
@@ -25,14 +24,14 @@ def bring(file: SourceFile, target: Target) -> None:
     places = [target.folder / name for name in file.targets]
     if len(places) > 1 or (file.targets[0].startswith("images") and _is_4d(file.source)):
         read_image([file.source])  # a truncated 4D file would otherwise be filled up with zeros
-        image = sitk.ReadImage(str(file.source))
+        image = read_itk_image(file.source)
         for number, place in enumerate(places):
             write_image_file(image[..., number], place)
     elif file.renumbered or _is_inexact(file):
         _write_repaired(file, places[0])
     elif ending_of(file.source) != ending_of(places[0]):
         read_image([file.source])
-        write_image_file(sitk.ReadImage(str(file.source)), places[0])
+        write_image_file(read_itk_image(file.source), places[0])
     elif target.link is None:
         if file.targets[0].startswith("images"):
             read_image([file.source])  # what is damaged should not be found out in training
@@ -64,10 +63,7 @@ def _is_inexact(file: SourceFile) -> bool:
 
 
 def _is_4d(path: Path) -> bool:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return bool(reader.GetDimension() == 4)
+    return bool(open_image(path).GetDimension() == 4)
 
 
 def _link(source: Path, place: Path, kind: str) -> None:

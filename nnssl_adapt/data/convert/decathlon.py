@@ -20,6 +20,7 @@ from nnssl_adapt.data.convert.cases import (
 )
 from nnssl_adapt.data.convert.conversion import convert_cases
 from nnssl_adapt.data.dataset import DatasetJson, RawDataset
+from nnssl_adapt.data.endings import files_with, stem_of
 from nnssl_adapt.errors import CaseError, DatasetJsonError, DatasetNotFound
 from nnssl_adapt.files import write_json
 from nnssl_adapt.text import read_json
@@ -78,15 +79,15 @@ def _v1_cases(root: Path, part: str) -> list[SourceCase]:
         SourceCase(
             name,
             part,
-            tuple(SourceFile(path, (f"images{part}/{path.name}",)) for path in paths),
-            SourceFile(labels[name], (f"labels{part}/{labels[name].name}",)) if name in labels else None,
+            tuple(SourceFile(path, (f"images{part}/{_stem(path)}{_ENDING}",)) for path in paths),
+            SourceFile(labels[name], (f"labels{part}/{name}{_ENDING}",)) if name in labels else None,
         )
         for name, paths in sorted(groups.items())
     ]
 
 
 def _stem(path: Path) -> str:
-    return path.name.removesuffix(_ENDING)
+    return stem_of(path.name, _ENDING) or path.name
 
 
 def _refuse_lonely(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
@@ -146,8 +147,7 @@ def _opened(folder: str | Path) -> Path:
 
 def _files(folder: Path, optional: bool = False) -> list[Path]:
     """Images of a folder; the Decathlon's archives carry ``._*`` files of macOS, which are none."""
-    found = sorted(folder.glob(f"*{_ENDING}")) if folder.is_dir() else []
-    found = existing_files(path for path in found if not path.name.startswith((".", "_")))
+    found = existing_files(p for p in files_with(folder, _ENDING).values() if not p.name.startswith("_"))
     if not found and not optional:
         refuse_pictures(folder.iterdir())
         raise CaseError(f"{folder} has no {_ENDING} files")

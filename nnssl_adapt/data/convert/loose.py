@@ -16,7 +16,6 @@ from nnssl_adapt.data.convert.cases import (
     Target,
     all_cases,
     common_ending,
-    ending_of,
     existing_files,
     refuse_pictures,
     some,
@@ -25,6 +24,7 @@ from nnssl_adapt.data.convert.cases import (
 from nnssl_adapt.data.convert.conversion import convert_cases, finish
 from nnssl_adapt.data.convert.label_names import named_labels, numbered
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.endings import stem_of
 from nnssl_adapt.data.splits import SPLITS_FILE, Split, crossval_splits, read_splits
 from nnssl_adapt.errors import CaseError, ConfigurationError, DatasetError, DatasetNotFound
 from nnssl_adapt.files import write_json
@@ -228,7 +228,7 @@ def _channel(root: Path, suffix: str) -> dict[str, Path]:
 
 def _stem(path: Path) -> str | None:
     """A file's name without its image ending; None for other files."""
-    return next((path.name.removesuffix(ending) for ending in ENDINGS if path.name.endswith(ending)), None)
+    return next((stem for ending in ENDINGS if (stem := stem_of(path.name, ending)) is not None), None)
 
 
 def _refuse_uneven(channels: Sequence[Mapping[str, Path]], suffixes: Sequence[str]) -> None:
@@ -246,7 +246,7 @@ def _refuse_uneven(channels: Sequence[Mapping[str, Path]], suffixes: Sequence[st
 def _label_places(root: Path, labels_root: Path, images: Sequence[Path], key: str, label_suffix: str) -> list[Path]:
     """Where a case's label may lie, in the order of preference."""
     folders = {image: labels_root / image.relative_to(root).parent for image in images}
-    stems = [(folders[image], f"{image.name.removesuffix(ending_of(image))}_{label_suffix}") for image in images]
+    stems = [(folders[image], f"{_stem(image)}_{label_suffix}") for image in images]
     stems += [(folders[image], f"{key}_{label_suffix}") for image in images]
     return [folder / f"{stem}{ending}" for folder, stem in stems for ending in ENDINGS]
 

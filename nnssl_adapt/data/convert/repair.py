@@ -8,6 +8,7 @@ from pathlib import Path
 from nnssl_adapt.data.convert.cases import SourceCase, SourceFile, Target
 from nnssl_adapt.data.convert.conversion import convert_cases
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.endings import files_with
 from nnssl_adapt.data.splits import SPLITS_FILE
 from nnssl_adapt.data.verifying.findings import Verdict
 from nnssl_adapt.errors import DatasetError
@@ -74,11 +75,10 @@ def _training_cases(raw: RawDataset) -> list[SourceCase]:
 
 def _test_images(raw: RawDataset) -> list[SourceCase]:
     folder = raw.folder / "imagesTs"
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [
-        SourceCase(path.name, "Ts", (SourceFile(path, (f"imagesTs/{path.name}",)),))
-        for path in paths
-        if path.is_file() and path.name.endswith(raw.file_ending) and not path.name.startswith(".")
+        SourceCase(path.name, "Ts", (SourceFile(path, (f"imagesTs/{stem}{raw.file_ending}",)),))
+        for stem, path in files_with(folder, raw.file_ending).items()
+        if path.is_file()
     ]
 
 

@@ -15,10 +15,12 @@ from nnssl_adapt.data.dataset import (
     read_as_asked,
     refuse_unsupported,
 )
+from nnssl_adapt.data.endings import files_with, stem_of
 from nnssl_adapt.data.images import count_channels
 from nnssl_adapt.data.pictures import PICTURE_READERS, reader_for_ending
 from nnssl_adapt.data.verifying.findings import Finding
 from nnssl_adapt.errors import CaseError
+from nnssl_adapt.text import and_more
 
 
 def find_cases(folder: Path, description: DatasetJson) -> tuple[list[RawCase], list[Finding]]:
@@ -84,17 +86,21 @@ def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase,
     """Every case that a file in imagesTr or labelsTr is named after, with the findings of those that are incomplete."""
     findings: list[Finding] = []
     ending, channels = description.file_ending, len(description.channel_names)
-    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+    pattern = re.compile(r"(.+)_(\d{4})(?i:" + re.escape(ending) + ")")
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in _visible(folder / "imagesTr"):
         match = pattern.fullmatch(path.name)
         if match is None:
-            level = "error" if path.name.endswith(ending) else "warning"
+            level = "error" if stem_of(path.name, ending) is not None else "warning"
             fix = f"rename it to CASE_0000{ending}, or move it away"
             findings.append(Finding(level, "-", "names", f"{path} is no image's name, and not used", fix))
         else:
+            if (other := groups[match[1]].get(int(match[2]))) is not None:
+                text = f"{other} and {path} are the same channel"
+                findings.append(Finding("error", match[1], "names", text, "leave one of them"))
             groups[match[1]][int(match[2])] = path
-    labels = {p.name.removesuffix(ending): p for p in _visible(folder / "labelsTr") if p.name.endswith(ending)}
+    labels = files_with(folder / "labelsTr", ending)
+    findings += _capitals([p for group in groups.values() for p in group.values()] + list(labels.values()), ending)
     cases: list[RawCase] = []
     first = next((path for images in groups.values() for path in images.values()), None)
     are_pictures = (description.image_reader or reader_for_ending(ending, first)) in PICTURE_READERS
@@ -117,6 +123,15 @@ def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase,
         text = f"{folder / 'imagesTr'} has no images"
         findings.append(Finding("error", "-", "present", text, f"expected names like CASE_0000{ending}"))
     return read_as_asked(cases, description), findings
+
+
+def _capitals(paths: Sequence[Path], ending: str) -> list[Finding]:
+    """A warning for files whose ending is that of dataset.json but for its case: only nnU-Net's own listing minds."""
+    found = [path for path in paths if not path.name.endswith(ending)]
+    if not found:
+        return []
+    text = f"{len(found)} files end in {ending} in other letters ({and_more(found, 2)})"
+    return [Finding("warning", "-", "names", text, "fine here; nnU-Net does not find them: rename them for it")]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import ImageGeometry, geometry_doubts, geometry_problems
 from nnssl_adapt.data.verifying.findings import Finding
-from nnssl_adapt.data.voxels import write_image_file
+from nnssl_adapt.data.voxels import read_itk_image, write_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def copy_header(image: Path, label: Path) -> None:
 
     A link is replaced by a file of its own, so that its source stays as it is. Raises OutputError.
     """
-    reference = sitk.ReadImage(str(image))
-    fixed = sitk.GetImageFromArray(sitk.GetArrayFromImage(sitk.ReadImage(str(label))))
+    reference = read_itk_image(image)
+    fixed = sitk.GetImageFromArray(sitk.GetArrayFromImage(read_itk_image(label)))
     fixed.CopyInformation(reference)
     write_image_file(fixed, label)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl_adapt.data.endings import stem_of
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, NnsslAdaptError
 from nnssl_adapt.evaluation.metrics import load_summary
@@ -102,7 +103,7 @@ def _cases(folder: Path, fold: str, labels: LabelScheme, ending: str) -> Iterabl
         prediction = Path(case["prediction_file"])
         moved = folder / "validation" / prediction.name  # the folder may have been carried to another machine
         yield CaseResult(
-            name=prediction.name.removesuffix(ending),
+            name=stem_of(prediction.name, ending) or prediction.name,
             fold=fold,
             metrics={names.get(entry, entry): metrics for entry, metrics in case["metrics"].items()},
             reference=Path(case["reference_file"]),

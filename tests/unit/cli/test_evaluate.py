@@ -151,3 +151,23 @@ def test_chill(folders):
     content = json.loads((folders / "one" / "summary_empty_1.json").read_text())
     assert not (folders / "one" / "summary.json").exists()
     assert len(content["metric_per_case"]) == 5 and content["nnssl_adapt"]["empty"] == "1"
+
+
+def test_what_is_stored_in_another_orientation_is_turned_and_what_lies_elsewhere_is_marked(folders, capsys):
+    import SimpleITK as sitk
+
+    for path in sorted((folders / "one").glob("*.nii.gz")):
+        sitk.WriteImage(
+            sitk.DICOMOrient(sitk.ReadImage(str(folders / "raw" / "labelsTr" / path.name)), "SAR"), str(path)
+        )
+    image = sitk.ReadImage(str(folders / "one" / "b.nii.gz"))
+    image.SetOrigin([value + 7 for value in image.GetOrigin()])
+    sitk.WriteImage(image, str(folders / "one" / "b.nii.gz"))
+    assert evaluate("-p", folders / "one", "-g", folders / "raw" / "labelsTr") == 0
+    assert "b" in capsys.readouterr().out
+    content = json.loads((folders / "one" / "summary.json").read_text())
+    assert content["foreground_mean"]["Dice"] == 1
+    with open(folders / "one" / "summary.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["case"] for row in rows if row["geometry_differs"]} == {"b"} and len(rows) == 12
+    assert all("origin" in row["geometry_differs"] for row in rows if row["case"] == "b")
