@@ -14,7 +14,7 @@ from nnssl_adapt.geometry.orientation import opposite
 NAMES = ("c00.nii", "c00.hdr", "c00.nia", "c00_0000", "c00")
 """ITK takes the first three for formats wherever they stand in a name; the fourth looks like a channel's file."""
 
-TINY = "--epochs 1 --iters 2 --warmup 0 --patch 16 24 16 --set validation_iterations=1 -device cpu --workers 0".split()
+TINY = ["--epochs", "1", "--iters", "2", "--warmup", "0", "--patch", "16", "24", "16", "--set", "validation_iterations=1", "-device", "cpu", "--workers", "0"]
 
 
 def run(*words):
@@ -77,4 +77,4 @@ def test_odd_names_in_an_explicit_list(nnunet_folders, small_resenc, tmp_path, c
     page = (tmp_path / "report.html").read_text()
     assert "case: image, reference, prediction" in page and "is not drawn" not in page
     assert run("find-best", "-d", 991, "--no-ensembles", "-np", 1) == 0
-    assert not [path for path in tmp_path.rglob(".unfinished-*")]
+    assert not list(tmp_path.rglob(".unfinished-*"))
