@@ -14,7 +14,8 @@ from nnssl_adapt.geometry.orientation import opposite
 NAMES = ("c00.nii", "c00.hdr", "c00.nia", "c00_0000", "c00")
 """ITK takes the first three for formats wherever they stand in a name; the fourth looks like a channel's file."""
 
-TINY = ["--epochs", "1", "--iters", "2", "--warmup", "0", "--patch", "16", "24", "16", "--set", "validation_iterations=1", "-device", "cpu", "--workers", "0"]
+TINY = ["--epochs", "1", "--iters", "2", "--warmup", "0", "--patch", "16", "24", "16", "-device", "cpu"]
+TINY += ["--workers", "0", "--set", "validation_iterations=1"]
 
 
 def run(*words):
