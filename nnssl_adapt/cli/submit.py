@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_OK,
     add_source,
     add_verbose,
@@ -117,18 +118,36 @@ def _show_scripts(submission: Submission, settings: SlurmSettings) -> None:
 
 def _show_status(arguments: argparse.Namespace) -> int:
     """Exits with 1 when something failed."""
+    if not arguments.watch:
+        return _show_table(arguments)[0]
+    from nnssl_adapt.cluster.slurm import SlurmError
+
+    try:
+        while True:
+            try:
+                code, over = _show_table(arguments)
+            except SlurmError as error:  # a controller that is busy or is started again
+                print(f"{error}; asked again in {_RENEWED_EVERY:.0f} s", file=sys.stderr, flush=True)
+            else:
+                if over:
+                    return code
+            time.sleep(_RENEWED_EVERY)
+    except KeyboardInterrupt:
+        print("no longer watched; the jobs go on (--cancel ends them)", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _show_table(arguments: argparse.Namespace) -> tuple[int, bool]:
+    """Show where everything stands; returns the exit code, and whether all is over."""
     from nnssl_adapt.cluster.status import FAILED, status_of
     from nnssl_adapt.cluster.submission import find_submissions
 
-    while True:
-        found = [status_of(submission) for submission in find_submissions(arguments.dataset, arguments.name)]
-        if arguments.watch and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")  # an empty screen
-        print("\n\n".join(str(status) for status in found), flush=True)
-        if not arguments.watch or all(status.is_over for status in found):
-            failed = any(step.state == FAILED for status in found for step in status.steps)
-            return EXIT_FAILED if failed else EXIT_OK
-        time.sleep(_RENEWED_EVERY)
+    found = [status_of(submission) for submission in find_submissions(arguments.dataset, arguments.name)]
+    if arguments.watch and sys.stdout.isatty():
+        print("\033[2J\033[H", end="")  # an empty screen
+    print("\n\n".join(str(status) for status in found), flush=True)
+    failed = any(step.state == FAILED for status in found for step in status.steps)
+    return EXIT_FAILED if failed else EXIT_OK, all(status.is_over for status in found)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,17 @@ _ANSWERS_WITHIN = 60.0
 _FIELDS = ("%i", "%T", "%r", "%N", "%L")
 
 
+_LISTS = (
+    ("account", "sacctmgr show associations user=$USER"),
+    ("partition", "sinfo --summarize"),
+    ("qos", "sacctmgr show qos"),
+    ("generic resource", "sinfo --format='%P %G'"),
+    ("gres", "sinfo --format='%P %G'"),
+)
+"""Words in a refusal of sbatch's, and commands that list the names which are known. The first one that fits counts:
+sbatch says "account or account/partition"."""
+
+
 class SlurmError(NnsslAdaptError):
     """Slurm refused, or does not answer; the message has its own words."""
 
@@ -56,7 +67,10 @@ def sbatch(script: Path, flags: Sequence[str] = ()) -> str:
     own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     answer = _run(["sbatch", "--parsable", *flags, str(script)], own)
     if answer.returncode != 0:
-        raise SlurmError(f"sbatch refused {script.name}: {_last_words(answer)}", path=script)
+        words = _last_words(answer)
+        command = next((command for word, command in _LISTS if word in words.lower()), "")
+        listed = f" ({command} lists what there is)" if command else ""
+        raise SlurmError(f"sbatch refused {script.name}: {words}{listed}", path=script, next_command=command or None)
     return answer.stdout.strip().partition(";")[0]
 
 

@@ -13,17 +13,6 @@ from support.synthetic import make_dataset
 import nnssl_adapt
 
 
-def pytest_collection_modifyitems(config, items):
-    """Some take minutes each: they run when they are asked for."""
-    if "interruptions" in config.getoption("markexpr"):
-        return
-    for item in items:
-        if "interruptions" in item.keywords:
-            item.add_marker(
-                pytest.mark.skip(reason="takes minutes; run it with: pytest -n 0 -m interruptions tests/slurm")
-            )
-
-
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory):
     if (reason := why_not()) is not None:

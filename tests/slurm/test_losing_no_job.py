@@ -2,14 +2,14 @@
 
 import os
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.slurm import Slurm, eventually
-from support.slurm_folders import SOURCE, assert_same_weights
+from support.slurm_folders import SOURCE, assert_same_weights, model_in
 
+import nnssl_adapt as na
 from nnssl_adapt.cluster.graph import Resources
 from nnssl_adapt.cluster.scripts import SlurmSettings
 from nnssl_adapt.cluster.status import CANCELLED, FAILED
@@ -55,8 +55,17 @@ class Held:
         path = self.submitted.submission.log(self.submitted.graph.step("fold_0"))
         return path.read_text() if path.exists() else ""
 
+    def said(self):
+        return f"{self.slurm.facts(self.job)}\n{self.log[-3000:]}"
+
     def wait(self):
-        eventually((self.folder / "reached").exists, f"for the place\n{self.log[-2000:]}")
+        """Until the place is reached; the process that is held there."""
+
+        def reached():
+            assert self.slurm.state(self.job) != "FAILED", self.said()
+            return (self.folder / "reached").exists()
+
+        eventually(reached, lambda: f"for the place: {self.said()}")
         return int((self.folder / "reached").read_text())
 
     def go(self):
@@ -67,12 +76,11 @@ class Held:
 
         def done():
             self.slurm.hurry()
-            return self.submitted.graph.step("fold_0").is_done and self.slurm.state(self.job) == "COMPLETED"
+            state = self.slurm.state(self.job)
+            assert state != "FAILED", self.said()
+            return state == "COMPLETED" and self.submitted.graph.step("fold_0").is_done
 
-        try:
-            eventually(done, f"for {self.job}", 150)
-        except AssertionError as error:
-            raise AssertionError(f"{self.slurm.facts(self.job)}\n{self.log[-3000:]}") from error
+        eventually(done, lambda: f"for the end: {self.said()}")
 
 
 @pytest.fixture
@@ -82,7 +90,7 @@ def hold(prepared, slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{program}:{os.environ['PYTHONPATH']}")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes of the test have no addresses
 
-    def start(name, place="", call=1, fails="", resources=None, flags=(), shards=1):
+    def start(name, place="", call=1, fails="", resources=None, shards=1, training=()):
         folder = tmp_path / name.replace(" ", "_")
         (folder / "results").mkdir(parents=True, exist_ok=True)
         settings = {"HOLD_AT": place, "HOLD_FOLDER": str(folder), "HOLD_CALL": str(call), "HOLD_FAILS": fails}
@@ -91,15 +99,14 @@ def hold(prepared, slurm, tmp_path, monkeypatch):
                 environment.setenv(variable, value)
             submitted = submit(
                 "991", SOURCE, "mae", folds=[0], shards=shards, recipe=short_recipe(), device="cpu",
-                resources=resources or Resources(cpus=1), settings=SlurmSettings(partition="low", flags=tuple(flags)),
-                training=("--workers", "0"),
+                resources=resources or Resources(cpus=1), settings=SlurmSettings(partition="low"),
+                training=("--workers", "0", *training),
             )  # fmt: skip
         return Held(slurm, folder, submitted)
 
     return start
 
 
-@pytest.mark.interruptions
 def test_asked_to_stop_at_any_place(hold, slurm, undisturbed):
     runs = {name: hold(name, place, call=2 if place == STEP else 1) for name, place in PLACES.items()}
     for name, run in runs.items():
@@ -118,53 +125,40 @@ def test_asked_to_stop_at_any_place(hold, slurm, undisturbed):
     assert "stopped" not in runs["in the report"].log
 
 
-@pytest.mark.interruptions
-def test_time_limit_requeue_and_scancel(hold, slurm, undisturbed):
-    """Without --signal; the run knows its end by squeue."""
-    limited = hold("time limit", STEP, call=2, resources=Resources(cpus=1, time="1"))
-    requeued, cancelled = (hold(name, STEP, call=2) for name in ("requeue", "scancel"))
-    for run in (requeued, cancelled):
+def test_time_limit_requeue_scancel_and_a_node_down(hold, slurm, undisturbed):
+    """The time limit without --signal: the run knows its end by squeue."""
+    limited = hold("time limit", STEP, resources=Resources(cpus=1, time="1"))
+    requeued, cancelled, by_hand, down = (hold(name, STEP, call=2) for name in ("requeue", "cancel", "scancel", "down"))
+    down.wait()
+    node = slurm.facts(down.job)["NodeList"]
+    for run in (limited, requeued, cancelled, by_hand):
         run.wait()
     slurm.run("scontrol", "requeue", requeued.job)
     assert cancelled.submitted.cancel() == 3  # with find-best and the report
-    cancelled.go()
-    requeued.go()
-    limited.wait()
-    time.sleep(15)  # a step so long does not fit any more into what is left of the minute
+    slurm.run("scancel", by_hand.job)
+    for run in (requeued, cancelled, by_hand):
+        run.go()
+    # The step is held until there is no time for another one, and for saving (50 s).
+    eventually(lambda: slurm.seconds_left(limited.job) < 45, "for the minute to be nearly over")
     limited.go()
-    eventually(lambda: "stopped by the end of the Slurm job" in limited.log, f"for the end\n{limited.log}")
-    eventually(lambda: slurm.state(limited.job) == "PENDING", "for the limited job to wait")
-    slurm.run("scontrol", "update", f"jobid={limited.job}", "timelimit=10")
-    for run in (limited, requeued):
-        run.finish()
-        assert_same_weights(undisturbed, run.model, 0)
-    eventually(lambda: slurm.state(cancelled.job) in ("CANCELLED", ""), f"for the end: {slurm.facts(cancelled.job)}")
-    assert cancelled.submitted.status()["fold_0"].state == CANCELLED
-    assert not cancelled.submitted.graph.step("fold_0").is_done
-
-
-def test_a_cancelled_job_stays_cancelled_whoever_cancels_it(hold, slurm):
-    run = hold("scancel", STEP, call=2)
-    run.wait()
-    slurm.run("scancel", run.job)
-    run.go()
-    eventually(lambda: slurm.state(run.job) == "CANCELLED", "for the end")
-    assert "not queued again" in run.log or "queued again" not in run.log
-
-
-@pytest.mark.interruptions
-def test_a_node_goes_down(hold, slurm, undisturbed):
-    run = hold("node down", STEP, call=2)
-    run.wait()
-    node = slurm.facts(run.job)["NodeList"]
+    eventually(lambda: "stopped by the end of the Slurm job" in limited.log, limited.said)
+    eventually(lambda: slurm.state(limited.job) == "PENDING", limited.said)
+    slurm.run("scontrol", "update", f"jobid={limited.job}", "timelimit=30")
+    for run in (cancelled, by_hand):
+        eventually(lambda run=run: slurm.state(run.job) == "CANCELLED", run.said)
     slurm.kill_node(node)
     try:
-        run.go()
-        run.finish()
-        assert slurm.facts(run.job)["NodeList"] != node
+        down.go()
+        for run in (limited, requeued, down):
+            run.finish()
+            assert_same_weights(undisturbed, run.model, 0)
+        assert slurm.facts(down.job)["NodeList"] != node
     finally:
         slurm.start_node(node)
-    assert_same_weights(undisturbed, run.model, 0)
+    assert cancelled.submitted.status()["fold_0"].state == CANCELLED
+    for run in (cancelled, by_hand):
+        assert slurm.state(run.job) == "CANCELLED" and not run.submitted.graph.step("fold_0").is_done
+        assert "not queued again" in run.log or "queued again" not in run.log
 
 
 def test_preempted(hold, slurm, undisturbed, tmp_path):
@@ -179,21 +173,27 @@ def test_preempted(hold, slurm, undisturbed, tmp_path):
     assert_same_weights(undisturbed, run.model, 0)
 
 
-def test_a_rank_is_killed_on_two_nodes(hold, slurm):
+def test_a_rank_is_killed_on_two_nodes(hold, slurm, tmp_path):
     two_nodes = Resources(cpus=1, nodes=2)
-    whole, killed = hold("whole", resources=two_nodes), hold("killed", STEP, call=2, resources=two_nodes)
-    os.kill(killed.wait(), signal.SIGKILL)
+    whole = hold("whole", resources=two_nodes)
+    killed = hold("killed", STEP, call=2, resources=two_nodes, training=("--stage", str(tmp_path / "$SLURMD_NODENAME")))
+    killed_rank = killed.wait()
+    for node in ("n1", "n2"):
+        eventually(lambda node=node: len([*(tmp_path / node).glob("*/case_*.b2nd")]) == 2 * 6, f"for copies on {node}")
+    os.kill(killed_rank, signal.SIGKILL)
     killed.go()
     whole.finish()
-    eventually(lambda: slurm.state(killed.job) == "FAILED", f"for the end {killed.log}")
+    eventually(lambda: slurm.state(killed.job) == "FAILED", killed.said)
+    eventually(
+        lambda: not [*tmp_path.glob("n[12]/nnssl_adapt*")], lambda: f"for no copies: {[*tmp_path.glob('n[12]/*')]}"
+    )
     status = killed.submitted.status()
     assert status["fold_0"].state == FAILED and status["fold_0"].detail
-    again = hold("killed", resources=two_nodes)
+    again = hold("killed", resources=two_nodes, training=("--stage", str(tmp_path / "$SLURMD_NODENAME")))
     again.finish()
     assert_same_weights(whole.model, again.model, 0)
 
 
-@pytest.mark.interruptions
 def test_a_failed_shard(folders, hold, slurm, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(folders / "nnUNet_preprocessed"))
     run = hold("shards", "nnssl_adapt.data.preprocess_cases:preprocess_case", fails="yes", shards=2)
@@ -204,3 +204,41 @@ def test_a_failed_shard(folders, hold, slurm, monkeypatch):
     again = hold("shards", shards=2)
     assert len(again.submitted.new) == 4
     again.finish()
+
+
+def test_submitit(prepared, slurm, undisturbed, tmp_path, monkeypatch):
+    """It announces a preemption by SIGUSR2; the training saves, and what submitit queued again goes on."""
+    submitit = pytest.importorskip("submitit")
+    plan = next((undisturbed.parents[2] / "nnUNet_preprocessed").glob("*/ptPlans*.json"))
+    recipe, results = short_recipe(), tmp_path / "results"
+
+    def train():
+        import nnssl_adapt as na
+
+        trainer = na.PretrainedTrainer(
+            na.FinetunePlan.load(plan), 0, recipe, "cpu", SOURCE, workers=0, results_folder=results
+        )
+        return str(trainer.run(resume="auto").path)
+
+    program = str(Path(__file__).parents[1] / "support" / "held_program")
+    for name, value in {"HOLD_AT": STEP, "HOLD_FOLDER": str(tmp_path), "HOLD_CALL": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{program}:{os.environ['PYTHONPATH']}")
+    executor = submitit.AutoExecutor(tmp_path / "logs", cluster="slurm")
+    executor.update_parameters(timeout_min=30, cpus_per_task=1, slurm_partition="low")
+    job = executor.submit(na.Resumable(train))
+
+    def log():
+        return f"{slurm.facts(job.job_id)} {[path.read_text()[-2000:] for path in (tmp_path / 'logs').glob('*.[oe][ur][tr]')]}"
+
+    eventually((tmp_path / "reached").exists, log)
+    slurm.run("scancel", "--signal=USR2", job.job_id)
+    (tmp_path / "go").touch()
+
+    def done():
+        slurm.hurry()
+        return job.paths.result_pickle.exists()
+
+    eventually(done, log)
+    assert int(slurm.facts(job.job_id)["Restarts"]) == 1, log()
+    assert_same_weights(undisturbed, model_in(results), 0)

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
-PATIENCE = 120.0  # seconds that anything is waited for at most
+PATIENCE = 240.0  # seconds that anything is waited for at most: on a busy machine Python alone starts in half a minute
 
 
 def why_not() -> str | None:
@@ -36,11 +36,13 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
-def eventually(condition: Callable[[], object], what: str = "", patience: float = PATIENCE) -> object:
-    """Wait until ``condition()`` is true and return what it gave."""
+def eventually(
+    condition: Callable[[], object], what: str | Callable[[], str] = "", patience: float = PATIENCE
+) -> object:
+    """Wait until ``condition()`` is true and return what it gave; ``what`` is said when that takes too long."""
     until = time.monotonic() + patience
     while not (value := condition()):
-        assert time.monotonic() < until, f"waited in vain {what}"
+        assert time.monotonic() < until, f"waited in vain {what() if callable(what) else what}"
         time.sleep(0.1)
     return value
 
@@ -78,6 +80,13 @@ class Slurm:
 
     def state(self, job: str) -> str:
         return self.facts(job).get("JobState", "")
+
+    def seconds_left(self, job: str) -> float:
+        """Of a running job's time; endless for one that does not run."""
+        facts = self.facts(job)
+        if facts.get("JobState") != "RUNNING":
+            return float("inf")
+        return (datetime.fromisoformat(facts["EndTime"]) - datetime.now()).total_seconds()
 
     def wait_for(self, job: str, *states: str, patience: float = PATIENCE) -> str:
         """Until a job is in one of these states; a job that was queued again is made to start at once."""
@@ -227,6 +236,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sc
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+OverTimeLimit=5
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -1,10 +1,20 @@
 """Submissions to a Slurm of a few lines of shell: what is submitted, refused, cancelled, and queued again."""
 
 import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import nnssl_adapt
+from nnssl_adapt.cluster import slurm as slurm_commands
 from nnssl_adapt.cluster.graph import Graph, Resources, Step
 from nnssl_adapt.cluster.requeue import after_round
 from nnssl_adapt.cluster.rounds import Verdict
@@ -160,3 +170,136 @@ def test_no_submission(tmp_path):
     (tmp_path / "jobs.json").write_text("{")
     with pytest.raises(ConfigurationError, match="is damaged"):
         Submission.load(tmp_path)
+
+
+# -- what Slurm says of jobs that are over ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forgotten(slurm):
+    """A Slurm that remembers no job that is over."""
+    (slurm / "scontrol").write_text("#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id' >&2\nexit 1\n")
+    return slurm
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "detail"),
+    [
+        ("CANCELLED by 1000\n", "cancelled", ""),
+        ("OUT_OF_MEMORY\n", "failed", "out of memory"),
+        ("", "failed", "without a result"),
+    ],
+)
+def test_accounting_is_asked_where_there_is_one(submission, forgotten, answer, state, detail):
+    (forgotten / "sacct").write_text(OTHERS)
+    (forgotten / "sacct").chmod(0o755)
+    (forgotten / "sacct.out").write_text(answer)
+    status = status_of(submission.submit())["prepare"]
+    assert status.state == state and detail in status.detail
+    assert "--jobs 11" in said(forgotten, "sacct")[0]
+
+
+def test_without_accounting_a_job_that_left_no_result_has_failed(submission, forgotten, monkeypatch):
+    monkeypatch.setenv("PATH", f"{forgotten}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm_commands.shutil, "which", lambda name: None)
+    status = status_of(submission.submit())["prepare"]
+    assert (status.state, status.detail) == ("failed", "its job ended without a result")
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("Invalid account or account/partition combination specified", "sacctmgr show associations user=$USER"),
+        ("invalid partition specified: gpux", "sinfo --summarize"),
+        ("Invalid generic resource (gres) specification", "sinfo --format='%P %G'"),
+        ("something else", None),
+    ],
+)
+def test_a_refusal_names_the_command_that_lists_what_is_known(submission, slurm, words, command):
+    (slurm / "sbatch").write_text(f"#!/bin/bash\necho 'sbatch: error: {words}' >&2\nexit 1\n")
+    with pytest.raises(SlurmError, match=re.escape(words)) as error:
+        submission.submit()
+    assert error.value.next_command == command
+    assert (command or "sbatch refused") in str(error.value)
+
+
+# -- on a terminal ----------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command on a terminal of its own, and what it shows there."""
+
+    def __init__(self, *words, **environment):
+        self.reader, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WATCHING, *words],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env={**os.environ, "PYTHONPATH": str(Path(nnssl_adapt.__file__).parents[1]), **environment},
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self.shown = ""
+
+    def wait_for(self, words, times=1):
+        while self.shown.count(words) < times:
+            self.read()
+
+    def read(self):
+        assert select.select([self.reader], [], [], 60)[0], self.shown
+        self.shown += os.read(self.reader, 65536).decode()
+
+    def end(self):
+        with suppress(OSError):  # so a terminal ends
+            while True:
+                self.read()
+        os.close(self.reader)
+        return self.process.wait(60)
+
+
+WATCHING = """
+import sys
+from nnssl_adapt.cli import main, submit
+submit._RENEWED_EVERY = 0.1
+sys.exit(main.main(sys.argv[1:]))
+"""
+CLEARED = "\x1b[2J\x1b[H"
+
+
+@pytest.fixture
+def watched(submission, slurm, tmp_path, monkeypatch):
+    """The words of ``--watch`` for a submission whose first job runs."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset991_Tiny").mkdir(parents=True)
+    (tmp_path / "results" / "Dataset991_Tiny" / "model").mkdir(parents=True)
+    moved = replace(submission, folder=tmp_path / "results" / "Dataset991_Tiny" / "model" / "submission")
+    moved.write_scripts(SlurmSettings())
+    moved.submit()
+    (slurm / "squeue.out").write_text("11|RUNNING|None|node7|1:00:00\n12_0|PENDING|Dependency||1:00\n")
+    return ["submit", "-d", "991", "-n", "mae", "--watch"]
+
+
+def test_watching_renews_the_table_until_all_is_over(watched, slurm, tmp_path):
+    terminal = Terminal(*watched)
+    terminal.wait_for(CLEARED, 3)
+    assert "node7" in terminal.shown and "0 of 5 steps are done" in terminal.shown
+    good = (slurm / "squeue").read_text()
+    (slurm / "squeue").write_text("#!/bin/bash\necho 'slurm_load_jobs error: Unable to contact' >&2\nexit 1\n")
+    terminal.wait_for("asked again")
+    for name in ("prepare", "fold_0", "fold_1", "fold_2", "best"):
+        (tmp_path / f"{name}.txt").touch()
+    (slurm / "squeue.out").write_text("")
+    (slurm / "squeue").write_text(good)
+    assert terminal.end() == 0
+    assert "5 of 5 steps are done" in terminal.shown.split(CLEARED)[-1]
+
+
+def test_ctrl_c_ends_the_watching_and_nothing_else(watched, slurm):
+    terminal = Terminal(*watched)
+    terminal.wait_for("node7")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "the jobs go on" in terminal.shown and "Traceback" not in terminal.shown
+    assert not said(slurm, "scancel")
