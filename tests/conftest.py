@@ -38,20 +38,22 @@ def own_cache(cache_homes, monkeypatch):
 
 
 LONGEST = 300  # seconds; the slowest test takes thirty on two idle cores
+LONGEST_ON_SLURM = 900  # its tests wait for a dozen programs, one after the other
 
 
 @contextmanager
-def in_time():
+def in_time(item):
     """Who waits forever fails, and the others go on."""
+    longest = LONGEST_ON_SLURM if "slurm" in item.keywords else LONGEST
 
     def too_long(*_):
-        pytest.fail(f"took more than {LONGEST} s")
+        pytest.fail(f"took more than {longest} s")
 
     if not hasattr(signal, "SIGALRM"):
         yield
         return
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LONGEST)
+    signal.alarm(longest)
     try:
         yield
     finally:
@@ -60,14 +62,14 @@ def in_time():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup():
-    with in_time():
+def pytest_runtest_setup(item):
+    with in_time(item):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
-    with in_time():
+def pytest_runtest_call(item):
+    with in_time(item):
         return (yield)
 
 

@@ -87,7 +87,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         arguments.name,
         folds=parse_folds(arguments.folds),
         shards=arguments.shards,
-        recipe=recipe_from(arguments, checkpoint.architecture),
+        recipe=recipe_from(arguments, checkpoint.architecture, dataset.labels),
         device=arguments.device,
         resources=resources_from(arguments, arguments.device),
         throttle=arguments.throttle,

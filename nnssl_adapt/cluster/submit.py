@@ -23,7 +23,9 @@ from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.files import write_text
 from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.optimise.loss_choice import loss_mistakes
 from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.recipe.values import raise_if_any
 from nnssl_adapt.training.run.deadline import is_unlimited, read_time_limit
 from nnssl_adapt.training.run.folder import RunFolder
 from nnssl_adapt.training.setup import adapted_plan, without_pretraining
@@ -200,6 +202,7 @@ def _finetuning(
     recipe = recipe or Recipe.load(plan.architecture.kind.recipe)
     recipe = without_pretraining(recipe) if recipe.from_scratch else recipe
     recipe.check_against(plan.architecture, device)
+    raise_if_any(list(loss_mistakes(recipe, raw.labels)), f"recipe {recipe.name!r} for {raw.name}")
     model = RunFolder.of(plan, recipe.trainer_name, 0).model
     source = str(Path(source).resolve()) if Path(source).exists() else source  # jobs start in another folder
     return (

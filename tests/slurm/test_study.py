@@ -36,7 +36,7 @@ def test_slurm_and_this_machine_give_the_same_table(folders, slurm, tmp_path, mo
         slurm.hurry()
         return page.exists() and not slurm.run("squeue", "-h")
 
-    eventually(done, "for the study", 280)
+    eventually(done, "for the study", 600)
     assert "2 of 2 runs finished" in study(path, "--status")
     answer = rows(by_slurm)
 

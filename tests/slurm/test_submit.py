@@ -26,7 +26,7 @@ def until_done(slurm, results):
         return all(step.is_done for step in Submission.load(model_in(results) / "submission").graph.steps)
 
     try:
-        eventually(done, "for all steps", 240)
+        eventually(done, "for all steps", 600)
         eventually(lambda: not slurm.run("squeue", "-h"), "for the jobs to end")
         return submit("--status")
     except AssertionError as error:

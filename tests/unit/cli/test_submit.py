@@ -37,6 +37,8 @@ def written(tmp_path):
         (["--nodes", "2", "--cluster", "local"], "--nodes 2 with --cluster local"),
         (["--reorient", "RPI"], "nnssl-adapt reorient"),
         (["--fit-gpu", "much"], "--fit-gpu much"),
+        (["--class-weights", "liver=2"], "the dataset has no liver"),
+        (["--freeze", "stages:99"], "freeze stages:99: this network's encoder has"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(words, tmp_path, flags, message, capsys):
