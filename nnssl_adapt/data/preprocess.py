@@ -63,7 +63,8 @@ class PreprocessSettings:
     """Everything that decides what a preprocessed case looks like. "Transposed" means after ``transpose_forward``.
 
     Attributes:
-        spacing: millimetres to resample to, transposed axes; None keeps each case's own.
+        spacing: millimetres to resample to, transposed axes; None keeps each case's own. Two numbers: within the slices of the
+            first axis, which stay as far apart as they are (nnU-Net's 2D configurations).
         transpose_forward: which axis (Z, Y, X) of the image becomes which of the result.
         transpose_backward: its inverse.
         normalization_schemes: one a channel, see :data:`nnssl_adapt.data.normalize.SCHEMES`.
@@ -99,8 +100,10 @@ class PreprocessSettings:
             problems.append(f"transpose_forward must be an order of 0, 1, 2, got {forward}")
         elif backward != [forward.index(axis) for axis in range(3)]:
             problems.append(f"transpose_backward must undo transpose_forward {forward}, got {backward}")
-        if self.spacing is not None and (len(self.spacing) != 3 or not all(0 < s < math.inf for s in self.spacing)):
-            problems.append(f"spacing must be three positive millimetres, got {self.spacing}")
+        if self.spacing is not None and not (
+            len(self.spacing) in (2, 3) and all(0 < s < math.inf for s in self.spacing)
+        ):
+            problems.append(f"spacing must be three positive millimetres (two: within slices), got {self.spacing}")
         if len(self.use_mask_for_norm) != len(self.normalization_schemes):
             problems.append(
                 f"use_mask_for_norm has {len(self.use_mask_for_norm)} entries, normalization_schemes "
@@ -116,6 +119,12 @@ class PreprocessSettings:
                     f"{', '.join(sorted(missing))}"
                 )
         return problems
+
+    def target_spacing(self, own: Sequence[float]) -> tuple[float, ...] | None:
+        """What an image of the spacing ``own`` is resampled to, mm, both in transposed axes; None: nothing."""
+        if self.spacing is None:
+            return None
+        return (float(own[0]), *self.spacing)[-3:]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that changes voxels, at full precision: not the patch size, and statistics only where CT uses them."""
@@ -264,11 +273,12 @@ def _finish(
     del labels
     # Before resampling: afterwards the nonzero region would no longer fit the image exactly.
     _normalize(data, seg[0] >= 0, settings)
-    if settings.spacing is not None:
-        new_shape = resampled_shape(data.shape[1:], spacing, settings.spacing)
-        data = resample_image(data, new_shape, spacing, settings.spacing, **vars(settings.resampling_data))
+    target = settings.target_spacing(spacing)
+    if target is not None:
+        new_shape = resampled_shape(data.shape[1:], spacing, target)
+        data = resample_image(data, new_shape, spacing, target, **vars(settings.resampling_data))
         if has_labels:
-            seg = resample_labels(seg, new_shape, spacing, settings.spacing, **vars(settings.resampling_seg))
+            seg = resample_labels(seg, new_shape, spacing, target, **vars(settings.resampling_seg))
     if not has_labels:
         return PreprocessedCase(data, None, properties)
     properties["class_locations"] = class_locations(seg, label_scheme.sampled_classes)

@@ -145,9 +145,9 @@ def memory_needed(case: RawCase, settings: PreprocessSettings) -> int:
     source = math.prod(geometry.size)
     target = source
     if settings.spacing is not None:
-        spacing = [geometry.spacing[axis] for axis in settings.transpose_forward]
+        spacing = tuple(geometry.spacing[axis] for axis in settings.transpose_forward)
         size = [geometry.size[axis] for axis in settings.transpose_forward]
-        target = math.prod(resampled_shape(size, spacing, settings.spacing))
+        target = math.prod(resampled_shape(size, spacing, settings.target_spacing(spacing) or spacing))
     reading = source * (8 * channels + 6)
     resampling = source * 4 * channels + target * (4 * channels + 10)
     locating = target * (4 * channels + 14)

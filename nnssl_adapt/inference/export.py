@@ -45,7 +45,8 @@ def logits_to_segmentation(
         return _uncropped(as_array(logits), properties, plan, _label_type(labels))
     shape = properties["shape_after_cropping_and_before_resampling"]
     if not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE:
-        cropped = logits_to_labels(logits, shape, plan.spacing, _own_spacing(properties, plan))
+        own = _own_spacing(properties, plan)
+        cropped = logits_to_labels(logits, shape, plan.settings.target_spacing(own) or own, own)
     elif labels.has_regions and len(logits) == labels.num_heads:
         # Each decides for itself, so one at a time is held at full size.
         whole = (_on_own_grid(logits[head : head + 1], properties, plan)[0] for head in range(len(logits)))
@@ -127,11 +128,12 @@ def _on_own_grid(logits: Tensor | np.ndarray, properties: Mapping[str, Any], pla
         return np.asarray(as_array(logits), np.float32)
     rule = plan.resampling_for_export
     own_spacing = _own_spacing(properties, plan)
+    spacing = plan.settings.target_spacing(own_spacing) or own_spacing
     if rule == _FAST_RULE:
-        resampled = resample_logits(logits, shape, plan.spacing, own_spacing)
+        resampled = resample_logits(logits, shape, spacing, own_spacing)
     else:
         array = np.asarray(as_array(logits), np.float32)
-        resampled = resample_image(array, shape, plan.spacing, own_spacing, **vars(rule))
+        resampled = resample_image(array, shape, spacing, own_spacing, **vars(rule))
     # nnU-Net keeps resampled logits in float16. The labels must not depend on whether probabilities were asked for.
     return resampled.astype(np.float16).astype(np.float32)
 

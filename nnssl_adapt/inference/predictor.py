@@ -110,8 +110,8 @@ class Predictor:
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
         self._loaded = len(self._weights) - 1
         self.precision = predicting_precision(precision, self._weights[0].precision, self.device)
-        self.mirror_axes = self._weights[0].mirror_axes if tta else ()
         self.plan = replace(self.model.plan, configuration=self._weights[0].configuration)
+        self.mirror_axes = self.plan.mirrored_in_volume(self._weights[0].mirror_axes) if tta else ()
 
     def _load(self, fold: Fold, checkpoint: Which) -> FoldWeights:
         weights = self.model.load_weights(fold, checkpoint)

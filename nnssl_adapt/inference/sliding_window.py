@@ -52,6 +52,9 @@ def tile_positions(shape: Sequence[int], patch_size: Sequence[int], step: float 
     for size, patch in zip(shape, patch_size, strict=True):
         if size < patch:
             raise ValueError(f"the image {tuple(shape)} is smaller than the patch {tuple(patch_size)}: pad it first")
+        if patch == 1:  # slices, of a 2D network: each once
+            positions.append(list(range(size)))
+            continue
         intervals = math.ceil((size - patch) / (patch * step))
         distance = (size - patch) / max(1, intervals)
         positions.append([round(distance * i) for i in range(intervals + 1)])

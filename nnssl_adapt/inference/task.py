@@ -168,7 +168,7 @@ def network_shape(geometry: ImageGeometry, plan: FinetunePlan) -> tuple[int, ...
     if plan.spacing is None:
         return tuple(size)
     spacing = [geometry.spacing[axis] for axis in plan.transpose_forward]
-    return tuple(resampled_shape(size, spacing, plan.spacing))
+    return tuple(resampled_shape(size, spacing, plan.settings.target_spacing(spacing) or spacing))
 
 
 def count_tiles(shape: tuple[int, ...], patch_size: tuple[int, ...], step: float) -> int:

@@ -47,7 +47,7 @@ def widest_features(network: nn.Module) -> int:
 
     0 where the first convolution leaves full resolution, as a transformer's does.
     """
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv3d)), None)
+    first = next((module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))), None)
     return 0 if first is None or max(first.stride) > 1 else 2 * first.out_channels
 
 

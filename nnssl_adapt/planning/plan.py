@@ -144,8 +144,30 @@ class FinetunePlan:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        z, y, x = (int(n) for n in self.settings_of_configuration["patch_size"])
+        """Of a 2D configuration, whose file has two numbers, one slice: (1, Y, X)."""
+        z, y, x = (1, *self._patch_in_file)[-3:]
         return z, y, x
+
+    @property
+    def _patch_in_file(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.settings_of_configuration["patch_size"])
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether its network sees slices (nnU-Net's ``2d``). Its spacing has two numbers, within a slice."""
+        return len(self._patch_in_file) == 2
+
+    def axes_to_mirror(self, asked: Sequence[int]) -> tuple[int, ...]:
+        """Those of the axes asked for (0 is Z) that its patches have."""
+        return tuple(axis for axis in asked if not (self.is_planar and axis == 0))
+
+    def mirrored_in_file(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes that may be mirrored (0 is Z), as checkpoints of this configuration count them: in a 2D one, 0 is Y."""
+        return tuple(axis - 1 for axis in axes if axis > 0) if self.is_planar else tuple(axes)
+
+    def mirrored_in_volume(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The inverse of :meth:`mirrored_in_file`."""
+        return tuple(axis + 1 for axis in axes) if self.is_planar else tuple(axes)
 
     @property
     def batch_size(self) -> int:
@@ -234,7 +256,7 @@ class FinetunePlan:
         if patch_size is not None:
             patch = tuple(int(n) for n in patch_size)
             chosen["architecture"] = self.architecture.to_plans_dict(patch)
-            chosen["patch_size"] = list(patch)
+            chosen["patch_size"] = list(patch[1:] if self.is_planar else patch)
         if batch_size is not None:
             chosen["batch_size"] = int(batch_size)
         content["configurations"][self.configuration] = chosen
@@ -242,7 +264,7 @@ class FinetunePlan:
 
     def __str__(self) -> str:
         spacing = "each image's own" if self.spacing is None else " × ".join(f"{s:g}" for s in self.spacing) + " mm"
-        patch = " × ".join(str(n) for n in self.patch_size)
+        patch = " × ".join(str(n) for n in self._patch_in_file)
         weights = self.provenance.source
         source = "no pre-trained weights" if weights is None else weights.source
         fit = self.provenance.fit_gpu

@@ -35,6 +35,10 @@ def _list_of(test: Callable[[Any], bool], length: int | None = None) -> Callable
     return check
 
 
+def _two_or_three(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: _list_of(test, 2)(value) or _list_of(test, 3)(value)
+
+
 def _is_order_of_axes(value: Any) -> bool:
     return _list_of(_is_whole)(value) and sorted(value) in ([0, 1, 2], [0, 1])
 
@@ -78,9 +82,9 @@ _OPTIONAL: dict[str, Check] = {
 }
 NEEDED_IN_CONFIGURATION: dict[str, Check] = {
     "data_identifier": (lambda name: _is_text(name) and not set(name) & set("/\\"), "the name of a folder"),
-    "patch_size": (lambda patch: _list_of(lambda n: _is_whole(n) and n > 0, 3)(patch), "three whole numbers above 0"),
+    "patch_size": (_two_or_three(lambda n: _is_whole(n) and n > 0), "three whole numbers above 0 (2d: two)"),
     "batch_size": (lambda size: _is_whole(size) and size > 0, "a whole number above 0"),
-    "spacing": (_list_of(lambda mm: _is_number(mm) and mm > 0, 3), "three numbers (mm) above 0"),
+    "spacing": (_two_or_three(lambda mm: _is_number(mm) and mm > 0), "three numbers (mm) above 0 (2d: two)"),
     "normalization_schemes": (lambda names: bool(names) and _list_of(_is_text)(names), "a list of names"),
     "use_mask_for_norm": _FLAGS,
     "resampling_fn_data": _TEXT,
@@ -119,9 +123,12 @@ def mistakes_of_configuration(chosen: Mapping[str, Any], name: str) -> Iterator[
         yield "it is in the format before nnU-Net 2.3; run nnUNetv2_plan_experiment of a newer nnU-Net again"
         return
     patch = chosen.get("patch_size")
-    if isinstance(patch, (list, tuple)) and _list_of(_is_whole)(patch) and len(patch) != 3:
-        yield f"configuration {name!r} is not 3D (patch {patch})"
+    if isinstance(patch, (list, tuple)) and _list_of(_is_whole)(patch) and len(patch) not in (2, 3):
+        yield f"configuration {name!r} is neither 3D nor 2D (patch {patch})"
         return
+    spacing = chosen.get("spacing")
+    if isinstance(patch, (list, tuple)) and isinstance(spacing, (list, tuple)) and len(patch) != len(spacing):
+        yield f"configuration {name!r} has a patch of {len(patch)} axes and a spacing of {len(spacing)}"
     yield from _mistakes(chosen, NEEDED_IN_CONFIGURATION, _OPTIONAL_IN_CONFIGURATION, f"configurations.{name}.")
 
 

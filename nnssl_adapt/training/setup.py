@@ -75,7 +75,7 @@ def adapted_plan(plan: FinetunePlan, recipe: Recipe) -> FinetunePlan:
 def batch_bytes(plan: FinetunePlan, recipe: Recipe) -> int:
     """Bytes of a batch as workers hand it over: float32 images and int16 labels, which a GPU still has to turn and cut."""
     of_patch = recipe.augmentation != "gpu"
-    voxels = math.prod(plan.patch_size if of_patch else SpatialRange.of(plan.patch_size).read_size)
+    voxels = math.prod(plan.patch_size if of_patch else SpatialRange.of(plan.patch_size, plan.is_planar).read_size)
     return plan.batch_size * voxels * (4 * plan.num_channels + 2)
 
 
@@ -104,12 +104,13 @@ def batches_of_fold(
         copies: folder with copies of cases, now or later.
     """
     labels, patch, key = plan.labels, plan.patch_size, annotated_key(plan.labels)
-    spatial, masks = SpatialRange.of(patch), plan.settings.use_mask_for_norm
+    spatial, masks = SpatialRange.of(patch, plan.is_planar), plan.settings.use_mask_for_norm
+    mirror_axes = plan.axes_to_mirror(recipe.mirror_axes)
     chain: Any = plain_transforms(labels)
     if recipe.augmentation == "gpu":
-        chain = device_transforms(spatial, recipe.mirror_axes, labels)
+        chain = device_transforms(spatial, mirror_axes, labels)
     elif recipe.augmentation == "default":
-        chain = training_transforms(patch, spatial, recipe.mirror_axes, masks, labels)
+        chain = training_transforms(patch, spatial, mirror_axes, masks, labels)
     read_size = patch if recipe.augmentation == "none" else spatial.read_size
     training, validation = (tuple(names) for names in cases)
     phases = {

@@ -358,7 +358,7 @@ class PretrainedTrainer:
     def _validate(
         self, network: nn.Module | None, which: Literal["final", "best"], save_probabilities: bool, stop: StopRequest
     ) -> Summary:
-        plan, mirror_axes, weights_id = self.plan, self.recipe.mirror_axes, None
+        plan, mirror_axes, weights_id = self.plan, self.plan.axes_to_mirror(self.recipe.mirror_axes), None
         self.ranks.barrier()  # the main rank has written its last checkpoint
         if self.checkpointing or network is None:  # what lies on disk is what will be used, so that is judged
             model = ModelFolder.open(self.folder.model)
@@ -368,7 +368,8 @@ class PretrainedTrainer:
                 check_validation(path, load_checkpoint(path), self.identity, self.accept_changed)
             network = model.build_network()
             model.load_into(network, weights, path)
-            plan, mirror_axes, weights_id = model.plan, weights.mirror_axes, sha256_of(path)
+            plan, weights_id = model.plan, sha256_of(path)
+            mirror_axes = plan.mirrored_in_volume(weights.mirror_axes)
         validation = FoldValidation(
             plan=plan,
             labels=self.labels,

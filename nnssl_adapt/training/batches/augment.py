@@ -34,6 +34,9 @@ from nnssl_adapt.training.batches.spatial import (
 DUMMY_2D_ABOVE = 3
 """Sizes whose longest axis exceeds the first by more than this factor are rotated and scaled slice by slice."""
 
+_LONG_SLICE = 1.5
+"""Slices of 2D networks that are longer than wide by more than this factor are turned by 15 degrees at most."""
+
 _ASSUMED_SMALLEST_SCALE = 0.85
 """What nnU-Net sizes the patch to read by; scaling goes down to 0.7, which it has never been adapted to."""
 
@@ -53,13 +56,24 @@ class SpatialRange:
     read_size: Size
 
     @classmethod
-    def of(cls, patch_size: Sequence[int]) -> SpatialRange:
-        """The range for a patch (Z, Y, X) in voxels."""
+    def of(cls, patch_size: Sequence[int], is_planar: bool = False) -> SpatialRange:
+        """The range for a patch (Z, Y, X) in voxels; ``is_planar``: of a 2D network, whose patches are one slice."""
         z, y, x = patch_size
+        if is_planar:
+            rotation = math.radians(15) if max(y, x) / min(y, x) > _LONG_SLICE else math.pi
+            return cls(rotation, True, (1, *_rotated_slice(y, x, min(rotation, math.pi / 2))))
         slice_by_slice = max(patch_size) / z > DUMMY_2D_ABOVE
         rotation = math.pi if slice_by_slice else math.radians(30)
         read_z, read_y, read_x = _rotated_extent((z, y, x), min(rotation, math.pi / 2))
         return cls(rotation, slice_by_slice, (z if slice_by_slice else read_z, read_y, read_x))
+
+
+def _rotated_slice(y: int, x: int, angle: float) -> tuple[int, int]:
+    """The same for a slice (Y, X), turned one way."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    corners = np.array([(y, x), (y * cos + x * sin, x * cos - y * sin)])
+    read_y, read_x = (int(n) for n in np.abs(corners).max(axis=0) / _ASSUMED_SMALLEST_SCALE)
+    return read_y, read_x
 
 
 def _rotated_extent(patch: Size, angle: float) -> Size:
@@ -215,7 +229,7 @@ class PatchTransform:
             else:
                 box, matrix = turned_box(place, drawn)
                 read_image, read_codes = image.new_empty((channels, *box.size)), codes.new_empty(box.size)
-                read_box(place, box, read_image, read_codes)
+                read_turned(place, box, read_image, read_codes)
                 sample_into(image, codes, read_image, read_codes, matrix)
             finish(image, target, codes, drawn, self.masked, rule)
         return {"image": images, "target": targets}
@@ -227,8 +241,21 @@ def turned_box(place: Place, drawn: Drawn) -> tuple[Box, np.ndarray]:
     matrix = mirrored(with_centre(drawn.matrix, place.read_size, place.patch_size), place.patch_size, drawn.mirrored)
     matrix[:, 3] += place.corner
     box = needed_box(matrix, place.patch_size, place.filled)
+    if place.read_size[0] == 1:
+        z, (_, y, x), (_, end_y, end_x) = place.corner[0], box.start, box.stop
+        box = Box((z, y, x), (z + 2, end_y, end_x))
     matrix[:, 3] -= box.start
     return box, matrix
+
+
+def read_turned(place: Place, box: Box, image: Tensor, codes: Tensor) -> None:
+    """Fill ``image`` and ``codes`` with the box of :func:`turned_box`.
+
+    A slice by itself is there twice: interpolation looks at two, and labels are found fastest where these agree.
+    """
+    read_box(place, box, image, codes)
+    if place.read_size[0] == 1:
+        image[:, 1], codes[1] = image[:, 0], codes[0]
 
 
 def training_transforms(

@@ -24,6 +24,7 @@ from nnssl_adapt.training.batches.augment import (
     Target,
     finish,
     masked_channels,
+    read_turned,
     turned_box,
 )
 from nnssl_adapt.training.batches.patches import Place, read_box
@@ -63,7 +64,10 @@ class DeviceReads:
         box, matrix = (place.patch_box, None) if drawn.matrix is None else turned_box(place, drawn)
         image = torch.empty((place.channels, *box.size))
         codes = torch.empty(box.size, dtype=Target(self.labels).code_type)
-        read_box(place, box, image, codes, () if matrix is not None else drawn.mirrored)
+        if matrix is None:
+            read_box(place, box, image, codes, drawn.mirrored)
+        else:
+            read_turned(place, box, image, codes)
         return image, codes, Work(drawn, matrix, place.patch_size)
 
 

@@ -183,6 +183,8 @@ def blur_kernel(spread: float) -> list[float]:
 def _blurred(values: Tensor, spread: float, axis: int) -> Tensor:
     kernel = blur_kernel(spread)
     size, reach = values.shape[axis], len(kernel) // 2
+    if size == 1:  # a slice by itself goes on as it is
+        return values
     reach = min(reach, size - 1)  # a thin patch has no more to reflect
     before = values.narrow(axis, 1, reach).flip(axis)
     after = values.narrow(axis, size - 1 - reach, reach).flip(axis)

@@ -107,7 +107,7 @@ def take_snapshot(state: TrainingState, run: RunIdentity, resumable: bool) -> di
         "network_weights": weights,
         "trainer_name": run.stock_trainer,
         "init_args": {"configuration": run.plan.configuration, "fold": run.fold},
-        "inference_allowed_mirroring_axes": tuple(run.recipe.mirror_axes) or None,
+        "inference_allowed_mirroring_axes": run.plan.mirrored_in_file(run.recipe.mirror_axes) or None,
         "current_epoch": state.epoch,
         "_best_ema": state.best_ema,
         "logging": state.history.to_dict(),

@@ -27,6 +27,7 @@ from nnssl_adapt.weights.network import stu_net
 from nnssl_adapt.weights.network.arguments import (
     BLOCKS_PER_STAGE,
     CLASS_KEYS,
+    is_planar,
     spell_out_cnn,
     spell_out_primus,
     with_classes,
@@ -128,7 +129,7 @@ class Architecture:
     Attributes:
         class_name: one of :data:`CLASSES`.
         kwargs: its arguments, spelled out stage by stage and plain enough for JSON; classes are dotted names.
-            Triples are in array order (Z, Y, X).
+            Triples are in array order (Z, Y, X), pairs of a 2D network in (Y, X).
         preset: the name it is known by (``ResEncL``, ``PrimusM``, …), if any.
 
     Raises ArchitectureError when the class is unknown or an argument is missing, unknown or malformed.
@@ -222,9 +223,17 @@ class Architecture:
         return self.class_name.startswith("Primus")
 
     @property
+    def is_planar(self) -> bool:
+        """Whether it is a 2D network, which takes images slice by slice; its patches are one voxel thick."""
+        return is_planar(self.kwargs)
+
+    @property
     def strides(self) -> tuple[Shape, ...]:
-        """Downsampling step of each stage (Z, Y, X); a Primus has one, its patch embedding."""
-        return tuple((int(z), int(y), int(x)) for z, y, x in self.kind.strides(self.kwargs))
+        """Downsampling step of each stage (Z, Y, X); a Primus has one, its patch embedding. A 2D network leaves Z as it is."""
+        above = (1,) if self.is_planar else ()
+        return tuple(
+            (int(z), int(y), int(x)) for z, y, x in ((*above, *step) for step in self.kind.strides(self.kwargs))
+        )
 
     @property
     def total_stride(self) -> Shape:
@@ -246,6 +255,10 @@ def check_patch(architecture: Architecture, patch_size: Sequence[int]) -> Shape:
     divisible = all(n > 0 and n % s == 0 for n, s in zip(patch, stride, strict=True))
     # Instance normalisation of a single voxel is undefined, and torch refuses it in training.
     enough = architecture.is_transformer or math.prod(patch) > math.prod(stride)
+    if architecture.is_planar and patch[0] != 1:
+        raise ArchitectureError(
+            f"patch size {_times(patch)}: a 2D network takes one slice: use {_times((1, *patch[1:]))}"
+        )
     if divisible and enough:
         return patch
     nearest = nearest_patch(architecture, patch)
@@ -263,6 +276,10 @@ def nearest_patch(architecture: Architecture, patch_size: Sequence[int]) -> Shap
     steps = [max(1, math.floor(n / s + 0.5)) for n, s in zip(patch_size, stride, strict=True)]
     if not architecture.is_transformer and math.prod(steps) == 1:
         steps[stride.index(min(stride))] = 2
+    if architecture.is_planar:
+        steps[0] = 1
+        if math.prod(steps) == 1:
+            steps[2] = 2
     z, y, x = (n * s for n, s in zip(steps, stride, strict=True))
     return z, y, x
 
@@ -279,6 +296,8 @@ def build_network(
     deep_supervision: bool = False,
 ) -> nn.Module:
     """Build a freshly initialised network: (B, in_channels, Z, Y, X) → logits (B, num_classes, Z, Y, X).
+
+    A 2D network takes slices, as volumes that are one voxel thick: Z is 1.
 
     Args:
         architecture: what to build, for instance ``checkpoint.architecture`` or ``Architecture.named("ResEncL")``.
@@ -310,7 +329,21 @@ def build_network(
     except (TypeError, ValueError, AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise ArchitectureError(f"{architecture} can't be built: {reason}") from error
+    if architecture.is_planar:
+        network.register_forward_pre_hook(_slice_of_volume)
+        network.register_forward_hook(_volume_of_slice)
     return network
+
+
+def _slice_of_volume(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(B, C, 1, Y, X) → (B, C, Y, X), which a 2D network computes with."""
+    image, *others = inputs
+    return (image.squeeze(2), *others)
+
+
+def _volume_of_slice(network: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """The way back, for each of the outputs."""
+    return [each.unsqueeze(2) for each in output] if isinstance(output, (list, tuple)) else output.unsqueeze(2)
 
 
 def outline(architecture: Architecture, in_channels: int, patch_size: Sequence[int]) -> nn.Module:

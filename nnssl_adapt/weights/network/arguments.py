@@ -21,6 +21,7 @@ _OPERATIONS: dict[str, type[nn.Module]] = {
     operation.__name__: operation
     for operation in (
         *(nn.Conv3d, nn.InstanceNorm3d, nn.BatchNorm3d, nn.Dropout3d, nn.Dropout),
+        *(nn.Conv2d, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Dropout2d),
         *(nn.LeakyReLU, nn.ReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
     )
 }
@@ -101,12 +102,14 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             )
         return [read(class_name, key, entry) for entry in values]
 
+    convolution = _operation_name(class_name, "conv_op", kwargs["conv_op"])
+    size = _pair if is_planar({"conv_op": convolution}) else triple
     spelled = {
         "n_stages": stages,
         "features_per_stage": per_stage("features_per_stage", stages, positive_int),
-        "conv_op": _operation_name(class_name, "conv_op", kwargs["conv_op"]),
-        "kernel_sizes": per_stage("kernel_sizes", stages, triple),
-        "strides": per_stage("strides", stages, triple),
+        "conv_op": convolution,
+        "kernel_sizes": per_stage("kernel_sizes", stages, size),
+        "strides": per_stage("strides", stages, size),
         blocks_key: per_stage(blocks_key, stages, positive_int),
         "n_conv_per_stage_decoder": per_stage("n_conv_per_stage_decoder", stages - 1, positive_int),
         "conv_bias": flag(class_name, "conv_bias", kwargs.get("conv_bias", False)),
@@ -115,7 +118,17 @@ def spell_out_cnn(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         spelled[key] = _operation_name(class_name, key, kwargs.get(key))
         spelled[f"{key}_kwargs"] = _options(class_name, f"{key}_kwargs", kwargs.get(f"{key}_kwargs"))
     spelled.update(_spell_out_cnn_options(class_name, kwargs))
+    axes = {name[-2:] for key in _OPERATION_KEYS if (name := str(spelled[key])).endswith(("2d", "3d"))}
+    if len(axes) > 1:
+        raise ArchitectureError(
+            f"{class_name}: conv_op, norm_op and dropout_op are for different numbers of axes ({', '.join(sorted(axes))})"
+        )
     return spelled
+
+
+def is_planar(kwargs: Mapping[str, Any]) -> bool:
+    """Whether these are the arguments of a 2D network."""
+    return _last_name(kwargs.get("conv_op")) == nn.Conv2d.__name__
 
 
 def _spell_out_cnn_options(class_name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +213,13 @@ def triple(class_name: str, key: str, value: Any) -> list[int]:
         raise ArchitectureError(
             f"{class_name}: {key} has the entry {value!r}, expected three numbers (only 3D networks)"
         )
+    return [positive_int(class_name, key, entry) for entry in values]
+
+
+def _pair(class_name: str, key: str, value: Any) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * 2
+    if len(values) != 2:
+        raise ArchitectureError(f"{class_name}: {key} has the entry {value!r}, expected two numbers (a 2D network)")
     return [positive_int(class_name, key, entry) for entry in values]
 
 
