@@ -3,7 +3,8 @@
 From the spacing and the median image alone, as in Isensee et al. 2021 (nnU-Net, Nature Methods 18, supplementary note 2)
 and 2024 (nnU-Net Revisited, arXiv 2404.09556, the ResEnc presets). What comes out equals what nnU-Net 2's planners write.
 
-Spacings are in mm, shapes and patches in voxels, in the plan's axis order (the coarsest axis first).
+Spacings are in mm, shapes and patches in voxels, in the plan's axis order (the coarsest axis first). What has two axes is
+for nnU-Net's ``2d``: slices across the first axis, (Y, X).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 SHORTEST_EDGE = 4
 """Voxels that an axis keeps, at least, at the network's coarsest resolution."""
@@ -32,9 +33,15 @@ SAME_SPACING = 2.0
 START_VOLUME = 256**3
 """Voxels of the patch that planning starts from: more than any preset can afford."""
 
+START_AREA = 2048**2
+"""The same for slices."""
+
 MIN_BATCH = 2
 
-_FIRST_FEATURES, _MOST_FEATURES = 32, 320
+PLANAR_BATCH = 12
+"""Slices that nnU-Net's budget for 2D networks is of."""
+
+_FIRST_FEATURES, _MOST_FEATURES, _MOST_PLANAR_FEATURES = 32, 320, 512
 _STAGES = 13
 
 
@@ -51,6 +58,7 @@ class Preset:
             ``memory_gb``.
         memory_gb: GPU memory (GB) that the preset is for.
         covered: the share of the dataset's voxels that a batch may have at most.
+        planar_budget: the same as ``budget`` for a 2D network and a batch of twelve.
     """
 
     name: str
@@ -60,6 +68,17 @@ class Preset:
     budget: float
     memory_gb: int
     covered: float
+    planar_budget: float
+
+    def values_at_most(self, axes: int) -> float:
+        """Feature-map values of a patch of so many axes with which two samples are within the budget."""
+        return self.budget if axes == 3 else self.planar_budget * PLANAR_BATCH / MIN_BATCH
+
+    def affordable_batch(self, values: int, axes: int) -> int:
+        """Samples within the budget, of so many feature-map values each."""
+        if axes == 3:
+            return round(self.budget / values * MIN_BATCH)
+        return round(self.planar_budget / values * PLANAR_BATCH)
 
 
 _PLAIN = (2,) * _STAGES
@@ -67,10 +86,10 @@ _RESIDUAL = (1, 3, 4) + (6,) * (_STAGES - 3)
 NNUNET_PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("default", "PlainConvUNet", _PLAIN, 2, 560e6, 8, 0.05),
-        Preset("ResEncM", "ResidualEncoderUNet", _RESIDUAL, 1, 680e6, 8, 1.0),
-        Preset("ResEncL", "ResidualEncoderUNet", _RESIDUAL, 1, 2100e6, 24, 1.0),
-        Preset("ResEncXL", "ResidualEncoderUNet", _RESIDUAL, 1, 3600e6, 40, 1.0),
+        Preset("default", "PlainConvUNet", _PLAIN, 2, 560e6, 8, 0.05, 85e6),
+        Preset("ResEncM", "ResidualEncoderUNet", _RESIDUAL, 1, 680e6, 8, 1.0, 135e6),
+        Preset("ResEncL", "ResidualEncoderUNet", _RESIDUAL, 1, 2100e6, 24, 1.0, 380e6),
+        Preset("ResEncXL", "ResidualEncoderUNet", _RESIDUAL, 1, 3600e6, 40, 1.0, 560e6),
     )
 }
 
@@ -92,18 +111,18 @@ class Stages:
     @property
     def divisors(self) -> Shape:
         """What each axis of the patch is divisible by."""
-        z, y, x = (math.prod(stride[axis] for stride in self.strides) for axis in range(3))
-        return z, y, x
+        return tuple(math.prod(stride[axis] for stride in self.strides) for axis in range(len(self.patch_size)))
 
     @property
     def features(self) -> list[int]:
         """Feature maps of each stage."""
-        return [min(_MOST_FEATURES, _FIRST_FEATURES * 2**stage) for stage in range(len(self.strides))]
+        most = _MOST_FEATURES if len(self.patch_size) == 3 else _MOST_PLANAR_FEATURES
+        return [min(most, _FIRST_FEATURES * 2**stage) for stage in range(len(self.strides))]
 
 
 @dataclass(frozen=True)
 class PlannedNetwork:
-    """The network, patch (Z, Y, X) and batch of a ``3d_fullres`` configuration."""
+    """The network, patch (Z, Y, X; of a 2D network Y, X) and batch of a configuration."""
 
     architecture: Architecture
     patch_size: Shape
@@ -131,24 +150,27 @@ def stages_for(spacing: Sequence[float], patch_size: Sequence[float]) -> Stages:
     axis once its spacing is within a factor of two of the finest of all, and stay; at the last stage they are 3.
     """
     voxel, size = [float(s) for s in spacing], [float(n) for n in patch_size]
-    kernel, strides, kernels = [1, 1, 1], [(1, 1, 1)], []
+    axes_there_are = range(len(voxel))
+    kernel: list[int] = [1 for _ in axes_there_are]
+    strides: list[Shape] = [tuple(kernel)]
+    kernels: list[Shape] = []
     while axes := _halved(voxel, size):
         kernel = [3 if s / min(voxel) < SAME_SPACING else k for s, k in zip(voxel, kernel, strict=True)]
-        kernels.append(_triple(kernel))
-        strides.append(_triple([2 if axis in axes else 1 for axis in range(3)]))
+        kernels.append(tuple(kernel))
+        strides.append(tuple(2 if axis in axes else 1 for axis in axes_there_are))
         for axis in axes:
             voxel[axis] *= 2
             size[axis] = math.ceil(size[axis] / 2)
-    kernels.append((3, 3, 3))
-    divisors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+    kernels.append(tuple(3 for _ in axes_there_are))
+    divisors = [math.prod(stride[axis] for stride in strides) for axis in axes_there_are]
     # An extent may end in one half, as a median does.
     fitted = [math.ceil(n / divisor) * divisor for n, divisor in zip(patch_size, divisors, strict=True)]
-    return Stages(tuple(strides), tuple(kernels), _triple(fitted))
+    return Stages(tuple(strides), tuple(kernels), tuple(int(n) for n in fitted))
 
 
 def _halved(voxel: Sequence[float], size: Sequence[float]) -> list[int]:
     """The axes that the next stage halves."""
-    long = [axis for axis in range(3) if size[axis] >= 2 * SHORTEST_EDGE]
+    long = [axis for axis in range(len(size)) if size[axis] >= 2 * SHORTEST_EDGE]
     if not long:
         return []
     finest = min(voxel[axis] for axis in long)
@@ -160,7 +182,7 @@ def _halved(voxel: Sequence[float], size: Sequence[float]) -> list[int]:
 def plan_network(
     preset: str, spacing: Sequence[float], median_shape: Sequence[float], heads: int, dataset_voxels: float
 ) -> PlannedNetwork:
-    """The network, patch and batch that nnU-Net's planner gives a dataset for its ``3d_fullres`` configuration.
+    """The network, patch and batch that nnU-Net's planner gives a dataset for ``3d_fullres``, or of two axes for ``2d``.
 
     Args:
         preset: name of one of :data:`NNUNET_PRESETS`.
@@ -180,7 +202,7 @@ def plan_network(
             "the network of the weights: leave --keep-topology out"
         )
     values = feature_map_values(chosen, stages, heads)
-    batch = round(chosen.budget / values * MIN_BATCH)
+    batch = chosen.affordable_batch(values, len(stages.patch_size))
     most = round(dataset_voxels * chosen.covered / math.prod(stages.patch_size))
     network = _architecture(chosen, stages)
     return PlannedNetwork(network, stages.patch_size, max(min(batch, most), MIN_BATCH))
@@ -210,12 +232,13 @@ def _fit_stages(preset: Preset, spacing: Sequence[float], median_shape: Sequence
     The axis of which the patch sees most gets shorter, by what the strides of the shortened patch ask for.
     """
     finer = 1 / np.asarray(spacing, dtype=np.float64)
-    cube = finer * (START_VOLUME / np.prod(finer)) ** (1 / 3)
+    axes = len(finer)
+    cube = finer * ((START_VOLUME if axes == 3 else START_AREA) / np.prod(finer)) ** (1 / axes)
     stages = stages_for(spacing, [min(round(float(n)), m) for n, m in zip(cube, median_shape, strict=True)])
     divisors = stages.divisors
-    while feature_map_values(preset, stages, heads) > preset.budget:
+    while feature_map_values(preset, stages, heads) > preset.values_at_most(axes):
         patch = list(stages.patch_size)
-        axis = max(range(3), key=lambda axis: (patch[axis] / median_shape[axis], axis))
+        axis = max(range(axes), key=lambda axis: (patch[axis] / median_shape[axis], axis))
         # The shorter patch may need fewer halvings: then the step is smaller too, and no size in between is passed over.
         shortened = [n - divisors[axis] * (i == axis) for i, n in enumerate(patch)]
         divisors = stages_for(spacing, shortened).divisors
@@ -259,17 +282,17 @@ def _sizes(stages: Stages) -> Iterator[tuple[int, ...]]:
 
 
 def _architecture(preset: Preset, stages: Stages) -> Architecture:
-    count = len(stages.strides)
+    count, axes = len(stages.strides), len(stages.patch_size)
     kwargs = {
         "n_stages": count,
         "features_per_stage": stages.features,
-        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
         "kernel_sizes": [list(kernel) for kernel in stages.kernels],
         "strides": [list(stride) for stride in stages.strides],
         BLOCKS_PER_STAGE[preset.class_name]: list(preset.blocks[:count]),
         "n_conv_per_stage_decoder": [preset.decoder_blocks] * (count - 1),
         "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
         "dropout_op_kwargs": None,
@@ -277,11 +300,6 @@ def _architecture(preset: Preset, stages: Stages) -> Architecture:
         "nonlin_kwargs": {"inplace": True},
     }
     return Architecture(preset.class_name, kwargs)
-
-
-def _triple(numbers: Sequence[float]) -> Shape:
-    z, y, x = (int(n) for n in numbers)
-    return z, y, x
 
 
 def _by(numbers: Sequence[float]) -> str:

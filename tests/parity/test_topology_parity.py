@@ -52,7 +52,17 @@ TABLE = [
     ((7, 3, 2), (25, 61, 145), 18, 31, "ResEncL"),
     ((1, 1, 1), (512, 12, 512), 21, 2, "ResEncM"),
     ((2.7, 2.7, 2.7), (128, 64, 31), 2, 2, "ResEncXL"),
+    ((999, 1, 1), (1, 480, 640), 90, 3, "ResEncM"),  # pictures
+    ((999, 1, 1), (1, 130, 61), 7, 2, "ResEncXL"),
 ]
+
+WITH_SLICES = 5
+"""Of every so many rows, and of pictures, the 2D network is compared as well; nnU-Net takes long for these."""
+
+
+def has_planar(number: int) -> bool:
+    return number % WITH_SLICES == 0 or TABLE[number][1][0] == 1
+
 
 PLANNING = """
 import contextlib, io, json, sys
@@ -63,14 +73,16 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from support.quick_planning import count_without_weights
 
 count_without_weights()
-for planner in (ExperimentPlanner, residual.ResEncUNetPlanner):  # 2D networks are no concern here, and take long
-    def only_3d(self, spacing, *rest, plan=planner.get_plans_for_configuration):
-        return plan(self, spacing, *rest) if len(spacing) == 3 else {}
-    planner.get_plans_for_configuration = only_3d
+planar = False
+for planner in (ExperimentPlanner, residual.ResEncUNetPlanner):
+    def some(self, spacing, *rest, plan=planner.get_plans_for_configuration):
+        return plan(self, spacing, *rest) if planar or len(spacing) == 3 else {}
+    planner.get_plans_for_configuration = some
 
 raw, folder = (Path(root) / "Dataset991_Tiny" for root in (nnUNet_raw, nnUNet_preprocessed))
 plans = []
 for row in json.loads(Path(sys.argv[1]).read_text()):
+    planar = row["planar"]
     (raw / "dataset.json").write_text(json.dumps(row["dataset_json"]))
     (folder / "dataset_fingerprint.json").write_text(json.dumps(row["fingerprint"]))
     for planner in (ExperimentPlanner, getattr(residual, "nnUNetPlanner" + row["preset"])):
@@ -90,7 +102,7 @@ def dataset_of(row, number):
             [float(s) for s in spacing],
             *(np.array(spacing) * random.uniform(0.93, 1.08, (shown - 1, 3))).tolist(),
         ],
-        "shapes_after_crop": (np.array(shape) * random.uniform(0.85, 1.15, (shown, 3))).astype(int).tolist(),
+        "shapes_after_crop": (np.array(shape) * random.uniform(0.85, 1.15, (shown, 3))).astype(int).clip(1).tolist(),
         "foreground_intensity_properties_per_channel": {"0": {}},
         "median_relative_size_after_cropping": 1.0,
     }
@@ -101,7 +113,7 @@ def dataset_of(row, number):
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
-    return {"fingerprint": fingerprint, "dataset_json": dataset_json, "preset": preset}
+    return {"fingerprint": fingerprint, "dataset_json": dataset_json, "preset": preset, "planar": has_planar(number)}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +149,8 @@ def test_planned_as_by_nnunet(planned, number):
     target = median_spacing(spacings, shapes)
     resampled = [resampled_shape(shape, spacing, target) for shape, spacing in zip(shapes, spacings, strict=True)]
     for preset, plan in zip(("default", row.preset), row.plans, strict=True):
+        if resampled[0][0] == 1:
+            continue  # pictures, for which there is no 3D network
         theirs = plan["configurations"]["3d_fullres"]
         forward = plan["transpose_forward"]
         spacing = [target[axis] for axis in forward]
@@ -163,9 +177,27 @@ def test_planned_as_by_nnunet(planned, number):
         assert Architecture.from_plans_dict(low["architecture"]) == ours.architecture
 
 
+@pytest.mark.parametrize("number", filter(has_planar, range(len(TABLE))))
+def test_networks_of_slices_are_planned_as_by_nnunet(planned, number):
+    row = planned[number]
+    spacings, shapes = row.fingerprint["spacings"], row.fingerprint["shapes_after_crop"]
+    target = median_spacing(spacings, shapes)
+    resampled = [resampled_shape(shape, spacing, target) for shape, spacing in zip(shapes, spacings, strict=True)]
+    for preset, plan in zip(("default", row.preset), row.plans, strict=True):
+        theirs, forward = plan["configurations"]["2d"], plan["transpose_forward"]
+        spacing = [target[axis] for axis in forward][1:]
+        median = np.median(resampled, axis=0)[forward]
+        voxels = float(np.prod(median)) * row.dataset_json["numTraining"]
+        ours = plan_network(preset, spacing, median[1:], len(row.dataset_json["labels"]), voxels)
+        assert theirs["spacing"] == spacing
+        assert (theirs["patch_size"], theirs["batch_size"]) == (list(ours.patch_size), ours.batch_size)
+        assert Architecture.from_plans_dict(theirs["architecture"]) == ours.architecture
+
+
 def test_the_table_is_worth_its_name(planned):
     """Patches, depths, kernels, batches and Dice settings of many kinds."""
-    configurations = [plan["configurations"]["3d_fullres"] for row in planned for plan in row.plans]
+    found = [plan["configurations"] for row in planned for plan in row.plans]
+    configurations = [entries["3d_fullres"] for entries in found if "3d_fullres" in entries]
     networks = [configuration["architecture"]["arch_kwargs"] for configuration in configurations]
     assert len(planned) >= 30
     assert len({tuple(configuration["patch_size"]) for configuration in configurations}) > 30

@@ -1,6 +1,6 @@
 """What nnU-Net's users do before us: its planning, preprocessing and (very short) training, by its own code.
 
-Run as a script: ``python peer_training.py DATASET_ID [CONFIGURATION]``, with nnU-Net's three variables set. A process of its own, because
+Run as a script: ``python peer_training.py DATASET_ID [CONFIGURATION]``, with nnU-Net's variables set. A process of its own, as
 nnU-Net changes global state (threads, multiprocessing, determinism).
 """
 

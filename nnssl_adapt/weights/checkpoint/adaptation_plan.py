@@ -54,8 +54,8 @@ class AdaptationPlan(BaseModel):
 
     Attributes:
         architecture: the network (the encoder of which was trained).
-        spacing: voxel size in mm, or None where images kept their own.
-        patch_size: the patch in voxels that the network saw, not the recommended one.
+        spacing: voxel size in mm, or None where images kept their own. Of a 2D network two numbers, (Y, X).
+        patch_size: the patch in voxels that the network saw, not the recommended one. Of a 2D network one slice, (1, Y, X).
         recommended_patch_size: what the authors recommend for fine-tuning, in voxels.
         num_input_channels: image channels in pre-training.
         normalization_schemes: nnU-Net's names of the normalisation, one a channel.
@@ -79,7 +79,7 @@ class AdaptationPlan(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
 
     architecture: Architecture
-    spacing: tuple[Millimetres, Millimetres, Millimetres] | None
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | tuple[Millimetres, Millimetres] | None
     patch_size: Patch
     recommended_patch_size: Patch | None = None
     num_input_channels: Voxels = 1

@@ -19,7 +19,7 @@ from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import read_topology
 
-CONFIGURATION = "3d_fullres"
+CONFIGURATION, PLANAR = "3d_fullres", "2d"
 
 _AXES_OF_LETTERS = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
 
@@ -39,11 +39,11 @@ def plan_from_nnunet(
     Args:
         plans: of nnU-Net 2, also of the format before 2.3, which describes the network by ``UNet_class_name``.
         dataset_json: names channels and labels, and the orientation (``image_orientation``); None when it is lost.
-        configuration: that the network was trained in; None is ``3d_fullres``, or the only one there is.
+        configuration: that the network was trained in; None is ``3d_fullres``, or the only one there is beside ``2d``.
         where: the file or folder, for messages.
         trainer_name: of the trainer; some build a network of their own (Primus), whatever the plans say.
 
-    Raises AdaptationPlanError when something is missing or the network is 2D or the second of a cascade, DatasetJsonError
+    Raises AdaptationPlanError when something is missing or the network is the second of a cascade, DatasetJsonError
     when the labels make no sense.
     """
     name, settings = _configuration(plans, configuration, where)
@@ -55,7 +55,7 @@ def plan_from_nnunet(
     fields: dict[str, Any] = {
         "architecture": architecture,
         "spacing": settings.get("spacing"),
-        "patch_size": settings.get("patch_size"),
+        "patch_size": _as_volume(settings.get("patch_size")),
         "normalization_schemes": settings.get("normalization_schemes"),
         "use_mask_for_norm": settings.get("use_mask_for_norm"),
         "transpose_forward": plans.get("transpose_forward"),
@@ -87,8 +87,10 @@ def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tu
     if not isinstance(configurations, Mapping) or not configurations:
         raise AdaptationPlanError(f"{where}: the plans have no 'configurations'")
     if name is None:
-        volumetric = [key for key in configurations if key != "2d"]
+        volumetric = [key for key in configurations if key != PLANAR]
         name = CONFIGURATION if CONFIGURATION in configurations or len(volumetric) != 1 else volumetric[0]
+        if not volumetric:
+            name = PLANAR
     settings: dict[str, Any] = {}
     seen: list[str] = []
     parent: Any = name
@@ -107,16 +109,16 @@ def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tu
 
 
 def _refuse_other_networks(name: str, settings: Mapping[str, Any], where: str) -> None:
-    patch = settings.get("patch_size")
-    if isinstance(patch, (list, tuple)) and len(patch) == 2:
-        raise AdaptationPlanError(
-            f"{where}: configuration {name} is a 2D network, and only 3D ones can be used: take the model's 3d_fullres"
-        )
     if settings.get("previous_stage") is not None:
         raise AdaptationPlanError(
             f"{where}: configuration {name} is the second stage of a cascade, which takes another network's labels as input: "
             "take the model's 3d_fullres or 3d_lowres"
         )
+
+
+def _as_volume(patch: Any) -> Any:
+    """A 2D network's patch as one slice."""
+    return [1, *patch] if isinstance(patch, (list, tuple)) and len(patch) == 2 else patch
 
 
 def _architecture(settings: Mapping[str, Any]) -> Architecture:
@@ -130,16 +132,17 @@ def _architecture(settings: Mapping[str, Any]) -> Architecture:
         raise ArchitectureError(f"unknown network {class_name!r}; known are PlainConvUNet and ResidualEncoderUNet")
     counts = list(settings["n_conv_per_stage_encoder"])
     base, most = int(settings["UNet_base_num_features"]), int(settings["unet_max_num_features"])
+    axes = len(settings["patch_size"])
     kwargs: dict[str, Any] = {
         "n_stages": len(counts),
         "features_per_stage": [min(base * 2**stage, most) for stage in range(len(counts))],
-        "conv_op": "Conv3d",
+        "conv_op": f"Conv{axes}d",
         "kernel_sizes": settings["conv_kernel_sizes"],
         "strides": settings["pool_op_kernel_sizes"],
         blocks: counts,
         "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
         "conv_bias": True,
-        "norm_op": "InstanceNorm3d",
+        "norm_op": f"InstanceNorm{axes}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "nonlin": "LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
@@ -241,6 +244,7 @@ def plan_from_tensors(
     told = facts.supervised
     supervised = trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1 if told is None else told
     z, y, x = (4 * step for step in architecture.total_stride)  # nnU-Net stops pooling at four voxels
+    z = 1 if architecture.is_planar else z
     plan = AdaptationPlan(
         architecture=architecture,
         spacing=facts.spacing,

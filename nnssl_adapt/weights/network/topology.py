@@ -37,6 +37,9 @@ _AS_ALWAYS: dict[str, Any] = {
 }
 """What nnU-Net's planners and nnssl give every U-Net."""
 
+_CONVOLUTIONS = (4, 5)
+"""Axes of a convolution's weights: two more than the image has."""
+
 _HEADS_OF_WIDTH = {
     kwargs["embed_dim"]: kwargs["eva_numheads"] for _, kwargs in PRESETS.values() if "embed_dim" in kwargs
 }
@@ -93,11 +96,12 @@ def _is_copy(name: str) -> tuple[int, int, str]:
 def read_unet(tensors: Tensors, encoder: str, hints: Mapping[str, Any]) -> Topology:
     """The U-Net whose encoder's stages lie under ``encoder``; its decoder is looked for beside it."""
     inside = {rest: tuple(t.shape) for name, t in tensors.items() if (rest := below(name, encoder)) is not None}
-    if any(len(shape) == 4 for name, shape in inside.items() if name.endswith(".weight")):
-        raise ArchitectureError("its convolutions have two axes: it is a 2D network, and only 3D ones can be used")
+    # The same network of two axes has the same names, and kernels of two axes.
+    axes = 2 if any(len(shape) == 4 for name, shape in inside.items() if name.endswith(".weight")) else 3
+    always = {k: v.replace("3d", f"{axes}d") if isinstance(v, str) else v for k, v in _AS_ALWAYS.items()}
     residual = any(_RESIDUAL.fullmatch(name) for name in inside)
     class_name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
-    kwargs = {**_AS_ALWAYS, **{key: hints[key] for key in _AS_ALWAYS if key in hints}}
+    kwargs = {**always, **{key: hints[key] for key in always if key in hints}}
     kwargs |= _residual_stages(inside) if residual else _plain_stages(inside)
     kwargs |= _layer_options(inside, kwargs)
     first = _shape_of(inside, "stem.convs.0" if residual else "stages.0.0.convs.0")
@@ -144,8 +148,8 @@ def _by_stage(
     for name, shape in inside.items():
         match = pattern.fullmatch(name)
         if match and (third is None or match[3] == third):
-            if len(shape) != 5:
-                raise ArchitectureError(f"{name} has {len(shape)} axes, expected 5 (a 3D convolution)")
+            if len(shape) not in _CONVOLUTIONS:
+                raise ArchitectureError(f"{name} has {len(shape)} axes, expected 5 (a 3D convolution; 4 of a 2D one)")
             stages.setdefault(int(match[1]), {})[int(match[2])] = shape
     _check_counted("stages", stages)
     for stage, members in stages.items():
@@ -162,8 +166,10 @@ def _check_counted(what: str, found: Iterable[int]) -> None:
 def _shape_of(inside: Mapping[str, tuple[int, ...]], layer: str) -> tuple[int, ...]:
     for name in (f"{layer}.all_modules.0.weight", f"{layer}.conv.weight"):
         if name in inside:
-            if len(inside[name]) != 5:
-                raise ArchitectureError(f"{name} has {len(inside[name])} axes, expected 5 (a 3D convolution)")
+            if len(inside[name]) not in _CONVOLUTIONS:
+                raise ArchitectureError(
+                    f"{name} has {len(inside[name])} axes, expected 5 (a 3D convolution; 4 of a 2D one)"
+                )
             return inside[name]
     raise ArchitectureError(f"there is no {layer}.conv.weight")
 
@@ -174,9 +180,9 @@ def _layer_options(inside: Mapping[str, tuple[int, ...]], kwargs: Mapping[str, A
     statistics = any(name.endswith(".running_mean") for name in inside)
     affine = any(re.search(r"(norm|all_modules\.1)\.weight$", name) for name in inside)
     if statistics:
-        options["norm_op"] = "BatchNorm3d"
+        options["norm_op"] = f"BatchNorm{str(kwargs['norm_op'])[-2:]}"
     elif "BatchNorm" in str(kwargs["norm_op"]):
-        options["norm_op"] = "InstanceNorm3d"
+        options["norm_op"] = f"InstanceNorm{str(kwargs['norm_op'])[-2:]}"
     options["norm_op_kwargs"] = {**(kwargs["norm_op_kwargs"] or {}), "affine": affine}
     return options
 
@@ -187,19 +193,20 @@ def _decoder(
     """Strides, convolutions a stage and heads from a U-Net's own decoder, or guesses where there is none."""
     inside = {rest: tuple(t.shape) for name, t in tensors.items() if (rest := below(name, prefix)) is not None}
     stages, ups = kwargs["n_stages"], {}
+    axes = len(kwargs["kernel_sizes"][0])
     for name, shape in inside.items():
-        if (match := _TRANSPOSED.fullmatch(name)) and len(shape) == 5:
+        if (match := _TRANSPOSED.fullmatch(name)) and len(shape) in _CONVOLUTIONS:
             ups[int(match[1])] = list(shape[2:])
     guessed = []
     if sorted(ups) == list(range(stages - 1)):
         # Each transposed convolution undoes one stage's step with a kernel of the same size, the deepest first.
-        strides = [[1, 1, 1], *(ups[index] for index in reversed(range(stages - 1)))]
+        strides = [[1] * axes, *(ups[index] for index in reversed(range(stages - 1)))]
     else:
         strides = list(hints.get("strides") or ())
         if len(strides) != stages:
-            strides = [[1, 1, 1], *([[2, 2, 2]] * (stages - 1))]
+            strides = [[1] * axes, *([[2] * axes] * (stages - 1))]
             guessed.append("strides")
-    convs = _by_stage({k: v for k, v in inside.items() if len(v) == 5}, _DECODER)
+    convs = _by_stage({k: v for k, v in inside.items() if len(v) in _CONVOLUTIONS}, _DECODER)
     per_stage = [len(members) for members in convs]
     if len(per_stage) != stages - 1:
         per_stage = list(hints.get("n_conv_per_stage_decoder") or ())

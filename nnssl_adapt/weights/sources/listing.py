@@ -134,7 +134,7 @@ def choose_files(names: Iterable[str], where: str, filename: str | None = None, 
 
     Raises:
         SourceNotFound: nothing fits, or several do; the message lists them.
-        SourceError: a fold is asked for and there are none, or the network is a 2D one.
+        SourceError: a fold is asked for and there are none.
     """
     visible = sorted(name for name in names if not is_clutter(name))
     firsts = _without_later_shards(visible)
@@ -325,12 +325,10 @@ def list_models(names: Sequence[str]) -> list[ModelListing]:
 
 
 def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
-    """The one 3D model. Raises SourceNotFound, which lists them, for several, and SourceError for 2D ones alone."""
-    volumetric = [model for model in models if not _is_2d(model, where)]
+    """The one model, or the one 3D model where there are 2D ones as well. Raises SourceNotFound for several."""
+    volumetric = [model for model in models if not _is_2d(model, where)] or list(models)
     if len(volumetric) == 1:
         return volumetric[0]
-    if not volumetric:
-        raise SourceError(f"{join_path(where, models[0].folder)} is a 2D network: only 3D weights can be loaded")
     folders = [model.folder or "." for model in volumetric]
     raise SourceNotFound(
         f"{where} holds {len(folders)} trained models: {shown_names(folders)}; choose one with --file NAME (filename= in Python)"
@@ -352,9 +350,7 @@ def choose_fold_weights(
 
     Raises:
         SourceNotFound: no such fold or file; the message lists what there is.
-        SourceError: it is a 2D network.
     """
-    only_model([model], where)
     place = join_path(where, model.folder)
     folds = {key: files for key, files in model.folds.items() if filename is None or filename in files}
     if not folds:

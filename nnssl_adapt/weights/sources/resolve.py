@@ -46,7 +46,7 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
         SourceAccessDenied: the repository is gated or private.
         SourceUnavailable: the hub or server can't be reached or the transfer broke off, and nothing is cached.
         DigestMismatch: a file is not what was recorded, or not what the hub says it is.
-        SourceError: an archive is damaged or dangerous; an address is a web page; a 2D network.
+        SourceError: an archive is damaged or dangerous; an address is a web page.
     """
     options = options or SourceOptions()
     text = str(source).strip()
