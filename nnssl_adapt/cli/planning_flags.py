@@ -38,14 +38,16 @@ def add_planning_flags(
         nargs="+" if several else 1,
         default=["3d_fullres"],
         metavar="CONFIGURATION",
-        help="nnU-Net's configurations to plan: 3d_fullres (default), 3d_lowres or 3d_cascade_fullres (where images are large)",
+        help="nnU-Net's configurations to plan: 3d_fullres (default), 3d_lowres or 3d_cascade_fullres (where images are large), "
+        "or 2d (weights of a 2D nnU-Net, or none)",
     )
     parser.add_argument(
         "-pc",
         "--pretrained_checkpoint",
         dest="source",
         required=source_required,
-        help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL",
+        help="checkpoint: file, folder, trained nnU-Net model, zip, Hugging Face id (owner/name[@revision]) or URL; -c 2d can be "
+        "trained without",
     )
     if dynamic:
         parser.set_defaults(mode=MODES[0], spacing=None, keep_topology=True, normalization="from_pretraining")
@@ -128,7 +130,7 @@ def add_planning_flags(
 def plan_from(
     arguments: argparse.Namespace,
     dataset: RawDataset,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     workers: int,
     fingerprint: DatasetFingerprint | None = None,
 ) -> FinetunePlan:
@@ -146,7 +148,9 @@ def plan_from(
     )
 
 
-def plan_options_from(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint) -> dict[str, Any]:
+def plan_options_from(
+    arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
     """What these flags say, as keywords of :func:`make_plan`. Raises ConfigurationError where they contradict each other."""
     from nnssl_adapt.errors import ConfigurationError
 
@@ -156,7 +160,7 @@ def plan_options_from(arguments: argparse.Namespace, dataset: RawDataset, checkp
         )
     reorient = arguments.reorient
     if reorient == WEIGHTS_OWN:
-        reorient = checkpoint.plan.orientation
+        reorient = None if checkpoint is None else checkpoint.plan.orientation
         if reorient is None:
             raise ConfigurationError(
                 "--reorient: these weights don't say which orientation they want; add one, e.g. RPI"

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, dynamic: bool = False) -> Non
     parser.add_argument(
         "-n", "--pretraining_name", dest="name", required=True, help="short name of the pre-training, e.g. mae"
     )
-    add_planning_flags(parser, dynamic)
+    add_planning_flags(parser, dynamic, source_required=False)
     parser.add_argument(
         "-np", dest="workers", type=int, default=None, help="processes (default: the cores there are, at most 8)"
     )
@@ -60,11 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
     from nnssl_adapt.data.splits import count_folds
+    from nnssl_adapt.errors import ConfigurationError
 
     workers = checked_workers(arguments.workers or arguments.fingerprint_processes)
     shard = Shard.parse(arguments.shard) if arguments.shard else WHOLE
     dataset = RawDataset.open(arguments.dataset)  # cheap, and wrong ids should not wait for a download
-    checkpoint = open_source(arguments)
+    if arguments.source is None and "2d" not in arguments.configurations:
+        raise ConfigurationError("-pc CHECKPOINT is missing: what to fine-tune (only -c 2d is planned without)")
+    checkpoint = None if arguments.source is None else open_source(arguments)
     if arguments.dry_run:
         return _show_only(arguments, dataset, checkpoint, workers)
     plan = plan_from(arguments, dataset, checkpoint, workers)
@@ -89,11 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     identifiers = [case.identifier for case in dataset.cases]
     fold = "0" if count_folds(plan.dataset_folder, identifiers, dataset.folder) else "all"
     words = f"-d {dataset_id(plan.dataset_name)} -c {plan.configuration} -f {fold} -p {plan.plans_name}"
+    words += " --from_scratch" if checkpoint is None else ""
     print(f"next:\n  nnUNetv2_train_pretrained {words}")
     return EXIT_OK
 
 
-def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint, workers: int) -> int:
+def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: Checkpoint | None, workers: int) -> int:
     """Compare the spacing modes, show the plan that would be made and the memory it takes; nothing is written."""
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.geometry.spacing import check_fixed
@@ -108,7 +112,7 @@ def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: C
     if arguments.mode == "fixed":
         check_fixed(arguments.mode, arguments.spacing)  # before the images are read
     fingerprint = load_or_make_fingerprint(dataset, workers, progress=True, save=False)
-    if not arguments.keep_topology:
+    if checkpoint is not None and not arguments.keep_topology and not checkpoint.architecture.is_planar:
         advice = spacing_advice(checkpoint, fingerprint, arguments.spacing, dataset.labels.num_heads)
         print(f"\nSpacing modes for {dataset.name}:\n{advice}\n")
         arguments.mode = advice.picked if arguments.mode == "auto" else arguments.mode

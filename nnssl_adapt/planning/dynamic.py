@@ -31,7 +31,7 @@ from nnssl_adapt.planning.normalization import Normalization, normalization_of_d
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, LOW_RESOLUTION, RESAMPLE, FinetunePlan
 from nnssl_adapt.planning.plans_file import NNUNET_PLANS, plans_beside, refuse_ignored_keys
 from nnssl_adapt.planning.preflight import check_transfer
-from nnssl_adapt.planning.provenance import KEY, Provenance
+from nnssl_adapt.planning.provenance import KEY, Provenance, package_version
 from nnssl_adapt.planning.request import PlanRequest
 from nnssl_adapt.planning.topology import NNUNET_PRESETS, check_preset, low_resolution, plan_network
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def plan_dynamic(
 
     The arguments and what is raised are those of :func:`~nnssl_adapt.planning.like_pretrained.plan_like_pretrained`.
     """
-    _refuse_spacing(request)
+    refuse_spacing(request)
     raw = orient(raw)  # a plan knows the order of its images' axes, so it must be the oriented dataset's
     topology = _topology(raw, checkpoint, request, know)
     for name in (CONFIGURATION, LOW_RESOLUTION) if request.wants_stages else (CONFIGURATION,):
@@ -107,7 +107,7 @@ def _topology(
     return topology
 
 
-def find_topology(dataset_name: str, name: str | None) -> FinetunePlan | None:
+def find_topology(dataset_name: str, name: str | None, configuration: str = CONFIGURATION) -> FinetunePlan | None:
     """The plan whose network is to be kept: ``name``, or ``nnUNetPlans`` where it exists; else None.
 
     Raises PlanError where ``name`` does not exist, or the plan found is not this dataset's.
@@ -123,8 +123,8 @@ def find_topology(dataset_name: str, name: str | None) -> FinetunePlan | None:
             f"-pl {name}: there is no {path} (found: {plans_beside(dataset_name)}). Run this command {instead}: the "
             "network is then planned here, by nnU-Net's rules"
         )
-    plan = FinetunePlan.load(path)
-    refuse_ignored_keys(plan.settings_of_configuration, CONFIGURATION, path)
+    plan = FinetunePlan.load(path, configuration)
+    refuse_ignored_keys(plan.settings_of_configuration, configuration, path)
     if plan.dataset_name != dataset_name:
         raise PlanError(f"{path} is a plan for {plan.dataset_name}, not for {dataset_name}")
     return plan
@@ -224,9 +224,9 @@ def preset_for(architecture: Architecture) -> str:
 
 
 def dynamic_content(
-    raw: RawDataset, checkpoint: Checkpoint, base: FinetunePlan, plans_name: str, request: PlanRequest
+    raw: RawDataset, checkpoint: Checkpoint | None, base: FinetunePlan, plans_name: str, request: PlanRequest
 ) -> dict[str, Any]:
-    """The plans file: the base plan's configurations that are requested as they are, plus where the weights come from.
+    """The plans file: the base plan's configurations that are requested as they are, plus where the weights come from, if any.
 
     ``base`` is a file that nnU-Net wrote, or what :func:`nnunet_plan` made by its rules, which is said in the result.
 
@@ -249,14 +249,14 @@ def dynamic_content(
         plans_name=plans_name,
         configurations=_kept(base, request),
         experiment_planner_used="nnssl_adapt",
-        pretrain_info=pretrain_info(checkpoint),
+        **({} if checkpoint is None else {"pretrain_info": pretrain_info(checkpoint)}),
     )
     lies = common_orientation(raw)
     content.update({} if lies is None else {ORIENTATION_KEY: lies})
     digest = name_stores(content)
     planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
     provenance = replace(
-        Provenance.of(checkpoint, request.settings),
+        Provenance(package_version()) if checkpoint is None else Provenance.of(checkpoint, request.settings),
         spacing_mode=SPACING_MODE,
         base_plans=None if planned_here else base.plans_name,
         topology={"planned_by": "nnssl_adapt", "preset": base.provenance.preset} if planned_here else None,
@@ -269,6 +269,8 @@ def dynamic_content(
 def _kept(base: FinetunePlan, request: PlanRequest) -> dict[str, dict[str, Any]]:
     """The base plan's configurations that are requested, each with the entries that it inherits."""
     full = base.settings_of_configuration
+    if base.is_planar:
+        return {base.configuration: full}
     if not request.wants_stages:
         return {CONFIGURATION: full}
     return stages(full, base.seen_through(LOW_RESOLUTION).settings_of_configuration)
@@ -285,12 +287,12 @@ def _compare_axes(base: FinetunePlan, checkpoint: Checkpoint) -> None:
         )
 
 
-def check_preset_use(request: PlanRequest) -> None:
+def check_preset_use(request: PlanRequest, from_scratch: bool = False) -> None:
     """Raise ConfigurationError where the preset is unknown, or something else says which network is trained."""
     preset, base_plans = request.preset, request.base_plans
     assert preset is not None  # there is one to check
     check_preset(preset)
-    if not request.keep_topology:
+    if not request.keep_topology and not from_scratch:
         raise ConfigurationError(
             f"--preset {preset} is a network of nnU-Net's planner: add --keep-topology, or leave --preset out to train the "
             "network of the weights"
@@ -301,7 +303,7 @@ def check_preset_use(request: PlanRequest) -> None:
         )
 
 
-def _refuse_spacing(request: PlanRequest) -> None:
+def refuse_spacing(request: PlanRequest) -> None:
     """The spacing of a kept network can't be chosen as well."""
     if request.mode != "like_pretrained" or request.spacing is not None:
         raise ConfigurationError(

@@ -33,7 +33,7 @@ class BasePlans:
     content: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, dataset_name: str, name: str | None) -> BasePlans:
+    def find(cls, dataset_name: str, name: str | None, configuration: str = CONFIGURATION) -> BasePlans:
         """The plans file ``name`` of a dataset, by default ``nnUNetPlans`` where it exists. Raises PlanError."""
         path = preprocessed_folder() / dataset_name / f"{(name or NNUNET_PLANS[0]).removesuffix('.json')}.json"
         if not path.is_file():
@@ -42,7 +42,7 @@ class BasePlans:
                     f"no base plans {path}; found: {plans_beside(dataset_name)}. Leave -pl out to do without"
                 )
             return cls()
-        plan = FinetunePlan.load(path)
+        plan = FinetunePlan.load(path, configuration)
         logger.info("using the nnU-Net plans %s for the image reader, intensity statistics and Dice setting", path)
         return cls(plan.content)
 
@@ -143,7 +143,9 @@ def data_identifier(plan: FinetunePlan) -> tuple[str, str]:
     """
     settings = plan.settings
     digest = settings.digest()
-    spacing = None if settings.spacing is None else [settings.spacing[axis] for axis in settings.transpose_backward]
+    spacing = settings.spacing
+    if spacing is not None and len(spacing) == 3:
+        spacing = tuple(spacing[axis] for axis in settings.transpose_backward)
     readable = describe_settings(spacing, settings.normalization_schemes)
     return f"nnssl_adapt__{readable}__{digest[:8]}", digest
 

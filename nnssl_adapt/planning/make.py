@@ -11,6 +11,7 @@ from typing import Any
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
+from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import canonical_mode
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO
@@ -18,7 +19,8 @@ from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
 from nnssl_adapt.planning.dynamic import check_preset_use, plan_dynamic
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget
 from nnssl_adapt.planning.like_pretrained import plan_like_pretrained
-from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.planning.plan import PLANAR, FinetunePlan
+from nnssl_adapt.planning.planar import plan_planar, refuse_other_sources
 from nnssl_adapt.planning.plans_file import check_name, check_plans_name, refuse_to_replace_stranger
 from nnssl_adapt.planning.preflight import check_orientation, find_other_orientations
 from nnssl_adapt.planning.request import PlanRequest
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def make_plan(
     dataset: int | str | Path | RawDataset,
-    checkpoint: Checkpoint | str | Path,
+    checkpoint: Checkpoint | str | Path | None,
     request: PlanRequest | str | None = None,
     workers: int = 2,
     progress: bool = False,
@@ -46,7 +48,7 @@ def make_plan(
 
     Args:
         dataset: id, name or folder of a raw dataset in nnU-Net format.
-        checkpoint: what :func:`open_checkpoint` returned, or anything that it takes.
+        checkpoint: what :func:`open_checkpoint` returned, or anything that it takes. None, for ``2d`` only: train from scratch.
         request: how to plan; a text is its mode, such as ``"median"``.
         workers: processes that read images when the fingerprint (or copies) have to be made.
         progress: whether to draw progress bars.
@@ -73,15 +75,23 @@ def make_plan(
     raw = dataset if isinstance(dataset, RawDataset) else RawDataset.open(dataset)
     if request.plans_name is not None:
         request = replace(request, plans_name=check_plans_name(request.plans_name))
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
-    request = replace(request, transfer=_channels_by_name(request.settings, raw, checkpoint))
+    if checkpoint is not None:
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        refuse_other_sources(checkpoint.architecture, request.configurations)
+        request = replace(request, transfer=_channels_by_name(request.settings, raw, checkpoint))
+    elif PLANAR not in request.configurations:
+        raise ConfigurationError(
+            f"{', '.join(request.configurations)} needs pre-trained weights (-pc); only {PLANAR} is planned without"
+        )
     if request.preset is not None:
-        check_preset_use(request)
+        check_preset_use(request, from_scratch=checkpoint is None)
     if request.fit_gpu is not None:
         memory_budget(request.fit_gpu)  # a mistake in it should not wait for the images
     orient = partial(_oriented, checkpoint, request, workers, progress)
     know = partial(_known_fingerprint, fingerprint, workers, progress)
+    if checkpoint is None or PLANAR in request.configurations:
+        return plan_planar(raw, checkpoint, request, orient, know)
     plan_it = plan_dynamic if request.keep_topology else plan_like_pretrained
     plan = plan_it(raw, checkpoint, request, orient, know)
     return plan if request.fit_gpu is None else _fitted(plan, raw, request.fit_gpu)
@@ -119,7 +129,7 @@ def _known_fingerprint(
 
 
 def _oriented(
-    checkpoint: Checkpoint, request: PlanRequest, workers: int, progress: bool, raw: RawDataset
+    checkpoint: Checkpoint | None, request: PlanRequest, workers: int, progress: bool, raw: RawDataset
 ) -> RawDataset:
     """The dataset in the orientation asked for, known to be the one that the weights want unless that is ignored.
 
@@ -131,7 +141,7 @@ def _oriented(
             raw = reorient_dataset(raw, code, workers=workers, progress=progress)
         else:
             logger.info("all images of %s are %s already: no copies are needed", raw.name, code.upper())
-    wanted = checkpoint.plan.orientation
+    wanted = None if checkpoint is None else checkpoint.plan.orientation
     if wanted is not None and not request.ignore_orientation:
         check_orientation(raw, wanted)
     if request.plans_name is not None:

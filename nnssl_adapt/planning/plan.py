@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 CONFIGURATION = "3d_fullres"
 
+PLANAR = "2d"
+"""A network of slices."""
+
 LOW_RESOLUTION = "3d_lowres"
 
 CASCADE = "3d_cascade_fullres"

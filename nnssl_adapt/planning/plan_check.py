@@ -129,7 +129,17 @@ def mistakes_of_configuration(chosen: Mapping[str, Any], name: str) -> Iterator[
     spacing = chosen.get("spacing")
     if isinstance(patch, (list, tuple)) and isinstance(spacing, (list, tuple)) and len(patch) != len(spacing):
         yield f"configuration {name!r} has a patch of {len(patch)} axes and a spacing of {len(spacing)}"
+    if isinstance(patch, (list, tuple)) and (axes := _axes_of_network(chosen)) not in (None, len(patch)):
+        yield f"configuration {name!r} has a patch of {len(patch)} axes and a network of {axes}"
     yield from _mistakes(chosen, NEEDED_IN_CONFIGURATION, _OPTIONAL_IN_CONFIGURATION, f"configurations.{name}.")
+
+
+def _axes_of_network(chosen: Mapping[str, Any]) -> int | None:
+    """Axes that a CNN's kernels have; None where the plan does not say."""
+    network = chosen.get("architecture")
+    arguments = network.get("arch_kwargs") if isinstance(network, Mapping) else None
+    convolution = arguments.get("conv_op") if isinstance(arguments, Mapping) else None
+    return {"Conv2d": 2, "Conv3d": 3}.get(str(convolution).rpartition(".")[2])
 
 
 def _mistakes(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.normalization import FROM_PRETRAINING
-from nnssl_adapt.planning.plan import CASCADE, CONFIGURATION, LOW_RESOLUTION
+from nnssl_adapt.planning.plan import CASCADE, CONFIGURATION, LOW_RESOLUTION, PLANAR
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 
-CONFIGURATIONS = (CONFIGURATION, LOW_RESOLUTION, CASCADE)
+CONFIGURATIONS = (CONFIGURATION, LOW_RESOLUTION, CASCADE, PLANAR)
 """Names of the configurations that are planned here."""
 
 
@@ -80,5 +80,10 @@ def check_configurations(names: Sequence[str]) -> tuple[str, ...]:
         given = " ".join(map(str, names)) or "none"
         raise ConfigurationError(
             f"configurations {given}: expected one or several of {', '.join(CONFIGURATIONS)}, each once"
+        )
+    if PLANAR in names and len(names) > 1:
+        raise ConfigurationError(
+            f"configurations {' '.join(names)}: no weights fit both 2D and 3D networks: plan {PLANAR} by itself, and the "
+            "others in a plan of another name (-n)"
         )
     return tuple(names)

@@ -71,8 +71,13 @@ class Preset:
     planar_budget: float
 
     def values_at_most(self, axes: int) -> float:
-        """Feature-map values of a patch of so many axes with which two samples are within the budget."""
-        return self.budget if axes == 3 else self.planar_budget * PLANAR_BATCH / MIN_BATCH
+        """Feature-map values of a patch of so many axes with which two samples are within the budget.
+
+        Of slices, nnU-Net's ResEnc planners want all twelve to be.
+        """
+        if axes == 3:
+            return self.budget
+        return self.planar_budget * (PLANAR_BATCH / MIN_BATCH if self.class_name == "PlainConvUNet" else 1)
 
     def affordable_batch(self, values: int, axes: int) -> int:
         """Samples within the budget, of so many feature-map values each."""

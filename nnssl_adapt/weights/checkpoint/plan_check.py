@@ -152,9 +152,10 @@ def _with_stem(
     if not names:
         return plan, []
     notes: list[str] = []
-    if tensors[names[0]].ndim != 5:
+    axes = 4 if plan.architecture.is_planar else 5
+    if tensors[names[0]].ndim != axes:
         raise AdaptationPlanError(
-            f"{where}: {names[0]} has {tensors[names[0]].ndim} axes, expected 5 (a 3D convolution's out, in, Z, Y, X)"
+            f"{where}: {names[0]} has {tensors[names[0]].ndim} axes, expected {axes} (a convolution's out, in, and those of the image)"
         )
     modules = tuple(name.removesuffix(".weight") for name in names)
     if plan.names_keys and set(modules) - {unwrapped_name(name) for name in plan.keys_to_in_proj}:
@@ -201,7 +202,7 @@ def _with_positions(
 def _with_heads(plan: AdaptationPlan, tensors: Tensors) -> tuple[AdaptationPlan, list[str]]:
     """Names of the outputs count only if there are as many as the segmentation layers have."""
     heads = {
-        tensor.shape[0] for name, tensor in tensors.items() if "seg_layers" in name.split(".") and tensor.ndim == 5
+        tensor.shape[0] for name, tensor in tensors.items() if "seg_layers" in name.split(".") and tensor.ndim in (4, 5)
     }
     if not plan.head_names or not heads or heads == {len(plan.head_names)}:
         return plan, []

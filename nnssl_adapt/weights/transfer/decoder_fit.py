@@ -97,8 +97,8 @@ class DecoderFit:
         if self.prefix == PRIMUS and value.shape != target.tensor.shape:
             shapes = f"{times(value.shape)} in the checkpoint, {times(target.tensor.shape)} here"
             return TensorFate.fresh(f"{shapes}: this decoder's widths follow the number of outputs", names)
-        is_upsampling = relative.startswith(("transpconvs.", "decode.")) and value.ndim == 5
-        first = relative.startswith("stages.") and ".convs.0." in relative and value.ndim == 5
+        is_upsampling = relative.startswith(("transpconvs.", "decode.")) and value.ndim in (4, 5)
+        first = relative.startswith("stages.") and ".convs.0." in relative and value.ndim in (4, 5)
         role = Role("up-sampling", features=1) if is_upsampling else Role(joined=2 if first else 1)
         try:
             return TensorFate(fit(in_full_precision(value), target.tensor, role), names=tuple(names))

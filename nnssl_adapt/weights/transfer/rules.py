@@ -93,7 +93,7 @@ def fit(value: Tensor, into: Tensor, role: Role) -> Fitted:
     if value.ndim != into.ndim:
         raise DoesNotFit(f"{value.ndim} axes in the checkpoint, {into.ndim} in the network")
     rules: list[str] = []
-    if value.ndim == 5 and value.shape[2:] != into.shape[2:]:
+    if value.ndim in (4, 5) and value.shape[2:] != into.shape[2:]:
         rules.append(_kernel_rule(value.shape[2:], into.shape[2:], role.kernel))
         value = _RESIZE[role.kernel](value, into.shape[2:])
     new_channels: list[int] = []

@@ -167,10 +167,10 @@ def test_models_that_would_silently_come_out_wrong_are_refused(make_model, entri
         ModelFolder.open(folder)
 
 
-def test_a_2d_model_is_refused(make_model):
+def test_a_patch_of_other_axes_than_the_network_is_refused(make_model):
     folder = make_model()
     change_plans(folder, patch_size=[24, 32])
-    with pytest.raises(PlanError, match="not 3D"):
+    with pytest.raises(PlanError, match="2 axes"):
         ModelFolder.open(folder)
 
 

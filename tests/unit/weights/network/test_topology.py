@@ -43,6 +43,12 @@ def test_the_architecture_is_read_off_the_tensors(variant, prefix, alias):
     assert topology.encoder == f"{prefix}encoder"
 
 
+def planar(kwargs):
+    """The same network of two axes."""
+    sizes = {key: [entry[1:] for entry in kwargs[key]] for key in ("kernel_sizes", "strides")}
+    return {**kwargs, **sizes, "conv_op": "Conv2d", "norm_op": "InstanceNorm2d"}
+
+
 def test_what_an_encoder_alone_does_not_tell_is_said():
     state = dict(outline(Architecture("PlainConvUNet", PLAINCONV), 1, (8, 16, 16)).state_dict().items())
     topology = read_topology({name: tensor for name, tensor in state.items() if name.startswith("encoder.")})
@@ -58,11 +64,10 @@ def test_gaps_in_the_numbering_are_an_error():
         plan_from_tensors(gapped, "file.pth")
 
 
-def test_a_2d_network_and_a_transformer_are_refused_by_what_they_are():
-    plain = outline(Architecture("PlainConvUNet", PLAINCONV), 1, (8, 16, 16)).state_dict()
-    flat = {name: tensor[:, :, 0] if tensor.ndim == 5 else tensor for name, tensor in plain.items()}
-    with pytest.raises(AdaptationPlanError, match="2D network"):
-        plan_from_tensors(flat, "file.pth")
+def test_a_2d_network_is_read_and_a_transformer_refused_by_what_it_is():
+    plain = Architecture("PlainConvUNet", planar(PLAINCONV))
+    topology = read_topology(outline(plain, 2, (1, 16, 24)).state_dict())
+    assert topology.architecture == plain and topology.architecture.is_planar and topology.channels == 2
     primus = outline(Architecture.named("PrimusS"), 1, (16, 16, 24)).state_dict()
     with pytest.raises(AdaptationPlanError, match=r"don't show its patch: copy its adaptation_plan\.json"):
         plan_from_tensors(primus, "file.pth")
