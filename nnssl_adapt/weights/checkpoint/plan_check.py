@@ -155,7 +155,7 @@ def _with_stem(
     axes = 4 if plan.architecture.is_planar else 5
     if tensors[names[0]].ndim != axes:
         raise AdaptationPlanError(
-            f"{where}: {names[0]} has {tensors[names[0]].ndim} axes, expected {axes} (a convolution's out, in, and those of the image)"
+            f"{where}: {names[0]} has {tensors[names[0]].ndim} axes, expected {axes} (a convolution's out, in, and the image's)"
         )
     modules = tuple(name.removesuffix(".weight") for name in names)
     if plan.names_keys and set(modules) - {unwrapped_name(name) for name in plan.keys_to_in_proj}:

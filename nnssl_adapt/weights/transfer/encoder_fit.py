@@ -149,7 +149,7 @@ class EncoderFit:
         for stage, (old, new) in enumerate(
             zip(self.checkpoint.architecture.strides, network.encoder.strides, strict=False)
         ):
-            if tuple(old) != tuple(new):
+            if tuple(old)[-len(new) :] != tuple(new):  # a 2D network names two
                 self.warnings.append(
                     f"stage {stage} has strides {times(new)}, was {times(old)}: from there on, what was learned is used at "
                     "another resolution"
