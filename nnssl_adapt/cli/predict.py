@@ -97,7 +97,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model: its folder, or what finds it in nnUNet_results")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "-m", dest="model", help="trained model folder (the one with plans.json), or a dataset's id or name"
+        "-m",
+        dest="model",
+        help="trained model folder (the one with plans.json), a model on the Hugging Face hub "
+        "(OWNER/NAME[@REVISION]), or a dataset's id or name",
     )
     which.add_argument("-d", dest="dataset", help="dataset's id or name")
     group.add_argument("-p", dest="plans", help="name of the plans (default: whichever there is)")
@@ -164,8 +167,8 @@ def _part(text: str | None) -> Shard:
         raise ConfigurationError(f"--part {str(error).removeprefix('shard ')}") from None
 
 
-def _model_folder(arguments: argparse.Namespace) -> Path:
-    """The folder given by ``-m``, or found by dataset, plans, trainer and configuration."""
+def _model_folder(arguments: argparse.Namespace) -> Path | str:
+    """The folder or the name on the hub given by ``-m``, or the folder found by dataset, plans, trainer and configuration."""
     from nnssl_adapt.errors import ConfigurationError, DatasetNotFound
     from nnssl_adapt.inference.find_model import find_model_folder
 
@@ -177,7 +180,7 @@ def _model_folder(arguments: argparse.Namespace) -> Path:
             extra = [flag for flag, value in flags.items() if value is not None]
             if extra:
                 raise ConfigurationError(f"{', '.join(extra)}: they choose among the models of a dataset (-d)")
-            return path
+            return str(arguments.model)
         dataset = arguments.model
     try:
         return find_model_folder(dataset, arguments.plans, arguments.trainer, arguments.configuration)

@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"pushed {len(pushed.files)} files to {pushed.repo_id}, commit {pushed.commit}")
     print("others use it with")
+    print(f"  nnssl-adapt predict -i IMAGES -o SEGMENTATIONS -m {pushed.repo_id}")
     print(f"  nnssl-adapt install {pushed.repo_id}")
     print(f"  nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc {pushed.repo_id}@{pushed.commit}")
     return EXIT_OK

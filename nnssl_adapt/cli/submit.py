@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--track",
         action="append",
         default=[],
-        metavar="tensorboard|wandb",
+        metavar="tensorboard|wandb|mlflow|trackio",
         help="send each epoch's figures there as well",
     )
     what = parser.add_mutually_exclusive_group()

@@ -90,7 +90,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--track",
         action="append",
         default=[],
-        metavar="tensorboard|wandb",
+        metavar="tensorboard|wandb|mlflow|trackio",
         help="send each epoch's figures there as well (repeatable)",
     )
     parser.add_argument(

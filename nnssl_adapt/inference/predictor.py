@@ -33,6 +33,7 @@ from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, W
 from nnssl_adapt.inference.pipeline import Pipeline, Result
 from nnssl_adapt.inference.postprocess import Postprocessing
 from nnssl_adapt.inference.precision import OF_NNUNET, PRECISIONS, Precision, predicting_precision
+from nnssl_adapt.inference.published import find_published
 from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
 from nnssl_adapt.inference.sliding_window import (
     Allocate,
@@ -54,7 +55,8 @@ class Predictor:
     """A trained model, ready to segment images.
 
     Args:
-        model_folder: what training wrote, ours or nnU-Net's (2.x), or its path.
+        model_folder: what training wrote, ours or nnU-Net's (2.x), or its path; or a model on the Hugging Face hub,
+            ``OWNER/NAME[@REVISION]`` (see :meth:`from_pretrained`).
         folds: networks whose logits are averaged, e.g. ``(0, 1)`` or ``"all"``; None: all that have the checkpoint.
         checkpoint: ``"final"``, or ``"best"`` by pseudo-Dice.
         device: ``cuda``, ``cuda:1``, ``mps`` or ``cpu``.
@@ -73,6 +75,7 @@ class Predictor:
     Raises:
         DeviceUnavailable: this machine has no such device.
         ModelFolderError, PlanError, CheckpointError: the folder can't be used, see :meth:`ModelFolder.open`.
+        SourceError: a model on the hub that can't be fetched, see :meth:`from_pretrained`.
         ConfigurationError: the step, the folds or the precision make no sense; the postprocessing is of other labels.
         CaseError, UnsafeCheckpoint: the postprocessing can't be read.
     """
@@ -97,8 +100,8 @@ class Predictor:
             raise ConfigurationError(f"a batch of {batch_size} tiles: at least one is needed")
         if not 0 < step <= 1:
             raise ConfigurationError(f"the tile step is a fraction of the patch, 0 < step <= 1, got {step}")
-        path = model_folder.path if isinstance(model_folder, ModelFolder) else model_folder
-        self.model = ModelFolder.open(path)
+        given = model_folder.path if isinstance(model_folder, ModelFolder) else model_folder
+        self.model = ModelFolder.open(find_published(given, folds, checkpoint))
         self.folds = self.model.choose_folds(folds, checkpoint)
         self.step = step
         self.checkpoint = checkpoint
@@ -112,6 +115,33 @@ class Predictor:
         self.precision = predicting_precision(precision, self._weights[0].precision, self.device)
         self.plan = replace(self.model.plan, configuration=self._weights[0].configuration)
         self.mirror_axes = self.plan.mirrored_in_volume(self._weights[0].mirror_axes) if tta else ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Predictor:
+        """A predictor with a trained model of the Hugging Face hub, downloaded the first time.
+
+        Args:
+            source: ``OWNER/NAME[@REVISION]``, or a model folder.
+            revision: branch, tag or commit.
+            cache_dir: where downloads are kept, if not in the hub's cache.
+            local_files_only: never use the network (as does ``HF_HUB_OFFLINE=1``).
+            options: of :class:`Predictor`.
+
+        Raises, beside what :class:`Predictor` does:
+            ModelFolderError: the repository holds pre-trained weights and no trained model.
+            SourceError: there is no such repository, it holds no model or several, or it can't be fetched.
+        """
+        folds, checkpoint = options.get("folds"), options.get("checkpoint", "final")
+        path = find_published(source, folds, checkpoint, revision, cache_dir, local_files_only)
+        return cls(path, **options)
 
     def _load(self, fold: Fold, checkpoint: Which) -> FoldWeights:
         weights = self.model.load_weights(fold, checkpoint)

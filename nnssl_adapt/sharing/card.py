@@ -6,9 +6,12 @@ Front matter as the Hugging Face hub reads it. Dice scores are those of nnU-Net'
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
@@ -37,7 +40,7 @@ def model_card(
     """
     base = _base_repository(model)
     body = [
-        _front_matter(licence, base),
+        _front_matter(model, name, folds, licence, base),
         f"# {name}" + (f" ({tag})" if tag else ""),
         _what_it_does(model, folds, orientation),
         "## Use\n\n" + _use(),
@@ -51,16 +54,36 @@ def model_card(
     return "\n\n".join(part for part in body if part) + "\n"
 
 
-def _front_matter(licence: str | None, base: str | None) -> str:
-    lines = ["---", "library_name: nnssl-adapt", "pipeline_tag: image-segmentation"]
+def _front_matter(model: ModelFolder, name: str, folds: Sequence[Fold], licence: str | None, base: str | None) -> str:
+    """What the hub finds the model by (https://huggingface.co/docs/hub/model-cards#model-card-metadata)."""
+    about: dict[str, Any] = {"library_name": "nnssl-adapt", "pipeline_tag": "image-segmentation"}
     if licence:
         hub_name = licence.strip().lower().replace(" ", "-")
         known = _HUB_LICENCES.fullmatch(hub_name)
-        lines += [f"license: {hub_name}"] if known else ["license: other", f"license_name: {json.dumps(licence)}"]
+        about |= {"license": hub_name} if known else {"license": "other", "license_name": licence}
     if base:
-        lines.append(f"base_model: {base}")
-    lines += ["tags:", "- medical", "- segmentation", "- nnunet", "- 3d", "---"]
-    return "\n".join(lines)
+        about["base_model"] = base
+    about["tags"] = ["nnssl-adapt", "nnunet", "medical", "segmentation", "3d", model.architecture.class_name.lower()]
+    about["metrics"] = ["dice"]
+    if metrics := _metrics(model, folds):
+        dataset = {"name": model.plan.dataset_name, "type": model.plan.dataset_name, "split": "cross-validation"}
+        result = {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics}
+        about["model-index"] = [{"name": name, "results": [result]}]
+    return f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---"
+
+
+def _metrics(model: ModelFolder, folds: Sequence[Fold]) -> list[dict[str, Any]]:
+    """Dice of each label and their mean, averaged over the validated folds."""
+    scores = [found for fold in folds if (found := _dice(model, fold))]
+    means = {}
+    for label in dict.fromkeys(label for found in scores for label in found):
+        known = [found[label] for found in scores if label in found and not math.isnan(found[label])]
+        if known:
+            means[_label_name(model, label)] = sum(known) / len(known)
+    if not means:
+        return []
+    entries = [{"type": "dice", "name": "mean Dice", "value": round(sum(means.values()) / len(means), 4)}]
+    return entries + [{"type": "dice", "name": f"Dice of {label}", "value": round(v, 4)} for label, v in means.items()]
 
 
 def _base_repository(model: ModelFolder) -> str | None:
@@ -91,7 +114,7 @@ def _use() -> str:
     return (
         "```bash\n"
         "nnssl-adapt install PACKAGE.zip          # or this repository's name on the hub\n"
-        "nnssl-adapt predict -i IMAGES -o OUTPUT -m MODEL_FOLDER\n"
+        "nnssl-adapt predict -i IMAGES -o OUTPUT -m MODEL_FOLDER    # or -m OWNER/NAME, straight from the hub\n"
         "nnUNetv2_predict_from_modelfolder -i IMAGES -o OUTPUT -m MODEL_FOLDER -f FOLDS   # nnU-Net's own\n"
         "```\n\n"
         "`MODEL_FOLDER` is the one with `plans.json`. The weights can also be fine-tuned: give the package after `-pc`."

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nnssl_adapt.errors import ConfigurationError, SourceAccessDenied, SourceError, SourceNotFound, SourceUnavailable
-from nnssl_adapt.files import write_text
+from nnssl_adapt.files import write_json, write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.published import COUNTED
 from nnssl_adapt.sharing.contents import CHECKPOINT
 from nnssl_adapt.sharing.package import CARD, PreparedModel, prepare, zip_of
 from nnssl_adapt.sharing.unpack import unpack_model
@@ -119,8 +120,16 @@ def _files(prepared: PreparedModel, card: str, work: Path) -> dict[str, Path]:
             about["citations"] = json.dumps(citations)  # metadata are texts
         save_file(_each_once(model.load_weights(fold).network_weights), str(target), metadata=about)
     write_text(work / CARD, card)
+    facts: dict[str, object] = {
+        "library_name": "nnssl-adapt",
+        "model_folder": contents.folder.name,
+        "configuration": model.configuration,
+        "architecture": model.architecture.class_name,
+        "labels": model.labels.class_names,
+    }
+    write_json(work / COUNTED, facts)
     files = {f"{contents.folder.name}/{name}": path for name, path in contents.files.items()}
-    return {**files, CARD: work / CARD}
+    return {**files, CARD: work / CARD, COUNTED: work / COUNTED}
 
 
 def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:

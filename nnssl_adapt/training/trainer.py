@@ -87,7 +87,7 @@ class PretrainedTrainer:
         results_folder: instead of ``nnUNet_results``.
         splits_file: instead of the dataset's ``splits_final.json``, for instance with fewer training cases.
         progress: whether to show a live line on a terminal.
-        trackers: where else to send the figures: ``tensorboard``, ``wandb``.
+        trackers: where else to send the figures: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
         ranks: the processes that train together, if there are several; see :mod:`nnssl_adapt.training.launch.distributed`.
         stage: a folder on a disk of the machine that the fold's cases are copied to while the training begins; ``none`` for no
             copies; None: ``SLURM_TMPDIR`` where it is set and large enough.

@@ -1,4 +1,4 @@
-"""Sending a training's figures elsewhere as well: TensorBoard, Weights & Biases. Both are optional extras.
+"""Sending a training's figures elsewhere as well: TensorBoard, Weights & Biases, MLflow, Trackio. All are optional extras.
 
 A tracker gets each epoch's figures when the epoch is over. One that fails (no network, a full disk) is warned about and
 left out from then on: the training doesn't depend on it.
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from nnssl_adapt.files import make_folder, write_text
 from nnssl_adapt.training.progress.history import History
 
 logger = logging.getLogger(__name__)
+
+
+_MLFLOW_VALUE = 500  # characters of a setting; older servers refuse longer ones
 
 
 class Tracker(Protocol):
@@ -86,9 +90,71 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class MLflow:
+    """A run of MLflow, continued when the training is. Its own variables (``MLFLOW_TRACKING_URI``, …) count.
+
+    Without ``MLFLOW_TRACKING_URI`` it is ``mlflow.db`` in the run's folder, for ``mlflow ui --backend-store-uri``. The run's
+    id is kept in ``mlflow_id.txt`` there. The experiment is ``nnssl-adapt`` unless ``MLFLOW_EXPERIMENT_NAME`` says otherwise.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], first_epoch: int) -> None:
+        mlflow = importlib.import_module("mlflow")
+        make_folder(folder)
+        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        self._client = mlflow.MlflowClient(tracking_uri=where)
+        path = folder / "mlflow_id.txt"
+        if first_epoch > 0 and path.is_file():
+            self._run = path.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "nnssl-adapt"
+        known = self._client.get_experiment_by_name(experiment)
+        number = known.experiment_id if known is not None else self._client.create_experiment(experiment)
+        self._run = self._client.create_run(number, run_name=name).info.run_id
+        write_text(path, self._run)
+        for key, value in settings.items():
+            self._client.log_param(self._run, key, str(value)[:_MLFLOW_VALUE])
+
+    def log(self, epoch: int, figures: Mapping[str, float]) -> None:
+        for key, value in figures.items():
+            self._client.log_metric(self._run, re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII), value, step=epoch)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class Trackio:
+    """A run of Trackio, continued when the training is. Its own variables (``TRACKIO_DIR``, ``TRACKIO_SPACE_ID``, …) count.
+
+    Runs are told apart by their names: a new training's name ends in a code, which is kept in ``trackio_name.txt`` of the
+    run's folder. The project is ``nnssl-adapt`` unless ``TRACKIO_PROJECT`` says otherwise.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], first_epoch: int) -> None:
+        trackio = importlib.import_module("trackio")
+        path = folder / "trackio_name.txt"
+        if first_epoch == 0 or not path.is_file():
+            write_text(path, f"{name} {uuid.uuid4().hex[:6]}".strip())
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT") or "nnssl-adapt",
+            name=path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=dict(settings),
+            embed=False,  # no dashboard in a notebook's output
+        )
+
+    def log(self, epoch: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=epoch)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 _KNOWN: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+    "trackio": Trackio,
 }
 
 TRACKERS = tuple(_KNOWN)

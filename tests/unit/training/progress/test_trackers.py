@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -61,9 +63,9 @@ def fake_wandb(monkeypatch):
 def test_unknown_and_missing_ones_are_told_together(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError) as caught:
-        check_trackers(["mlflow", "wandb", "tensorboard"])
+        check_trackers(["neptune", "wandb", "tensorboard"])
     message = str(caught.value)
-    assert "--track mlflow: expected some of tensorboard, wandb" in message
+    assert "--track neptune: expected some of tensorboard, wandb, mlflow, trackio" in message
     assert "pip install 'nnssl-adapt[wandb]'" in message and "pip install 'nnssl-adapt[tensorboard]'" in message
 
 
@@ -187,3 +189,119 @@ def test_epochs_that_are_trained_again_replace_the_old_ones(tmp_path):
     with Trackers(["tensorboard"], tmp_path, first_epoch=1) as sent:
         sent.log(again)
     assert scalars(tmp_path)[1]["train_loss"] == [(0, 0.0), (1, 7.0)]
+
+
+# -- MLflow and Trackio ------------------------------------------------------------------------------------------------
+
+
+def test_figures_reach_mlflow_and_a_resumed_training_continues_its_run(tmp_path, monkeypatch):
+    """The real MLflow, with a database of its own in the run's folder."""
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    with Trackers(["mlflow"], tmp_path, "a run", {"seed": 3, "long": "x" * 9000}, 0, ["grey (matter)", "b"]) as sent:
+        for epochs in (1, 2):
+            sent.log(history_of(epochs))
+    with Trackers(["mlflow"], tmp_path, "a run", {"seed": 3}, 2, ["grey (matter)", "b"]) as sent:
+        sent.log(history_of(3))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("nnssl-adapt").experiment_id])
+    assert run.info.run_name == "a run" and run.info.status == "FINISHED" and run.data.params["seed"] == "3"
+    losses = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [(one.step, one.value) for one in losses] == [(0, 0.0), (1, -0.1), (2, -0.2)]
+    assert run.data.metrics["pseudo_dice/grey _matter_"] == 0.25 and "pseudo_dice/b" not in run.data.metrics
+
+
+class FakeMlflowClient:
+    """What is used of MLflow's client (2.9 to 3.18); it remembers the calls."""
+
+    calls: list[tuple] = []
+
+    def __init__(self, tracking_uri):
+        self.calls.append(("client", tracking_uri))
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, *arguments, *options.values()))
+            if name == "create_run":
+                return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+            return None if name == "get_experiment_by_name" else "7"
+
+        return call
+
+
+def fake_module(monkeypatch, name, **content):
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_a_server_of_mlflow_by_its_own_variables(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeMlflowClient, "calls", [])
+    fake_module(monkeypatch, "mlflow", MlflowClient=FakeMlflowClient)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://somewhere")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "livers")
+    with Trackers(["mlflow"], tmp_path, "a run", {"seed": 3}) as sent:
+        sent.log(history_of(1))
+    with Trackers(["mlflow"], tmp_path, "a run", {"seed": 3}, 1):
+        pass
+    calls = FakeMlflowClient.calls
+    assert calls[:4] == [
+        ("client", "https://somewhere"),
+        ("get_experiment_by_name", "livers"),
+        ("create_experiment", "livers"),
+        ("create_run", "7", "a run"),
+    ]
+    assert ("log_param", "r1", "seed", "3") in calls and ("log_metric", "r1", "learning_rate", 0.01, 0) in calls
+    assert calls[-2:] == [("update_run", "r1", "RUNNING"), ("set_terminated", "r1")]
+
+
+def test_figures_reach_trackio(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.logged, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, metrics, step=None):
+            self.logged.append((step, metrics))
+
+        def finish(self):
+            self.finished = True
+
+    fake_module(monkeypatch, "trackio", init=Run)
+    monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
+    with Trackers(["trackio"], tmp_path, "a run", {"seed": 3}, 0, ["liver", "tumour"]) as sent:
+        sent.log(history_of(1))
+    for epoch in (1, 0):
+        with Trackers(["trackio"], tmp_path, "a run", {}, epoch):
+            pass
+    first, resumed, anew = runs
+    assert first.options["project"] == "nnssl-adapt" and first.options["config"] == {"seed": 3} and first.finished
+    assert first.logged[0][0] == 0 and first.logged[0][1]["pseudo_dice/liver"] == 0.25
+    assert first.options["name"] == resumed.options["name"] != anew.options["name"]
+
+
+def test_the_real_trackio_keeps_them(tmp_path):
+    """In a process of its own: it reads where to write when it is imported."""
+    pytest.importorskip("trackio")
+    script = """
+import sys
+from test_trackers import history_of, Trackers
+with Trackers(["trackio"], sys.argv[1], "a run", {"seed": 3}) as sent:
+    sent.log(history_of(1))
+    sent.log(history_of(2))
+import trackio
+(run,) = trackio.Api().runs("nnssl-adapt")
+assert run.name.startswith("a run "), run.name
+"""
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parent), str(here.parents[4]), str(here.parents[3])])
+    variables = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert any(tmp_path.glob("trackio/*.db")) and "failed" not in done.stderr
