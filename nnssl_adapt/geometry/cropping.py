@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -104,6 +101,9 @@ def _reach_daylight(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
             if sign > 0:
                 pairs.append(np.stack((here[is_hidden], found[is_hidden])))
     one, other = np.concatenate(pairs, axis=1)
+    from scipy.sparse import coo_array  # half a second: most images have no hole
+    from scipy.sparse.csgraph import connected_components
+
     links = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(hidden), len(hidden)))
     count, group = connected_components(links, directed=False)
     lit = np.zeros(count, bool)
@@ -113,6 +113,8 @@ def _reach_daylight(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _filled_by_labelling(mask: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+
     pieces, count = ndimage.label(~mask)
     reaches_border = np.zeros(count + 1, bool)
     for axis in range(mask.ndim):

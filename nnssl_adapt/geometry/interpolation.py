@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import spline_filter1d
 
 _SPLINE_PADDING = 12
 """Edge samples that scipy puts on both sides before it computes spline coefficients (mode ``nearest``)."""
@@ -88,6 +87,8 @@ def cubic_matrix(n_in: int, n_out: int) -> np.ndarray:
 
     The product of three linear maps: continue the edges, compute spline coefficients, evaluate four splines at each position.
     """
+    from scipy.ndimage import spline_filter1d  # half a second, for volumes that are resampled only
+
     padded = n_in + 2 * _SPLINE_PADDING
     continued = np.zeros((padded, n_in))
     continued[np.arange(padded), np.clip(np.arange(padded) - _SPLINE_PADDING, 0, n_in - 1)] = 1

@@ -13,21 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from typing import TYPE_CHECKING
 
 from nnssl_adapt.errors import SourceAccessDenied, SourceError, SourceNotFound, SourceUnavailable
 from nnssl_adapt.files import explain_write_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+# huggingface_hub brings an HTTP client: it is imported where a repository is asked for, not by all that read weights.
 
 _TRANSPORT_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "h11", "hf_xet"}
 """Whose exceptions mean that the connection failed; huggingface_hub changed its HTTP client twice."""
@@ -80,6 +74,8 @@ class Hub:
 
     def fetch(self, filename: str) -> Path:
         """Path of one file in the cache. Raises Missing or NotCached, or one of our SourceErrors."""
+        from huggingface_hub import hf_hub_download
+
         with self._our_errors(filename):
             path = hf_hub_download(
                 self.repo_id,
@@ -96,6 +92,8 @@ class Hub:
 
         Raises NotCached when there are none there, or one of our SourceErrors.
         """
+        from huggingface_hub import HfApi, snapshot_download
+
         with self._our_errors("the list of files"):
             if not self.local_files_only:
                 return sorted(HfApi(endpoint=endpoint()).list_repo_files(self.repo_id, revision=self.revision))
@@ -106,6 +104,9 @@ class Hub:
 
     def branches(self) -> list[str]:
         """Names of branches and tags; without the network, of those in the cache. Empty when they can't be known."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.constants import HF_HUB_CACHE
+
         if self.local_files_only:
             folder = Path(self.cache_dir or HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "refs"
             return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -126,16 +127,24 @@ class Hub:
 
     @contextmanager
     def _our_errors(self, filename: str) -> Iterator[None]:
+        from huggingface_hub import errors
+        from huggingface_hub.constants import HF_HUB_CACHE
+
         try:
             yield
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             _reraise_access_problem(error, self)
             raise NotCached(filename) from error
-        except (HFValidationError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        except (
+            errors.HFValidationError,
+            errors.GatedRepoError,
+            errors.RepositoryNotFoundError,
+            errors.RevisionNotFoundError,
+        ) as error:
             raise _repository_error(error, self) from error
-        except EntryNotFoundError as error:
+        except errors.EntryNotFoundError as error:
             raise Missing(filename) from error
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             raise _http_error(error, filename, self) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
@@ -148,22 +157,26 @@ class Hub:
 
 def _reraise_access_problem(error: Exception, hub: Hub) -> None:
     """huggingface_hub reports a refusal as "not in the cache", with the refusal as its cause."""
+    from huggingface_hub import errors
+
     cause = error.__cause__
-    if isinstance(cause, (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
+    if isinstance(cause, (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         raise _repository_error(cause, hub) from error
-    if isinstance(cause, HfHubHTTPError) and _status(cause) in (401, 403):
+    if isinstance(cause, errors.HfHubHTTPError) and _status(cause) in (401, 403):
         raise _http_error(cause, "", hub) from error
 
 
 def _repository_error(error: Exception, hub: Hub) -> SourceError:
-    if isinstance(error, GatedRepoError):
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
         return SourceAccessDenied(
             f"{hub.repo_id} is gated: accept its terms at {hub.address}/{hub.repo_id} and log in with "
             "'hf auth login' (or set HF_TOKEN)"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return SourceNotFound(f"{hub.repo_id} has no revision {hub.revision!r} (branch, tag or commit)")
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return SourceNotFound(f"{hub.repo_id!r} is not a valid Hugging Face id: {error}")
     return SourceNotFound(
         f"no repository {hub.repo_id} at {hub.address}, and no such path here; "

@@ -306,7 +306,7 @@ def test_a_full_disk_is_said_to_be_full(hub, files, cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     hub.add(REPOSITORY, files)
-    monkeypatch.setattr("nnssl_adapt.weights.sources.hub.hf_hub_download", no_space)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_space)
     with pytest.raises(OutputError, match="no space left") as caught:
         resolve_source(REPOSITORY, SourceOptions(cache_dir=cache))
     one_line(caught)
