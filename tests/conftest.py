@@ -37,6 +37,20 @@ def own_cache(cache_homes, monkeypatch):
     return folder / "nnssl_adapt"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests on the real Slurm go to the same process: it starts only one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneSlurm(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return OneSlurm(config, log)
+
+
 LONGEST = 300  # seconds; the slowest test takes thirty on two idle cores
 LONGEST_ON_SLURM = 900  # its tests wait for a dozen programs, one after the other
 

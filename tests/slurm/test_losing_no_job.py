@@ -21,10 +21,14 @@ pytestmark = pytest.mark.slurm
 STEP = "nnssl_adapt.training.loop:TrainingLoop.step"
 PLACES = {
     "in start-up": "nnssl_adapt.training.trainer:PretrainedTrainer.run",
+    "announced in start-up": "nnssl_adapt.planning.plan:FinetunePlan.find",
     "in an epoch": STEP,
     "in validation": "nnssl_adapt.training.validation:FoldValidation._predict",
     "in the report": "nnssl_adapt.evaluation.report.report:write_report",
 }
+
+ANNOUNCED = ("announced in start-up", "in the report")
+"""Places at which the signal is the one that ``sbatch --signal=USR1@60`` sends ahead of the end of time."""
 
 
 def short_recipe():
@@ -111,15 +115,16 @@ def test_asked_to_stop_at_any_place(hold, slurm, undisturbed):
     runs = {name: hold(name, place, call=2 if place == STEP else 1) for name, place in PLACES.items()}
     for name, run in runs.items():
         run.wait()
-        slurm.run("scancel", f"--signal={'USR1' if 'report' in name else 'TERM'}", run.job)
-        if name != "in start-up":
+        slurm.run("scancel", f"--signal={'USR1' if name in ANNOUNCED else 'TERM'}", run.job)
+        if "start-up" not in name:
             run.go()
     for name, run in runs.items():
         run.finish()
         assert_same_weights(undisturbed, run.model, 0)
         restarts = int(slurm.facts(run.job)["Restarts"])
         assert restarts == (0 if "report" in name else 1), (name, run.log)
-    assert "before the training began" in runs["in start-up"].log
+    for name in ("in start-up", "announced in start-up"):
+        assert "before the training began" in runs[name].log
     assert "in epoch 1 after 2 of 3 steps" in runs["in an epoch"].log
     assert "in validation, " in runs["in validation"].log
     assert "stopped" not in runs["in the report"].log
@@ -162,8 +167,11 @@ def test_time_limit_requeue_scancel_and_a_node_down(hold, slurm, undisturbed):
 
 
 def test_preempted(hold, slurm, undisturbed, tmp_path):
-    run = hold("preempted", STEP, call=2)
+    run = hold("preempted", STEP, call=2, resources=Resources(cpus=2))
     run.wait()
+    assert "CPUs=2 " in slurm.run(
+        "scontrol", "show", "step", f"{run.job}.0"
+    )  # srun of 22.05 does not know it by itself
     script = tmp_path / "urgent.sh"
     script.write_text("#!/bin/bash\nsleep 2\n")
     urgent = slurm.submit(script, "--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.txt")

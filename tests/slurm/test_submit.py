@@ -34,8 +34,11 @@ def until_done(slurm, results):
 
 
 def test_the_whole_graph_interrupted_twice(folders, slurm, undisturbed):
-    results = folders / "nnUNet_results"
-    said = submit(*FLAGS, "--folds", "0-2", "--shards", "2", "--partition", "low")
+    """In jobs that get nothing of the environment but what the scripts and ``--setup`` say."""
+    results, setup = folders / "nnUNet_results", folders / "setup.sh"
+    setup.write_text("export OMP_NUM_THREADS=1\n")
+    bare = ["--setup", str(setup), "--sbatch=--export=NONE"]
+    said = submit(*FLAGS, "--folds", "0-2", "--shards", "2", "--partition", "low", *bare)
     assert "8 steps submitted" in said and "job" in said
     shard, fold = jobs_of(results, "preprocess_1", "fold_1")
     slurm.wait_for(shard, "RUNNING", "COMPLETED")  # a shard of three tiny cases may be faster than a look
@@ -47,6 +50,9 @@ def test_the_whole_graph_interrupted_twice(folders, slurm, undisturbed):
     table = until_done(slurm, results)
 
     assert_same_weights(undisturbed, model_in(results), 0, 1, 2)
+    logs = {path.stem: path.read_text() for path in (model_in(results) / "submission" / "logs").glob("*.txt")}
+    assert len(logs) == 8 and not any("\r" in text for text in logs.values())  # no frames of progress bars
+    assert [name for name, text in logs.items() if "erifying" in text] == ["prepare"]  # once for all shards
     best, local = (
         json.loads((model.parent / "inference_information.json").read_text())
         for model in (model_in(results), undisturbed)
