@@ -39,7 +39,7 @@ def undisturbed(slurm_cluster, tmp_path_factory):
         env={**os.environ, **_settings(folder)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,  # on a busy machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return model_in(folder / "nnUNet_results")

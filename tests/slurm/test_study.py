@@ -47,7 +47,7 @@ def test_slurm_and_this_machine_give_the_same_table(folders, slurm, tmp_path, mo
 
 def study(path, *words):
     command = [sys.executable, "-m", "nnssl_adapt.cli.main", "study", str(path), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -39,7 +39,7 @@ def submit(*words: str, code: int = 0, results: Path | None = None) -> str:
         [sys.executable, "-m", "nnssl_adapt.cli.main", "submit", "-d", "991", *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env=environment,
     )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
