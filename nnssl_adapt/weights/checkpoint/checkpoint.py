@@ -22,7 +22,7 @@ from nnssl_adapt.weights.checkpoint.axes import exchange_axes
 from nnssl_adapt.weights.checkpoint.find_plan import find_plan
 from nnssl_adapt.weights.checkpoint.folds import average_folds
 from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
-from nnssl_adapt.weights.checkpoint.stems import choose_stem
+from nnssl_adapt.weights.checkpoint.stems import choose_stem, image_channels_only
 from nnssl_adapt.weights.checkpoint.weight_file import check_sums, read_shards, read_weight_file
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.registry import family_of_names
@@ -190,7 +190,8 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     tensors, stem_notes = choose_stem(tensors, options.stem, str(path))
     told = {} if options.patch_merging == "auto" else {"patch_merging": options.patch_merging}
     found = find_plan(content, resolved, tensors, family, state.key == LIGHTNING_KEY, told)
-    plan, notes = found.plan, [*state.notes, *family_notes, *stem_notes, *found.notes]
+    tensors, plan, channel_notes = image_channels_only(tensors, found.plan)
+    notes = [*state.notes, *family_notes, *stem_notes, *found.notes, *channel_notes]
     if options.axes == "xyz" or (options.axes == "auto" and found.axes == "xyz"):
         tensors, plan = exchange_axes(tensors, plan, str(path))
         notes.append(_exchanged(options.axes, state.key, plan))

@@ -18,7 +18,7 @@ from nnssl_adapt.errors import UnreadableCheckpoint
 from nnssl_adapt.weights.checkpoint.weight_file import WEIGHTS_KEY
 
 LIGHTNING_KEY = "state_dict"
-STATE_DICT_KEYS = (WEIGHTS_KEY, LIGHTNING_KEY, "model_state_dict", "model", "net")
+STATE_DICT_KEYS = (WEIGHTS_KEY, LIGHTNING_KEY, "model_state_dict", "model", "net", "student")
 """Where programs keep a state dict, the first that is there counts: nnssl and nnU-Net, Lightning and MONAI, others."""
 
 _WRAPPERS = ("module", "_orig_mod")

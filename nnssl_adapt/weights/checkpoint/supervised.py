@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,8 +17,8 @@ from nnssl_adapt.weights.families.family import Facts, Family
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION, architecture_of_trainer, trained_by_nnunet
 from nnssl_adapt.weights.families.registry import family_of_size
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.network.network_parts import Tensors
-from nnssl_adapt.weights.network.topology import read_topology
+from nnssl_adapt.weights.network.network_parts import Tensors, join_name
+from nnssl_adapt.weights.network.topology import Topology, read_topology
 
 CONFIGURATION, PLANAR = "3d_fullres", "2d"
 
@@ -213,6 +214,16 @@ def configuration_of_folder(name: str) -> str | None:
 # -- from the tensors ------------------------------------------------------------------------------------------------
 
 
+def _cube_of_positions(tensors: Tensors, topology: Topology) -> list[int] | None:
+    """The patch of a Primus whose learned positions fill a cube; None where they don't, or there are none."""
+    positions = tensors.get(join_name(topology.encoder, "pos_embed"))
+    count = int(positions.shape[1]) if positions is not None and positions.ndim == 3 else 0
+    side = round(count ** (1 / 3))
+    if count == 0 or side**3 != count:
+        return None
+    return [side * step for step in topology.architecture.total_stride]
+
+
 def plan_from_tensors(
     tensors: Tensors,
     where: str,
@@ -235,15 +246,16 @@ def plan_from_tensors(
     except ArchitectureError as error:
         raise AdaptationPlanError(f"{where} has no plan, and none can be read off its tensors: {error}") from error
     architecture = topology.architecture
-    if architecture.is_transformer:
+    cube = _cube_of_positions(tensors, topology) if architecture.is_transformer else None
+    if architecture.is_transformer and cube is None:
         raise AdaptationPlanError(
             f"{where} has no plan, and a Primus's tensors don't show its patch: copy its adaptation_plan.json beside it"
         )
-    family = family or family_of_size(topology)
+    family = family or family_of_size(topology, Path(where).name)
     facts = Facts() if family is None else family.facts
     told = facts.supervised
     supervised = trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1 if told is None else told
-    z, y, x = (4 * step for step in architecture.total_stride)  # nnU-Net stops pooling at four voxels
+    z, y, x = cube or [4 * step for step in architecture.total_stride]  # nnU-Net stops pooling at four voxels
     z = 1 if architecture.is_planar else z
     plan = AdaptationPlan(
         architecture=architecture,
@@ -268,9 +280,9 @@ def plan_from_tensors(
         return plan, facts.axes, notes
     notes += facts.notes()
     if not facts.told and facts.spacing is None:
+        how = "the cube that its positions fill" if cube else "four times the network's stride"
         notes.append(
-            f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is four times "
-            "the network's stride"
+            f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is {how}"
         )
     if topology.guessed:
         notes.append(f"assumed, since the tensors don't show it: {', '.join(topology.guessed)}")

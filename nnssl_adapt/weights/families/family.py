@@ -131,7 +131,10 @@ class Family:
         name: for messages, in words that follow "it is": ``a network of nnU-Net version 1``.
         facts: how it was trained.
         key_map: for files with other names than the network has.
-        recognises: whether a network without a plan is one of the family.
+        recognises: whether a network without a plan is one of the family, by its size.
+        named: pattern of the file's name, which has to fit as well; None for any.
+        dataset: pattern of the dataset's name in nnU-Net's plans, for model folders that have a peculiarity.
+        image_channels: numbers of the input channels that are images, where others are not; those are left behind.
         fits: whether tensors with the key map's marker are this family's, where other families have the same names.
         arguments: of its network, for what the tensors don't tell.
         refusal: why its files can't be used, and what can be done; None for those that can.
@@ -145,6 +148,9 @@ class Family:
     facts: Facts
     key_map: KeyMap | None = None
     recognises: Callable[[Topology], bool] | None = None
+    named: str | None = None
+    dataset: str | None = None
+    image_channels: tuple[int, ...] | None = None
     fits: Callable[[Tensors], bool] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 from nnssl_adapt.weights.families.contrast_agnostic import CONTRAST_AGNOSTIC
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.fomo import FOMO_AMAES
+from nnssl_adapt.weights.families.nninteractive import NNINTERACTIVE
 from nnssl_adapt.weights.families.nnunet_v1 import NNUNET_V1
 from nnssl_adapt.weights.families.not_supported import NOT_SUPPORTED
 from nnssl_adapt.weights.families.segresnet import SEG_RES_NETS
 from nnssl_adapt.weights.families.stu_net import STU_NET
 from nnssl_adapt.weights.families.swin_unetr import SWIN_UNETRS
+from nnssl_adapt.weights.families.triad import TRIAD_PLAIN
+from nnssl_adapt.weights.families.vocomni_nnunet import VOCOMNI_NNUNET
 from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import Topology
 
 FAMILIES: tuple[Family, ...] = (
+    VOCOMNI_NNUNET,
+    TRIAD_PLAIN,
     CONTRAST_AGNOSTIC,
+    NNINTERACTIVE,
     FOMO_AMAES,
     NNUNET_V1,
     STU_NET,
@@ -30,6 +38,13 @@ def family_of_names(tensors: Tensors) -> Family | None:
     return next((f for f in named if f.fits is None or f.fits(tensors)), None)
 
 
-def family_of_size(topology: Topology) -> Family | None:
-    """The family that has networks of exactly this size, None where none is known."""
-    return next((f for f in FAMILIES if f.recognises is not None and f.recognises(topology)), None)
+def family_of_size(topology: Topology, filename: str) -> Family | None:
+    """The family that has networks of exactly this size, in files of such a name; None where none is known."""
+    named = (f for f in FAMILIES if f.named is None or re.fullmatch(f.named, filename))
+    return next((f for f in named if f.recognises is not None and f.recognises(topology)), None)
+
+
+def family_of_dataset(name: object) -> Family | None:
+    """The family whose models were trained on a dataset of this name (in nnU-Net's plans), None where none is known."""
+    known = (f for f in FAMILIES if f.dataset is not None)
+    return next((f for f in known if isinstance(name, str) and re.fullmatch(str(f.dataset), name)), None)

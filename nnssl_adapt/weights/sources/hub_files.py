@@ -61,7 +61,7 @@ class HubAddress:
         if not _REPO_ID.fullmatch(repo_id) or (at and not revision):
             return None
         if at and rest:  # hf://owner/name@revision/folder/file
-            return cls(repo_id, revision, "/".join(rest))
+            return cls(repo_id, revision, "/".join(rest), "/".join((revision, *rest)))
         if not rest:
             return cls(repo_id, revision or None)
         if len(rest) == 2 and rest[0] == "tree":

@@ -106,6 +106,13 @@ def test_a_branch_may_have_slashes_in_its_name(hub, files, cache, rest):
     assert again.origin.revision == repository.commit
 
 
+@pytest.mark.parametrize("rest", ["", "/checkpoint_final.pth"])
+def test_a_branch_with_slashes_in_the_short_form(hub, files, cache, rest):
+    repository = hub.add(REPOSITORY, files, branches={"main", "feature", "feature/new/plan"})
+    resolved = resolve_source(f"hf://{REPOSITORY}@feature/new/plan{rest}", SourceOptions(cache_dir=cache))
+    assert (resolved.origin.revision, resolved.origin.filename) == (repository.commit, "checkpoint_final.pth")
+
+
 def test_weights_and_plan_come_from_one_commit(hub, files, cache):
     old = hub.add(REPOSITORY, files, branches={"main", "v1"})
     resolved = resolve_source(REPOSITORY, SourceOptions(revision="v1", cache_dir=cache))
