@@ -76,10 +76,16 @@ def test_imports_go_one_way(path):
             assert place(name) <= place(module_of(path)), f"{module_of(path)} must not import {name}"
 
 
+SHELVES = {("weights", "families")}
+"""Inner rooms with one file for each thing of a kind."""
+
+
 def test_no_room_is_overgrown():
-    """Twelve files an inner room: more hide a second question."""
+    """Twelve files an inner room: more hide a second question. Shelves, of which every file has the same form, may grow."""
     for room in INNER_ROOMS:
         for inner in INNER_ROOMS[room]:
+            if (room, inner) in SHELVES:
+                continue
             files = [p for p in (PACKAGE / room / inner).glob("*.py") if p.stem != "__init__"]
             assert len(files) <= 12, f"{room}/{inner} has {len(files)} files"
 

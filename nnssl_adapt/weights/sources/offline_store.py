@@ -66,9 +66,13 @@ def _find_repository(store: Path, wanted: HubAddress) -> tuple[Path, str | None]
             record = Record.load(path / RECORD_NAME)
             if record is not None and _is_that(record, wanted):
                 return path, None
-        by_hand = folder / (f"{name}@{wanted.revision}" if wanted.revision else name)
-        if by_hand.exists() and Record.load(by_hand / RECORD_NAME) is None:
-            return by_hand, wanted.filename
+        plain = [name] if wanted.revision in (None, _MAIN) else []
+        for by_hand in [
+            *([folder / f"{name}@{wanted.revision}"] if wanted.revision else []),
+            *(folder / n for n in plain),
+        ]:
+            if by_hand.exists() and Record.load(by_hand / RECORD_NAME) is None:
+                return by_hand, wanted.filename
     return None
 
 

@@ -6,6 +6,7 @@ Nothing here touches the network. ``scripts/refresh_published.py`` compares the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -175,14 +176,24 @@ def known_name(name: str) -> PublishedModel:
 def published_at(origin: Origin) -> PublishedModel | None:
     """The published network that weights are, told by where they are from; None where that doesn't tell.
 
-    A repository of which it is the only network, the address of its file or zip; else a file of a name that only it has.
+    A repository of which it is the only network, the address of its file or zip, however it was typed; else a file of a name
+    that only it has.
     """
-    for model in published_models():
-        if origin.repo_id is not None and origin.repo_id in (model.repo_id, *model.also):
-            return model
-        if model.source and urldefrag(origin.source).url == model.source:
-            return model
-    return next((model for model in published_models() if origin.filename in model.files), None)
+    models = published_models()
+    typed = urldefrag(origin.source).url
+    exactly = [model for model in models if model.source and typed == model.source]
+    whole = [model for model in models if origin.repo_id and origin.repo_id in (model.repo_id, *model.also)]
+    in_it = [model for model in models if origin.repo_id and _repository(model) == origin.repo_id]
+    if len(in_it) > 1:
+        in_it = [model for model in in_it if str(model.source).endswith(f"/{origin.filename}")]
+    named = [model for model in models if origin.filename in model.files]
+    return next(iter([*exactly, *whole, *in_it, *named]), None)
+
+
+def _repository(model: PublishedModel) -> str | None:
+    """The repository on the hub that its file lies in, with others'."""
+    match = re.match(r"hf://([^/]+/[^/@]+)", model.source or "")
+    return match[1] if match else None
 
 
 def address_of(model: PublishedModel) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.nnssl_networks import CNN, PLAIN, RES, nnunet_plans, randomised, raw_cnn, raw_primus
 
+from nnssl_adapt.cli.main import main
 from nnssl_adapt.errors import AdaptationPlanError, UnreadableCheckpoint
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 from nnssl_adapt.weights.families.vocomni_nnunet import LABELS
@@ -106,11 +107,13 @@ def test_vocomnis_unet_is_known_by_name_and_size(six, tmp_path, key):
             same(ours.encoder(image), [features.permute(0, 1, 4, 3, 2) for features in theirs])
 
 
-def test_a_file_of_that_size_with_another_name_is_not_taken_for_it(six, tmp_path):
+def test_a_file_of_that_size_with_another_name_is_not_taken_for_it(six, tmp_path, capsys):
     torch.save({"network_weights": six.state_dict()}, tmp_path / "mine.pth")
     checkpoint = open_checkpoint(tmp_path / "mine.pth")
     assert checkpoint.plan.spacing is None and checkpoint.plan.normalization_schemes == ("ZScoreNormalization",)
     assert "vocomni-nnunet" in [model.id for model in checkpoint.similar_published()]
+    assert main(["inspect", str(tmp_path / "mine.pth")]) == 0
+    assert "by its layout it may be vocomni-nnunet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "module.encoder."])

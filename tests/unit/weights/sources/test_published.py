@@ -136,6 +136,23 @@ def test_what_is_fetched_by_hand_is_found_under_the_short_name(tmp_path, monkeyp
     assert published.published_at(resolved.origin).id == "stunet-base"
 
 
+def test_a_repository_put_there_by_hand_is_found_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnssl_pretrained_models", str(tmp_path))
+    (tmp_path / "Luffy503" / "VoCo").mkdir(parents=True)
+    (tmp_path / "Luffy503" / "VoCo" / "VoCo_B_SSL_head.pt").write_bytes(b"there")
+    assert resolve_source("voco-b").weights.read_bytes() == b"there"
+
+
+def test_a_file_of_a_repository_is_known_however_it_is_named(hub, tmp_path):
+    files = {
+        f"nnInteractive_v1.0/{name}": b"{}" for name in ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
+    }
+    hub.add("nnInteractive/nnInteractive", files)
+    options = SourceOptions(cache_dir=tmp_path, filename="nnInteractive_v1.0")
+    known = published.published_at(resolve_source("nnInteractive/nnInteractive", options).origin)
+    assert known.id == "nninteractive-v1" and known.commercial is False and "NOT for commercial use" in known.terms
+
+
 def test_repositories_are_found_under_either_owner():
     one, other = (find_published(f"{owner}/ResEncL-OpenMind-MAE") for owner in ("AnonRes", "MIC-DKFZ"))
     assert one is other is not None and one.id == "openmind-resencl-mae" and one.commercial is True
