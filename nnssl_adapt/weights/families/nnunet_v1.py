@@ -46,6 +46,10 @@ def trained_as(content: Any, where: str, folder: str = "") -> dict[str, Any]:
             )
         plans = content["plans"]
         stage = plans["plans_per_stage"][_stage(content, folder)]
+        if len(stage["patch_size"]) != 3:
+            raise AdaptationPlanError(
+                f"{where} is a 2D network of version 1, and only its 3D ones can be used: take 3d_fullres"
+            )
         schemes = _in_order(plans["normalization_schemes"])
         names = _in_order(plans.get("modalities") or plans["dataset_properties"]["modalities"])
         spacing = [float(step) for step in stage["current_spacing"]]

@@ -70,10 +70,10 @@ def read(tensors: Tensors, hints: Mapping[str, Any]) -> Reading | None:
     stages = [found[stage] for stage in range(len(found))]
     hinted = hints.get("strides") or STRIDES
     guessed: tuple[str, ...] = ()
-    if len(hinted) != len(stages):
-        hinted, guessed = [[1, 1, 1], *([[2, 2, 2]] * (len(stages) - 1))], ("strides",)
-    elif not hints.get("strides"):
+    if not hints.get("strides"):
         guessed = ("strides",)
+    # Its trainers make as many steps as it has stages of whatever nnU-Net planned.
+    hinted = [*hinted[: len(stages)], *([[1, 1, 1]] * (len(stages) - len(hinted)))]
     kwargs = {
         "features_per_stage": [int(blocks[0].shape[0]) for blocks in stages],
         "n_blocks_per_stage": [len(blocks) for blocks in stages],

@@ -8,7 +8,7 @@ import torch
 from support.nnssl_networks import CNN, PLAIN, RES, nnunet_plans, randomised, raw_cnn, raw_primus
 
 from nnssl_adapt.cli.main import main
-from nnssl_adapt.errors import AdaptationPlanError, UnreadableCheckpoint
+from nnssl_adapt.errors import AdaptationPlanError
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 from nnssl_adapt.weights.families.vocomni_nnunet import LABELS
 from nnssl_adapt.weights.network.architectures import build_network
@@ -196,13 +196,3 @@ def test_the_patch_of_a_primus_without_a_plan_is_a_cube_or_refused(tmp_path):
         else:
             with pytest.raises(AdaptationPlanError, match="patch"):
                 open_checkpoint(tmp_path / "Datamen_PrimusM.pth")
-
-
-# -- what can't be used ----------------------------------------------------------------------------------------------------
-
-
-def test_a_2d_network_of_version_1_is_refused(tmp_path):
-    tensors = {"conv_blocks_context.0.blocks.0.conv.weight": torch.zeros(8, 1, 3, 3)}
-    torch.save({"state_dict": tensors}, tmp_path / "model_best.model")
-    with pytest.raises((AdaptationPlanError, UnreadableCheckpoint), match="2D|two axes|5"):
-        open_checkpoint(tmp_path)

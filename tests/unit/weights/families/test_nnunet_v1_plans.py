@@ -136,5 +136,10 @@ def test_what_is_wrong_with_the_pickle_is_said(trained):
     path.write_bytes(pickle.dumps({**pickle.loads(whole), "name": "nnUNetTrainerV2CascadeFullRes"}))
     with pytest.raises(AdaptationPlanError, match="cascade"):
         open_checkpoint(trained[1])
+    content = pickle.loads(whole)
+    content["plans"]["plans_per_stage"][0]["patch_size"] = [256, 256]
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(AdaptationPlanError, match="2D"):
+        open_checkpoint(trained[1])
     path.unlink()
     assert any("not there" in note for note in open_checkpoint(trained[1]).notes)
