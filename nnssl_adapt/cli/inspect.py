@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint: file, folder, zip, Hugging Face id (owner/name[@revision]) or URL")
     parser.add_argument("-d", dest="dataset", help="dataset id or name: show what its network would get")
+    parser.add_argument(
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        help="with -d: 3d_cascade_fullres for the network that also sees the previous stage's labels (default 3d_fullres)",
+    )
     parser.add_argument("--prove", action="store_true", help="run both encoders and compare what they compute")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the network, coloured by what became of each part")
     parser.add_argument("--json", metavar="FILE", help="write everything shown, tensor by tensor")
@@ -37,8 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_source(arguments)
     print(_catalogued(checkpoint))
     network, settings, heads, channels, whose = _target(checkpoint, arguments)
+    silent = _stage_channels(arguments)
     report = na.transfer_weights(
-        checkpoint, network, **_as_arguments(settings), head_names=heads, channel_names=channels
+        checkpoint, network, **_as_arguments(settings), head_names=heads, channel_names=channels, silent=silent
     )
     own_notes = tuple(note for note in report.notes if note not in checkpoint.notes)  # the others were shown above
     print(f"\n{whose}:\n{dataclasses.replace(report, notes=own_notes)}")
@@ -47,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prove:
         from nnssl_adapt.weights.proof.prove import prove_transfer
 
-        proof = prove_transfer(checkpoint, network, scope=settings.scope, channels=settings.channels)
+        proof = prove_transfer(checkpoint, network, scope=settings.scope, channels=settings.channels, silent=silent)
         passed = proof.passed
         content["proof"] = proof.to_dict()
         print(f"\n{proof}")
@@ -97,7 +104,22 @@ def _target(
     settings = transfer_settings_from(arguments, names if arguments.dataset is not None else ())
     pairing = pair_by_name(settings.channels, names, plan.channel_names, plan.num_input_channels)
     settings = dataclasses.replace(settings, channels=pairing.rule)
-    return build_network(checkpoint.architecture, len(names), outputs, patch), settings, heads, names, whose
+    inputs = len(names) + _stage_channels(arguments)
+    return build_network(checkpoint.architecture, inputs, outputs, patch), settings, heads, names, whose
+
+
+def _stage_channels(arguments: argparse.Namespace) -> int:
+    """How many channels of the network are of a cascade's previous stage. Raises ConfigurationError."""
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.planning.plan import CASCADE
+    from nnssl_adapt.planning.request import check_configurations
+
+    if check_configurations(arguments.configuration) != (CASCADE,):
+        return 0
+    if arguments.dataset is None:
+        raise ConfigurationError(f"-c {CASCADE} sees the labels of a dataset as channels: say which with -d")
+    return len(RawDataset.open(arguments.dataset).labels.foreground_labels)
 
 
 def _as_arguments(settings: TransferSettings) -> dict[str, Any]:

@@ -35,7 +35,12 @@ def add_predict_words(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-part_id", type=int, metavar="I", help="see -num_parts")
     group.add_argument("-npp", dest="preprocessing_processes", type=int, metavar="N", help="as -np")
     group.add_argument("-nps", dest="export_processes", type=int, metavar="N", help="as -np; the larger of both counts")
-    _refuse(parser, "-prev_stage_predictions", "cascades are not supported: predict with a 3d_fullres model")
+    group.add_argument(
+        "-prev_stage_predictions",
+        dest="previous",
+        metavar="FOLDER",
+        help="for a cascade: segmentations by its first network (default: made here, by the model folder beside this one)",
+    )
     _needless(parser, "--not_on_device", "sums of tiles are kept where there is room for them")
 
 

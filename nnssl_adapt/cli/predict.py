@@ -147,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             workers=workers,
             part=part,
             keep_folders=arguments.keep_folders,
+            previous=arguments.previous,
         )
     except (OutputError, PredictionError) as error:
         kept = not arguments.keep_finished and (Path(arguments.output) / RECORD).is_file()

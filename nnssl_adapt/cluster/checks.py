@@ -77,8 +77,8 @@ def _of_headers(raw: RawDataset) -> DatasetFingerprint:
     )
 
 
-def check_folds(raw: RawDataset, folds: Sequence[int]) -> None:
-    """Raise ConfigurationError for folds that the dataset does not have."""
+def check_folds(raw: RawDataset, folds: Sequence[int]) -> int:
+    """How many folds the dataset has; ConfigurationError where it does not have these."""
     if not folds or len(set(folds)) != len(folds):
         raise ConfigurationError(f"--folds {','.join(map(str, folds)) or 'none'}: expected such as 0-4, or 0,2")
     folder = preprocessed_folder() / raw.name
@@ -88,6 +88,7 @@ def check_folds(raw: RawDataset, folds: Sequence[int]) -> None:
     missing = [str(fold) for fold in folds if not 0 <= fold < count]
     if missing:
         raise ConfigurationError(f"--folds: fold {', '.join(missing)} does not exist, {raw.name} has 0 to {count - 1}")
+    return count
 
 
 def check_memory(plan: FinetunePlan, recipe: Recipe, heads: int, resources: Resources) -> None:

@@ -36,6 +36,7 @@ class Finetuning:
         training: more flags of ``train``.
         device: ``cuda``, ``cpu`` or ``mps``.
         pretrained: whether training starts from the weights.
+        configurations: that are trained; the plan's where none is named. A cascade's first stage is trained before it.
     """
 
     plan: FinetunePlan
@@ -49,9 +50,30 @@ class Finetuning:
     training: tuple[str, ...] = ()
     device: str = "cuda"
     pretrained: bool = True
+    configurations: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The configurations that are trained, a cascade after its first stage."""
+        asked = self.configurations or (self.plan.configuration,)
+        first = (stage for name in asked if (stage := self.plan.seen_through(name).previous_stage) is not None)
+        return tuple(dict.fromkeys((*first, *asked)))
+
+    def group_of(self, configuration: str) -> str:
+        """The group of its trainings."""
+        return FOLDS if len(self.trained) == 1 else f"{FOLDS}-{configuration}"
+
+    def _model_of(self, configuration: str) -> Path:
+        return self.model.with_name(f"{self.trainer}__{self.plan.plans_name}__{configuration}")
 
     def graph(
-        self, folds: Sequence[int], shards: int, resources: Resources, throttle: int = 0, by_slurm: bool = True
+        self,
+        folds: Sequence[int],
+        shards: int,
+        resources: Resources,
+        throttle: int = 0,
+        by_slurm: bool = True,
+        all_folds: Sequence[int] = (),
     ) -> Graph:
         """The graph of so many folds and shards.
 
@@ -60,20 +82,31 @@ class Finetuning:
             shards: parts that preprocessing is done in.
             resources: of each fold's training; the other steps get its cores and memory on one machine, and no GPU.
             throttle: most folds that train at the same time; 0: all.
+            all_folds: of the dataset: a cascade needs its first stage trained on all of them.
             by_slurm: several ranks are Slurm's tasks; else the command starts them itself.
         """
         plain = replace(resources, gpus="0", nodes=1, tasks=1)
+        every = list(all_folds or folds)
+        firsts = {self.plan.seen_through(name).previous_stage for name in self.trained}
+        groups = [self.group_of(name) for name in self.trained]
         return Graph(
             name=f"{self.name}-{self.plan.dataset_name[7:10]}",
             steps=(
                 self._prepare(),
                 *(self._shard(number, shards) for number in range(1, shards + 1)),
-                *(self._fold(fold, resources, by_slurm) for fold in folds),
+                *(
+                    self._fold(name, fold, resources, by_slurm, every)
+                    for name in self.trained
+                    for fold in (every if name in firsts else folds)
+                ),
                 self._find_best(folds),
                 self._report(folds),
             ),
-            resources={PREPARE: plain, SHARDS: plain, FOLDS: resources, BEST: plain, REPORT: plain},
-            at_once={FOLDS: throttle} if throttle else {},
+            resources={
+                **{PREPARE: plain, SHARDS: plain, BEST: plain, REPORT: plain},
+                **dict.fromkeys(groups, resources),
+            },
+            at_once=dict.fromkeys(groups, throttle) if throttle else {},
         )
 
     def _preprocess(self, *more: str) -> tuple[str, ...]:
@@ -101,26 +134,31 @@ class Finetuning:
             watch=(self.plan.store_folder / RECORDS_FOLDER / "cases",),
         )
 
-    def _fold(self, fold: int, resources: Resources, by_slurm: bool) -> Step:
-        folder = self.model / f"fold_{fold}"
-        words: tuple[str, ...] = ("train", "-d", self.plan.dataset_name, "-c", self.plan.configuration, "-f", str(fold))
+    def _fold(self, configuration: str, fold: int, resources: Resources, by_slurm: bool, before: Sequence[int]) -> Step:
+        """``before``: folds of its previous stage, if it is a cascade."""
+        first = self.plan.seen_through(configuration).previous_stage
+        folder = self._model_of(configuration) / f"fold_{fold}"
+        words: tuple[str, ...] = ("train", "-d", self.plan.dataset_name, "-c", configuration, "-f", str(fold))
         words += ("-p", self.plan.plans_name, "--recipe", str(self.recipe), "-device", self.device, "--c", "auto")
         words += ("-pc", self.source, *self.opening) if self.pretrained else ()
         words += resources.rank_words(by_slurm)
         return Step(
-            f"fold_{fold}",
-            FOLDS,
+            f"fold_{fold}" if len(self.trained) == 1 else f"{configuration}_fold_{fold}",
+            self.group_of(configuration),
             (*words, *self.training),
             outputs=(folder / FINAL, folder / "validation" / "summary.json"),
-            after=(SHARDS,),
+            inputs=self._summaries(first, before) if first is not None else (),
+            after=(SHARDS,) if first is None else (SHARDS, self.group_of(first)),
             watch=(folder / STOPPED, folder / "validation_done.json"),
             folder=folder,
         )
 
-    def _summaries(self, folds: Sequence[int]) -> tuple[Path, ...]:
-        return tuple(self.model / f"fold_{fold}" / "validation" / "summary.json" for fold in folds)
+    def _summaries(self, configuration: str, folds: Sequence[int]) -> tuple[Path, ...]:
+        model = self._model_of(configuration)
+        return tuple(model / f"fold_{fold}" / "validation" / "summary.json" for fold in folds)
 
     def _find_best(self, folds: Sequence[int]) -> Step:
+        ensembles = () if len(self.trained) > 1 and "--npz" in self.training else ("--no-ensembles",)
         words: tuple[str, ...] = (
             "find-best",
             "-d",
@@ -128,17 +166,17 @@ class Finetuning:
             "-p",
             self.plan.plans_name,
             "-c",
-            self.plan.configuration,
+            *self.trained,
         )
-        words += ("-tr", self.trainer, "--no-ensembles", "-f", *(str(fold) for fold in folds))
+        words += ("-tr", self.trainer, *ensembles, "-f", *(str(fold) for fold in folds))
         gathered = self.model / f"crossval_results_folds_{'_'.join(str(fold) for fold in folds)}"
         return Step(
             BEST,
             BEST,
             words,
             outputs=(gathered / "summary.json", gathered / "postprocessing.json"),
-            inputs=self._summaries(folds),
-            after=(FOLDS,),
+            inputs=tuple(path for name in self.trained for path in self._summaries(name, folds)),
+            after=tuple(self.group_of(name) for name in self.trained),
         )
 
     def _report(self, folds: Sequence[int]) -> Step:

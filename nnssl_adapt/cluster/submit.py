@@ -133,7 +133,7 @@ def submit(
     if cluster == SLURM and not dry_run:
         slurm.require_slurm()
     raw = RawDataset.open(dataset)
-    check_folds(raw, folds)
+    count = check_folds(raw, folds)
     check_results_folder(for_cluster=cluster == SLURM)
     check_setup(settings.setup)
     opened = open_checkpoint(checkpoint, **dict(source_options or {}))
@@ -150,7 +150,7 @@ def submit(
     )
     Ranks(size=resources.nodes * resources.tasks).samples(adapted_plan(finetuning.plan, recipe).batch_size)
     check_memory(finetuning.plan, recipe, raw.labels.num_heads, resources)
-    graph = finetuning.graph(folds, shards, resources, throttle, by_slurm=cluster == SLURM)
+    graph = finetuning.graph(folds, shards, resources, throttle, by_slurm=cluster == SLURM, all_folds=range(count))
     submission = Submission(finetuning.model / FOLDER, graph, cluster, tuple(command), versions_here(package_version()))
     missing = tuple(step.name for step in graph.missing())
     if dry_run:
@@ -216,6 +216,7 @@ def _finetuning(
             planning=planning_words(options, plan.plans_name if preliminary else None),
             opening=opening,
             training=training,
+            configurations=tuple(options.get("configurations") or ()),
             device=device,
             pretrained=not recipe.from_scratch,
         ),

@@ -153,7 +153,7 @@ class CaseStore:
             raise CaseError(
                 f"{self.folder} has no whole case {identifier!r} (missing: {', '.join(missing)}): preprocess again"
             )
-        return StoredCase(identifier, _open_array(data_path), _open_array(seg_path), self.folder)
+        return StoredCase(identifier, open_array(data_path), open_array(seg_path), self.folder)
 
     def write(
         self,
@@ -347,19 +347,22 @@ def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
     the cause (otherwise) when the disk is full. LZ4's fastest level with shuffling costs a tenth of nnU-Net's choice (high
     compression, after trying out filters) for files a few per cent larger that are read as fast.
     """
-    blocks, chunks = piece_shapes(array.shape, patch_size, array.itemsize)
-    packed = blosc2.asarray(
+    return packed(array, *piece_shapes(array.shape, patch_size, array.itemsize))
+
+
+def packed(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int]) -> bytes:
+    array_of_bytes = blosc2.asarray(
         np.ascontiguousarray(array),
-        chunks=chunks,
-        blocks=blocks,
+        chunks=tuple(chunks),
+        blocks=tuple(blocks),
         contiguous=True,  # then its bytes need not be put together first
         cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
-    found: bytes = packed.to_cframe()
+    found: bytes = array_of_bytes.to_cframe()
     return found
 
 
-def _open_array(path: Path) -> blosc2.NDArray:
+def open_array(path: Path) -> blosc2.NDArray:
     try:
         return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **_MMAP)
     except (RuntimeError, OSError, ValueError) as error:
@@ -383,7 +386,7 @@ def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarr
             np.load(shared / f"{name}.npy") for name in ("indptr", "class_id", "count", "base", "shape")
         )
         locations: dict[Any, np.ndarray] = {key: np.zeros((0, 4), np.int64) for key in keys}
-        flat = _open_array(shared / "locations.b2nd")
+        flat = open_array(shared / "locations.b2nd")
         start = int(base[row])
         for run in range(int(indptr[row]), int(indptr[row + 1])):
             indices = np.asarray(flat[start : start + int(count[run])]).astype(np.int64)

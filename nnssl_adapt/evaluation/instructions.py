@@ -49,10 +49,10 @@ def predict_command(
 
 
 def _is_ours(model: TrainedModel) -> bool:
-    """Whether this configuration is 3D and no cascade."""
+    """Whether ``nnssl-adapt predict`` runs this configuration."""
     try:
         plan = FinetunePlan.load(model.path / "plans.json", model.parts[2])
-        return len(plan.patch_size) == 3 and plan.settings_of_configuration.get("previous_stage") is None
+        return len(plan.patch_size) == 3
     except NnsslAdaptError:
         return False
 

@@ -42,18 +42,42 @@ def logits_to_segmentation(
         uint8 (Z, Y, X), or uint16 where there are 255 labels or more; background where the image was cropped away.
     """
     if is_decided(logits):
-        return _uncropped(as_array(logits), properties, plan, _label_type(labels))
+        return _uncropped(as_array(logits), properties, plan, label_type(labels))
     shape = properties["shape_after_cropping_and_before_resampling"]
+    cropped = _labels_on(shape, _own_spacing(properties, plan), logits, plan, labels)
+    return _uncropped(cropped, properties, plan, label_type(labels))
+
+
+def labels_for_next_stage(
+    logits: Tensor | np.ndarray, shape: Sequence[int], plan: FinetunePlan, labels: LabelScheme
+) -> np.ndarray:
+    """The label map (z, y, x) that a cascade's next network sees, of ``shape``: that of its preprocessed case.
+
+    Logits (K, z, y, x) are resampled as nnU-Net does it here: as if both grids had the plan's spacing.
+    """
+    spacing = plan.spacing or tuple(float(s) for s in plan.settings_of_configuration["spacing"])
+    return _labels_on(shape, spacing, logits, plan, labels).astype(label_type(labels), copy=False)
+
+
+def _labels_on(
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    logits: Tensor | np.ndarray,
+    plan: FinetunePlan,
+    labels: LabelScheme,
+) -> np.ndarray:
+    """Labels on a grid of ``shape`` with ``spacing`` (mm), in transposed axes."""
+    properties = {
+        "shape_after_cropping_and_before_resampling": shape,
+        "spacing": [spacing[axis] for axis in plan.transpose_backward],
+    }
     if not labels.has_regions and plan.spacing is not None and plan.resampling_for_export == _FAST_RULE:
-        own = _own_spacing(properties, plan)
-        cropped = logits_to_labels(logits, shape, plan.settings.target_spacing(own) or own, own)
+        return logits_to_labels(logits, shape, plan.settings.target_spacing(spacing) or spacing, spacing)
     elif labels.has_regions and len(logits) == labels.num_heads:
         # Each decides for itself, so one at a time is held at full size.
         whole = (_on_own_grid(logits[head : head + 1], properties, plan)[0] for head in range(len(logits)))
-        cropped = labels.regions_to_labels(torch.from_numpy(output) for output in whole).numpy()
-    else:
-        cropped = np.asarray(labels.heads_to_labels(_on_own_grid(logits, properties, plan)))
-    return _uncropped(cropped, properties, plan, _label_type(labels))
+        return labels.regions_to_labels(torch.from_numpy(output) for output in whole).numpy()
+    return np.asarray(labels.heads_to_labels(_on_own_grid(logits, properties, plan)))
 
 
 def can_decide_on_device(plan: FinetunePlan, labels: LabelScheme) -> bool:
@@ -95,7 +119,7 @@ def logits_to_probabilities(
     segmentation = np.asarray(labels.heads_to_labels(resampled.numpy()))
     outside = [0.0 if labels.has_regions or head > 0 else 1.0 for head in range(len(probabilities))]
     return (
-        _uncropped(segmentation, properties, plan, _label_type(labels)),
+        _uncropped(segmentation, properties, plan, label_type(labels)),
         np.stack(
             [
                 _uncropped(p.numpy(), properties, plan, np.float32, o)
@@ -153,5 +177,5 @@ def _uncropped(
     return np.ascontiguousarray(whole.transpose(plan.transpose_backward))
 
 
-def _label_type(labels: LabelScheme) -> type[np.unsignedinteger[Any]]:
+def label_type(labels: LabelScheme) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if len(labels.foreground_labels) < 255 else np.uint16

@@ -77,7 +77,7 @@ class ModelFolder:
 
         Raises:
             ModelFolderError: the folder is none, incomplete, or has no trained fold; or the model needs something that
-                is not supported (cascades, 2D, other image readers).
+                is not supported (2D, other image readers).
             PlanError, DatasetJsonError: its plans.json or dataset.json is wrong.
             CheckpointError: its checkpoint is damaged or would run code.
         """
@@ -97,8 +97,6 @@ class ModelFolder:
 
     def _check_supported(self) -> None:
         settings = self.plan.settings_of_configuration
-        if settings.get("previous_stage") is not None:
-            raise ModelFolderError(f"{self.path}: configuration {self.configuration} is a cascade, not supported yet")
         if self.image_reader not in READERS:
             raise ModelFolderError(
                 f"{self.path}/plans.json: images of this model are read by nnU-Net's {self.image_reader}, which is not "
@@ -292,7 +290,8 @@ class ModelFolder:
 
         ``empty``: with whatever stands in memory for weights, which is many times faster. For those who load all of them.
         """
-        arguments = self.architecture, len(self.channel_names), self.labels.num_heads, self.plan.patch_size
+        channels = len(self.channel_names) + len(self.plan.stage_channels(self.labels))
+        arguments = self.architecture, channels, self.labels.num_heads, self.plan.patch_size
         if not empty:
             return build_network(*arguments)
         with without_memory(self.architecture):

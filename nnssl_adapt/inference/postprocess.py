@@ -254,3 +254,12 @@ def raise_failures(outcomes: Iterator[Any], total: int, target: Path) -> None:
         more = f"\n  … and {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
         listed = "\n  ".join(failed[:MAX_LISTED])
         raise PredictionError(f"{len(failed)} of {total} cases failed; the others are in {target}:\n  {listed}{more}")
+
+
+def opened_postprocessing(given: Postprocessing | str | Path | None, labels: LabelScheme) -> Postprocessing:
+    """The steps, all of which are about the model's labels."""
+    if given is None:
+        return Postprocessing()
+    steps = given if isinstance(given, Postprocessing) else Postprocessing.load(given)
+    steps.refuse_unknown(labels, "the postprocessing" if isinstance(given, Postprocessing) else given)
+    return steps

@@ -19,6 +19,7 @@ from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
 from nnssl_adapt.files import sha256_of
 from nnssl_adapt.inference.export import can_decide_on_device, decided_on_device
+from nnssl_adapt.inference.first_stage import first_predictor, with_first_stage
 from nnssl_adapt.inference.inputs import (
     Images,
     expected_channels,
@@ -31,7 +32,7 @@ from nnssl_adapt.inference.inputs import (
 )
 from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
 from nnssl_adapt.inference.pipeline import Pipeline, Result
-from nnssl_adapt.inference.postprocess import Postprocessing
+from nnssl_adapt.inference.postprocess import Postprocessing, opened_postprocessing
 from nnssl_adapt.inference.precision import OF_NNUNET, PRECISIONS, Precision, predicting_precision
 from nnssl_adapt.inference.published import find_published
 from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
@@ -103,12 +104,12 @@ class Predictor:
         given = model_folder.path if isinstance(model_folder, ModelFolder) else model_folder
         self.model = ModelFolder.open(find_published(given, folds, checkpoint))
         self.folds = self.model.choose_folds(folds, checkpoint)
-        self.step = step
+        self.step, self.tta = step, tta
         self.checkpoint = checkpoint
         self.accumulation_dtype = accumulation_dtype
         self.batch_size = batch_size
         self.keep_orientation = keep_orientation
-        self.postprocessing = _opened(postprocessing, self.model)
+        self.postprocessing = opened_postprocessing(postprocessing, self.model.labels)
         self._network = self.model.build_network(empty=True)
         self._weights = [self._load(fold, checkpoint) for fold in self.folds]
         self._loaded = len(self._weights) - 1
@@ -233,7 +234,10 @@ class Predictor:
             CaseError: the image has another number of axes or channels, or NaN voxels.
         """
         given = gather_inputs(self.model, image, None, geometry, spacing, keep_orientation=self.keep_orientation)
-        task, steps = given.tasks[0], self._steps(False)
+        (task,), failed = with_first_stage(self, given.tasks)
+        if failed:
+            raise failed[task.identifier]
+        steps = self._steps(False)
         prepared = steps.prepare(task)
         tiles = self.logits_by_tiles(prepared.data, None, self._decides_on_device)
         return steps.export(task, self._decided(finish(tiles, progress), prepared), prepared)
@@ -253,6 +257,7 @@ class Predictor:
         workers: int = 0,
         part: Shard = WHOLE,
         keep_folders: bool = False,
+        previous: str | Path | None = None,
     ) -> np.ndarray | sitk.Image | dict[str, np.ndarray] | list[Path]:
         """Segment one image, or many.
 
@@ -276,6 +281,8 @@ class Predictor:
             part: do only a part of the images, for several machines.
             keep_folders: of files in different folders, write each segmentation into a folder of the same name, so that
                 cases may be called alike.
+            previous: for a cascade: a folder with the segmentations by its first network, called as the images. None: they
+                are made by it, in a folder of the output; its model folder lies beside this one.
 
         Returns:
             The files, if there is an output; else labels (Z, Y, X) as an array, or as a SimpleITK image if such was given;
@@ -295,15 +302,17 @@ class Predictor:
         several, tasks = inputs.several, inputs.tasks[part.number - 1 :: part.total]
         record = None
         if target is not None and not is_image_file(target):
-            record = PredictionRecord(target, self._settings)
+            record = PredictionRecord(target, self.settings)
             record.copy_model_files(self.model.path)
         waiting = tasks if overwrite else unfinished(tasks, record, save_probabilities)
         in_memory = is_in_memory(images) or output is None
         for name, problem in inputs.refused.items():
             logger.error("%s is not predicted: %s", name, problem)
+        workers = 0 if in_memory else workers
+        waiting, failed_first = with_first_stage(self, waiting, previous, overwrite, workers, progress)
         with TileBar(len(waiting), progress and bool(waiting)) as bar:
-            results, failed = self._run(waiting, record, save_probabilities, bar, 0 if in_memory else workers)
-        failures: dict[str, Exception] = {**inputs.refused, **failed}
+            results, failed = self.run_tasks(waiting, record, save_probabilities, bar, workers)
+        failures: dict[str, Exception] = {**inputs.refused, **failed_first, **failed}
         if failures and not several:
             raise next(iter(failures.values()))
         if failures:
@@ -318,7 +327,12 @@ class Predictor:
             return to_simpleitk(labels, tasks[0].loaded[1])
         return labels
 
-    def _run(
+    @cached_property
+    def first_stage(self) -> Predictor:
+        """The first network of a cascade, with the same folds and settings. Raises ModelFolderError where there is none."""
+        return first_predictor(self)
+
+    def run_tasks(
         self,
         tasks: Sequence[ImageTask],
         record: PredictionRecord | None,
@@ -395,7 +409,7 @@ class Predictor:
         )
 
     @cached_property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the record of what is done."""
         # An entry only where there are steps: what was predicted without them stays done.
         steps = [list(step) for step in self.postprocessing.steps]
@@ -417,12 +431,3 @@ class Predictor:
 
 def _left(logits: Tensor, prepared: PreparedImage) -> Tensor:
     return logits
-
-
-def _opened(given: Postprocessing | str | Path | None, model: ModelFolder) -> Postprocessing:
-    """The steps, all of which are about the model's labels."""
-    if given is None:
-        return Postprocessing()
-    steps = given if isinstance(given, Postprocessing) else Postprocessing.load(given)
-    steps.refuse_unknown(model.labels, "the postprocessing" if isinstance(given, Postprocessing) else given)
-    return steps

@@ -16,6 +16,7 @@ from torch import Tensor
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess import preprocess_arrays
+from nnssl_adapt.data.previous_stage import one_hot
 from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.data.turning import turn_image
 from nnssl_adapt.errors import CaseError, OutputError
@@ -76,14 +77,26 @@ class Steps:
         if task.orientation is not None:
             image, turned, turn = turn_image(image, geometry, task.orientation)
         try:
-            case = self.preprocess(image, turned)
+            previous = None if self.plan.previous_stage is None else turn.apply(task.read_previous(geometry))
+            case = self.preprocess(image, turned, previous)
         except CaseError as error:
             raise CaseError(f"{task.files[0]}: {error}" if task.files else str(error)) from error
         return PreparedImage(case.data, case.properties, geometry, turn, doubts)
 
-    def preprocess(self, image: np.ndarray, geometry: ImageGeometry) -> PreprocessedCase:
-        """Preprocess an image (C, Z, Y, X)."""
-        return preprocess_arrays(image, None, geometry, self.plan.settings, self.labels)
+    def preprocess(
+        self, image: np.ndarray, geometry: ImageGeometry, previous: np.ndarray | None = None
+    ) -> PreprocessedCase:
+        """Preprocess an image (C, Z, Y, X).
+
+        ``previous``: of a cascade, the previous stage's labels (1, Z, Y, X), which become further channels.
+        """
+        case = preprocess_arrays(image, previous, geometry, self.plan.settings, self.labels)
+        if previous is None:
+            return case
+        assert case.seg is not None
+        channels = one_hot(case.seg[0], self.plan.stage_channels(self.labels))
+        properties = {key: value for key, value in case.properties.items() if key != "class_locations"}
+        return PreprocessedCase(np.concatenate([case.data, channels]), None, properties)
 
     def export(self, task: ImageTask, logits: Tensor | np.ndarray, prepared: PreparedImage) -> np.ndarray:
         """Labels (Z, Y, X) from logits (K, Z, Y, X), as the image is stored; written where the task has a target.

@@ -16,6 +16,7 @@ from nnssl_adapt.data.images import (
     geometry_problems,
     read_geometry,
     read_image,
+    read_labels,
 )
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.nifti_header import placement_doubt
@@ -53,6 +54,7 @@ class ImageTask:
         loaded: an image in memory (C, Z, Y, X) and its geometry.
         reader: of the files, the model's.
         orientation: code such as ``RPI`` that the image is turned to before the network; None: it is taken as it lies.
+        previous: labels by the first network of a cascade: a file, or (Z, Y, X).
     """
 
     identifier: str
@@ -61,6 +63,19 @@ class ImageTask:
     loaded: tuple[np.ndarray, ImageGeometry] | None = None
     reader: str = SIMPLE_ITK
     orientation: str | None = None
+    previous: Path | np.ndarray | None = None
+
+    def read_previous(self, geometry: ImageGeometry) -> np.ndarray:
+        """What a cascade's first network made of the image, int16 (1, Z, Y, X) as the image is stored. Raises CaseError."""
+        if self.previous is None:
+            raise CaseError(f"{self.identifier} has no segmentation by the cascade's first network")
+        if isinstance(self.previous, np.ndarray):
+            return self.previous.astype(np.int16)[None]
+        labels, other = read_labels(self.previous, self.reader)
+        problems = list(geometry_problems(geometry, other))
+        if problems:
+            raise CaseError(f"{self.previous} is not of the image: {'; '.join(problems)}", path=self.previous)
+        return labels
 
     def read(self, num_channels: int, expected: str) -> tuple[np.ndarray, ImageGeometry]:
         """The image (C, Z, Y, X) and its geometry.
@@ -149,7 +164,9 @@ def foresee(
     source, target = math.prod(geometry.size), math.prod(shape)
     padded = math.prod(max(n, patch) for n, patch in zip(shape, plan.patch_size, strict=True))
     heads = labels.num_heads
-    running = padded * (heads * bytes_per_logit + 8) + target * 4 * plan.num_channels
+    running = padded * (heads * bytes_per_logit + 8) + target * 4 * (
+        plan.num_channels + len(plan.stage_channels(labels))
+    )
     exporting = target * (heads * bytes_per_logit + 4) + source * 4
     if with_probabilities:
         exporting += source * heads * (_RESAMPLED_LOGIT + _PROBABILITY)

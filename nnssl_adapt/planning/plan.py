@@ -191,6 +191,22 @@ class FinetunePlan:
         return len(self.settings_of_configuration["normalization_schemes"])
 
     @property
+    def previous_stage(self) -> str | None:
+        """Configuration whose segmentation this one sees as further channels; None where it is no cascade."""
+        name = self.settings_of_configuration.get("previous_stage")
+        return None if name is None else str(name)
+
+    @property
+    def next_stages(self) -> tuple[str, ...]:
+        """Configurations that see the segmentation of this one."""
+        names = self.settings_of_configuration.get("next_stage") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def stage_channels(self, labels: LabelScheme) -> tuple[int, ...]:
+        """The labels of the previous stage that the network sees as channels, in order; none where there is no such stage."""
+        return () if self.previous_stage is None else labels.foreground_labels
+
+    @property
     def transpose_forward(self) -> tuple[int, ...]:
         return tuple(self.content["transpose_forward"])
 

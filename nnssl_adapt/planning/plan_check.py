@@ -94,6 +94,11 @@ _OPTIONAL_IN_CONFIGURATION: dict[str, Check] = {
     "resampling_fn_seg": _TEXT,
     "resampling_fn_probabilities": _TEXT,
     **dict.fromkeys((f"resampling_fn_{what}_kwargs" for what in ("data", "seg", "probabilities")), _RULE),
+    "previous_stage": (_is_nothing_or(_is_text), "the name of a configuration"),
+    "next_stage": (
+        lambda value: _is_nothing_or(_is_text)(value) or _list_of(_is_text)(value),
+        "names of configurations",
+    ),
     "batch_dice": (lambda value: isinstance(value, bool), "true or false"),
     "median_image_size_in_voxels": (_is_nothing_or(_list_of(_is_number)), "a list of numbers"),
 }

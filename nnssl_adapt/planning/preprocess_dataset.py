@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def preprocess_dataset(
         shard: the part of the cases to do, so that several jobs can fill one store; the plan is saved by the one that
             finds all cases done.
         check: compare what is there with its checksums first; damaged cases are made again.
-        configurations: of the plan, whose cases are made; by default the one that it is seen through.
+        configurations: of the plan, whose cases are made; by default the one that it is seen through. A cascade's are those
+            of both stages.
 
     Returns:
         The store of the configuration that the plan is seen through, or else of the first.
@@ -61,7 +62,8 @@ def preprocess_dataset(
     copy_dataset_json(raw, plan.dataset_folder)
     load_or_make_splits(plan.dataset_folder, [case.identifier for case in raw.cases], raw.folder)
     _copy_reference_labels(raw, plan.dataset_folder / "gt_segmentations")
-    views = {view.store_folder: view for view in map(plan.seen_through, configurations or (plan.configuration,))}
+    asked = map(plan.seen_through, configurations or (plan.configuration,))
+    views = {view.store_folder: view for wanted in asked for view in _with_previous_stage(wanted)}
     stores = [
         preprocess_cases(
             raw,
@@ -89,6 +91,12 @@ def preprocess_dataset(
         done = len(identifiers) - len(missing)
         write_json(part_record(plan, shard), {"part": str(shard), "cases": done, "of": len(raw.cases)})
     return next((store for store in stores if store.folder == plan.store_folder), stores[0])
+
+
+def _with_previous_stage(plan: FinetunePlan) -> Iterator[FinetunePlan]:
+    if plan.previous_stage is not None:
+        yield plan.seen_through(plan.previous_stage)
+    yield plan
 
 
 def part_record(plan: FinetunePlan, shard: Shard) -> Path:

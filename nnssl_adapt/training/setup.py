@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nnssl_adapt.data.previous_stage import PreviousStage
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import FinetunePlan
@@ -76,7 +77,8 @@ def batch_bytes(plan: FinetunePlan, recipe: Recipe) -> int:
     """Bytes of a batch as workers hand it over: float32 images and int16 labels, which a GPU still has to turn and cut."""
     of_patch = recipe.augmentation != "gpu"
     voxels = math.prod(plan.patch_size if of_patch else SpatialRange.of(plan.patch_size, plan.is_planar).read_size)
-    return plan.batch_size * voxels * (4 * plan.num_channels + 2)
+    channels = plan.num_channels + len(plan.stage_channels(plan.labels))
+    return plan.batch_size * voxels * (4 * channels + 2)
 
 
 def batches_of_fold(
@@ -89,6 +91,7 @@ def batches_of_fold(
     workers: int,
     pin_memory: bool,
     copies: Path | None = None,
+    previous: PreviousStage | None = None,
 ) -> Generator[Batch]:
     """All batches of a run from some point on, in the order in which the loop takes them. To be closed when no more are wanted.
 
@@ -102,20 +105,21 @@ def batches_of_fold(
         workers: processes that make batches ahead.
         pin_memory: whether they go to a GPU.
         copies: folder with copies of cases, now or later.
+        previous: of a cascade, the segmentations of its previous stage.
     """
     labels, patch, key = plan.labels, plan.patch_size, annotated_key(plan.labels)
     spatial, masks = SpatialRange.of(patch, plan.is_planar), plan.settings.use_mask_for_norm
-    mirror_axes = plan.axes_to_mirror(recipe.mirror_axes)
-    chain: Any = plain_transforms(labels)
+    mirror_axes, stage = plan.axes_to_mirror(recipe.mirror_axes), plan.stage_channels(labels)
+    chain: Any = plain_transforms(labels, stage)
     if recipe.augmentation == "gpu":
-        chain = device_transforms(spatial, mirror_axes, labels)
+        chain = device_transforms(spatial, mirror_axes, labels, stage)
     elif recipe.augmentation == "default":
-        chain = training_transforms(patch, spatial, mirror_axes, masks, labels)
+        chain = training_transforms(patch, spatial, mirror_axes, masks, labels, stage)
     read_size = patch if recipe.augmentation == "none" else spatial.read_size
     training, validation = (tuple(names) for names in cases)
     phases = {
         TRAINING: PhaseData(training, PatchSampler(read_size, patch, key), chain),
-        VALIDATION: PhaseData(validation, PatchSampler(patch, patch, key), plain_transforms(labels)),
+        VALIDATION: PhaseData(validation, PatchSampler(patch, patch, key), plain_transforms(labels, stage)),
     }
     batches = Batches(
         store.folder,
@@ -126,6 +130,7 @@ def batches_of_fold(
         rank=ranks.rank,
         size=ranks.size,
         copies=copies,
+        previous=previous,
     )
     epoch, step = start
     schedule = BatchSchedule(
@@ -142,7 +147,7 @@ def preparation(plan: FinetunePlan, recipe: Recipe) -> Prepare:
     """How the loop brings those training batches to the device: as they are, or augmented there."""
     if recipe.augmentation != "gpu":
         return moved
-    return DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm)
+    return DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm, plan.stage_channels(plan.labels))
 
 
 @contextmanager

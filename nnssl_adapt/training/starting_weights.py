@@ -61,7 +61,7 @@ def build_initial_network(plan: FinetunePlan, num_heads: int, seed: int) -> nn.M
     torch.manual_seed(seed)
     return build_network(
         plan.architecture,
-        in_channels=plan.num_channels,
+        in_channels=plan.num_channels + len(plan.stage_channels(plan.labels)),
         num_classes=num_heads,
         patch_size=plan.patch_size,
         deep_supervision=False,
@@ -109,7 +109,12 @@ def fill_with_starting_weights(
     settings = plan.transfer_settings.to_dict()
     channel_names = tuple(plan.dataset_json.channel_names.values())
     report = transfer_weights(
-        found, network, head_names=plan.labels.head_names, channel_names=channel_names, **settings
+        found,
+        network,
+        head_names=plan.labels.head_names,
+        channel_names=channel_names,
+        silent=len(plan.stage_channels(plan.labels)),
+        **settings,
     )
     return StartingWeights(report, naming_weights(plan, found), described_weights(found), found.citations)
 

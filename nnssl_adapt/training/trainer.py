@@ -51,7 +51,8 @@ from nnssl_adapt.training.run.checkpointing import (
 from nnssl_adapt.training.run.comparison import check_validation, checked_acceptance
 from nnssl_adapt.training.run.deadline import Deadline
 from nnssl_adapt.training.run.folder import RunFolder
-from nnssl_adapt.training.run.identity import RunIdentity, cases_of_fold
+from nnssl_adapt.training.run.identity import RunIdentity, cases_of_fold, splits_of
+from nnssl_adapt.training.run.stages import check_previous_stage, previous_stage
 from nnssl_adapt.training.run.stopping import StopRequest, stop_on_signals
 from nnssl_adapt.training.setup import (
     adapted_plan,
@@ -94,7 +95,8 @@ class PretrainedTrainer:
 
     Raises:
         DeviceUnavailable: no such device here.
-        ConfigurationError: the fold does not exist, or the recipe does not go with the device.
+        ConfigurationError: the fold does not exist, or the recipe does not go with the device; the previous stage of a
+            cascade is missing.
         DatasetError: cases of the fold are not preprocessed.
     """
 
@@ -152,6 +154,10 @@ class PretrainedTrainer:
             raise ConfigurationError(f"workers: expected 0 or more, got {workers}")
         self.checkpointing = not disable_checkpointing
         self.folder = RunFolder.of(self.plan, self.recipe.trainer_name, self.fold, results_folder)
+        self.previous = previous_stage(self.plan, self.recipe.trainer_name, results_folder)
+        cases = [*self.training_cases, *self.validation_cases]
+        splits = splits_of(self.plan, self.store.identifiers, self.file_ending, splits_file) if self.previous else []
+        check_previous_stage(self.previous, self.plan, self.fold, cases, splits)
         self.progress = progress
         self.trackers = check_trackers(trackers) if self.ranks.is_main else ()
         self.accept_changed: frozenset[str] = frozenset()
@@ -314,6 +320,7 @@ class PretrainedTrainer:
             self.workers,
             pin_memory=self.device.type == "cuda",
             copies=copies,
+            previous=self.previous,
         )
 
     def _describe(self, state: TrainingState, stop: StopRequest) -> None:
@@ -378,6 +385,8 @@ class PretrainedTrainer:
             cases=self.validation_cases,
             references=self.plan.dataset_folder / "gt_segmentations",
             folder=self.folder.path,
+            fold=self.fold,
+            previous=self.previous,
             device=self.device,
             autocast_dtype=self.autocast_dtype,
             save_probabilities=save_probabilities,

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from nnssl_adapt.data.images import ImageGeometry, write_labels
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.data.previous_stage import PreviousStage, one_hot
+from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import TrainingStopped
 from nnssl_adapt.evaluation.metrics import Summary, evaluate_folder
 from nnssl_adapt.files import make_folder, write_json
 from nnssl_adapt.inference.export import (
     can_decide_on_device,
     decided_on_device,
+    labels_for_next_stage,
     logits_to_probabilities,
     logits_to_segmentation,
     write_probabilities,
@@ -35,6 +37,7 @@ from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
+from nnssl_adapt.training.run.stages import next_stage
 from nnssl_adapt.training.run.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -55,10 +58,12 @@ class FoldValidation:
         cases: identifiers of the fold's validation cases.
         references: folder with the reference labels (``gt_segmentations``).
         folder: of the fold; results go to ``validation/`` in it.
+        fold: that is validated.
         device: where the network runs.
         autocast_dtype: what the network computes in on CUDA, as in training; None: float32. A case whose numbers are too
             large for it is done again in float32.
         save_probabilities: also write nnU-Net's ``.npz`` and ``.pkl``.
+        previous: of a cascade, the segmentations of its previous stage.
         ranks: the processes that share the cases; the main one judges what all have predicted.
     """
 
@@ -69,9 +74,11 @@ class FoldValidation:
     cases: Sequence[str]
     references: Path
     folder: Path
+    fold: int | str
     device: torch.device
     autocast_dtype: torch.dtype | None = torch.float16
     save_probabilities: bool = False
+    previous: PreviousStage | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -87,6 +94,7 @@ class FoldValidation:
         """
         stop.begin()
         make_folder(self.output)
+        self._warn_of_missing_stages()
         done = self._done(weights_id)
         if self.ranks.is_main:  # before the others hear of it and begin to write
             self._remove_others(done)
@@ -121,7 +129,10 @@ class FoldValidation:
         known = list(done) if self.ranks.is_main else []
         numbers = {case: number for number, case in enumerate(mine, start=1)}
         keep = (
-            not self.save_probabilities and self.device.type == "cuda" and can_decide_on_device(self.plan, self.labels)
+            not self.save_probabilities
+            and not self.plan.next_stages  # which need the logits
+            and self.device.type == "cuda"
+            and can_decide_on_device(self.plan, self.labels)
         )
 
         def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
@@ -144,7 +155,7 @@ class FoldValidation:
                 raise TrainingStopped("in validation")
 
         memory = {case: voxels * self._bytes_a_voxel for case, voxels in costs.items()}
-        steps = _StoredCases(self)
+        steps = _StoredCases(self, weights_id)
         tasks = [ImageTask(case, (), self.output / f"{case}{self.file_ending}") for case in mine]
         try:
             # One case is exported and the next is read while the network works on another.
@@ -157,7 +168,7 @@ class FoldValidation:
     @property
     def _bytes_a_voxel(self) -> int:
         """Of a case on the network's grid: the image, the logits twice, float32."""
-        return 4 * (self.plan.num_channels + 2 * self.labels.num_heads)
+        return 4 * (self.plan.num_channels + len(self.plan.stage_channels(self.labels)) + 2 * self.labels.num_heads)
 
     def _judge(self) -> Summary:
         if self.ranks.size > self.ranks.local_size:
@@ -193,6 +204,28 @@ class FoldValidation:
 
         return with_float32_as_fallback(run, self.autocast_dtype, self.device)
 
+    def _warn_of_missing_stages(self) -> None:
+        for name in self.plan.next_stages:
+            if name in self.plan.content["configurations"]:
+                store = CaseStore(self.plan.seen_through(name).store_folder)
+                if self.ranks.is_main and any(not store.is_complete(case) for case in self.cases):
+                    logger.warning(
+                        "%s has not all cases: nothing is left for %s. Preprocess with -c %s and validate again (--val) if it "
+                        "is to be trained",
+                        store.folder,
+                        name,
+                        name,
+                    )
+
+    def next_stages(self, identifier: str) -> Iterator[tuple[PreviousStage, StoredCase]]:
+        """Where to leave a case for the networks that go on from this one, and how they see it. Those that can't are left out."""
+        for name in self.plan.next_stages:
+            if name not in self.plan.content["configurations"]:
+                continue
+            store = CaseStore(self.plan.seen_through(name).store_folder)
+            if store.is_complete(identifier):
+                yield next_stage(self.folder.parent, name), store.open(identifier)
+
     def _remove_others(self, done: Sequence[str]) -> None:
         """Remove what earlier calls wrote of other cases or with other weights: it must not be taken for this model's."""
         endings = (self.file_ending, ".npz", ".pkl")
@@ -213,7 +246,13 @@ class FoldValidation:
         records = [self._record(0), *self.output.glob(".done_*.json")]
         recorded = {case for path in records for case in _read_record(path, weights_id)}
         endings = (self.file_ending, ".npz") if self.save_probabilities else (self.file_ending,)
-        return [c for c in self.cases if c in recorded and all((self.output / f"{c}{e}").is_file() for e in endings)]
+        return [
+            case
+            for case in self.cases
+            if case in recorded
+            and all((self.output / f"{case}{ending}").is_file() for ending in endings)
+            and all(stage.is_by(case, weights_id) for stage, _ in self.next_stages(case))
+        ]
 
     def _merge_records(self, weights_id: str | None, cases: Sequence[str]) -> None:
         """Note what is done in one record instead of one for each rank."""
@@ -228,11 +267,15 @@ class _StoredCases:
     """What is done before and after the network with cases that are preprocessed already."""
 
     of: FoldValidation
+    weights_id: str | None
 
     def prepare(self, task: ImageTask) -> PreparedImage:
         case = self.of.store.open(task.identifier)
         with explained_damage(case):
             image = case.data[:]
+            if self.of.previous is not None:
+                labels = self.of.previous.open(task.identifier, image.shape[1:])[:]
+                image = np.concatenate([image, one_hot(labels, self.of.plan.stage_channels(self.of.labels))])
         shape = np.asarray(case.properties["shape_before_cropping"])[list(self.of.plan.transpose_backward)]
         return PreparedImage(
             image, case.properties, ImageGeometry.from_properties(case.properties, tuple(shape.tolist()))
@@ -246,6 +289,9 @@ class _StoredCases:
             write_probabilities(task.beside_target(), probabilities, prepared.properties)
         else:
             segmentation = logits_to_segmentation(logits, prepared.properties, plan, labels)
+        for stage, case in self.of.next_stages(task.identifier):
+            seen = labels_for_next_stage(logits, case.data.shape[1:], plan, labels)
+            stage.write(task.identifier, seen, plan.patch_size, self.of.fold, self.weights_id)
         write_labels(task.target, segmentation, prepared.geometry)
         return segmentation
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.training.batches.intensity import IntensityStep, draw_steps
-from nnssl_adapt.training.batches.patches import Place, read_box, seeds_for
+from nnssl_adapt.training.batches.patches import Place, seeds_for
+from nnssl_adapt.training.batches.previous_stage import StageSteps, write_one_hot
+from nnssl_adapt.training.batches.reading import read_box, read_previous
 from nnssl_adapt.training.batches.spatial import (
     Box,
     Size,
@@ -110,11 +112,13 @@ class Drawn:
         matrix: 3×3 (Z, Y, X), from a voxel of the patch to where its value is found; None: neither turned nor scaled.
         mirrored: axes along which the result is flipped.
         steps: what is done to intensities, in order.
+        stage: what is done to the channels of a cascade's previous stage.
     """
 
     matrix: np.ndarray | None = None
     mirrored: tuple[int, ...] = ()
     steps: tuple[IntensityStep, ...] = ()
+    stage: StageSteps = field(default_factory=StageSteps)
 
 
 @dataclass(frozen=True)
@@ -124,18 +128,21 @@ class Augmentation:
     Attributes:
         spatial: how far it is turned.
         mirror_axes: axes that may be flipped.
+        stage_channels: how many channels are of a cascade's previous stage.
     """
 
     spatial: SpatialRange
     mirror_axes: tuple[int, ...]
+    stage_channels: int = 0
 
     def draw(self, seed: int, channels: int) -> Drawn:
         """What happens to the sample with this seed."""
-        parameters, noise = seeds_for(seed)[:2]
+        parameters, noise, later = seeds_for(seed)
         random = np.random.default_rng(parameters)
         steps = draw_steps(random, channels, self.spatial.slice_by_slice, noise)
         flipped = tuple(axis for axis in self.mirror_axes if random.random() < _MIRRORED)
-        return Drawn(self._draw_matrix(random), flipped, steps)
+        stage = StageSteps.draw(later, self.stage_channels) if self.stage_channels else StageSteps()
+        return Drawn(self._draw_matrix(random), flipped, steps, stage)
 
     def _draw_matrix(self, random: np.random.Generator) -> np.ndarray | None:
         turned, scaled = random.random() < _TURNED, random.random() < _SCALED
@@ -211,18 +218,21 @@ class PatchTransform:
         labels: what they mean.
         augmentation: what may happen to them; None: nothing.
         masked: channels that are set to 0 outside the nonzero region after the augmentation.
+        stage: labels of a cascade's previous stage, which become further channels.
     """
 
     labels: LabelScheme
     augmentation: Augmentation | None = None
     masked: tuple[int, ...] = ()
+    stage: tuple[int, ...] = ()
 
     def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
         rule, size, channels = Target(self.labels), places[0].patch_size, places[0].channels
-        images = torch.empty((len(places), channels, *size))
+        images = torch.empty((len(places), channels + len(self.stage), *size))
         targets = torch.empty((len(places), rule.channels, *size), dtype=rule.dtype)
         codes = torch.empty(size, dtype=rule.code_type)
-        for place, image, target in zip(places, images, targets, strict=True):
+        for place, whole, target in zip(places, images, targets, strict=True):
+            image = whole[:channels]
             drawn = Drawn() if self.augmentation is None else self.augmentation.draw(place.seed, channels)
             if drawn.matrix is None:
                 read_box(place, place.patch_box, image, codes, drawn.mirrored)
@@ -232,7 +242,29 @@ class PatchTransform:
                 read_turned(place, box, read_image, read_codes)
                 sample_into(image, codes, read_image, read_codes, matrix)
             finish(image, target, codes, drawn, self.masked, rule)
+            if self.stage:
+                previous = previous_codes(place, drawn, rule.code_type)
+                finish_stage(whole[channels:], previous, drawn, self.stage)
         return {"image": images, "target": targets}
+
+
+def previous_codes(place: Place, drawn: Drawn, kind: torch.dtype) -> Tensor:
+    """Codes (Z, Y, X) of the previous stage in the patch, turned and mirrored as the image is."""
+    codes = torch.empty(place.patch_size, dtype=kind)
+    if drawn.matrix is None:
+        read_previous(place, place.patch_box, codes, drawn.mirrored)
+        return codes
+    box, matrix = turned_box(place, drawn)
+    read = codes.new_empty(box.size)
+    read_previous(place, box, read)
+    sample_into(torch.empty((0, *place.patch_size)), codes, torch.empty((0, *box.size)), read, matrix)
+    return codes
+
+
+def finish_stage(channels: Tensor, codes: Tensor, drawn: Drawn, labels: Sequence[int]) -> None:
+    """Fill the channels (labels, Z, Y, X) of the previous stage from its codes, augmented."""
+    write_one_hot(channels, codes, labels)
+    drawn.stage.apply(channels)
 
 
 def turned_box(place: Place, drawn: Drawn) -> tuple[Box, np.ndarray]:
@@ -264,12 +296,15 @@ def training_transforms(
     mirror_axes: Sequence[int],
     use_mask_for_norm: Sequence[bool],
     labels: LabelScheme,
+    stage: Sequence[int] = (),
 ) -> PatchTransform:
     """The training chain: patches augmented on the CPU as nnU-Net does.
 
     ``use_mask_for_norm`` has a flag for each channel: those channels are zero again outside the nonzero region.
+    ``stage`` has the labels of a cascade's previous stage.
     """
-    return PatchTransform(labels, Augmentation(spatial, tuple(mirror_axes)), masked_channels(use_mask_for_norm))
+    augmentation = Augmentation(spatial, tuple(mirror_axes), len(stage))
+    return PatchTransform(labels, augmentation, masked_channels(use_mask_for_norm), tuple(stage))
 
 
 def masked_channels(use_mask_for_norm: Sequence[bool]) -> tuple[int, ...]:
@@ -277,6 +312,6 @@ def masked_channels(use_mask_for_norm: Sequence[bool]) -> tuple[int, ...]:
     return tuple(channel for channel, mask in enumerate(use_mask_for_norm) if mask)
 
 
-def plain_transforms(labels: LabelScheme) -> PatchTransform:
+def plain_transforms(labels: LabelScheme, stage: Sequence[int] = ()) -> PatchTransform:
     """The chain of validation, and of training without augmentation: only the loss's target is made."""
-    return PatchTransform(labels)
+    return PatchTransform(labels, stage=tuple(stage))

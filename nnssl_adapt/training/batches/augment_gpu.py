@@ -23,11 +23,14 @@ from nnssl_adapt.training.batches.augment import (
     SpatialRange,
     Target,
     finish,
+    finish_stage,
     masked_channels,
+    previous_codes,
     read_turned,
     turned_box,
 )
-from nnssl_adapt.training.batches.patches import Place, read_box
+from nnssl_adapt.training.batches.patches import Place
+from nnssl_adapt.training.batches.reading import read_box
 from nnssl_adapt.training.batches.spatial import Size, sample_into
 
 
@@ -48,16 +51,24 @@ class DeviceReads:
     """Makes batches of what :class:`DeviceAugmentation` needs.
 
     Called with the places of a batch's samples, returns lists with an entry for each: ``image`` float32 (C, Z, Y, X) and
-    ``target`` label codes (Z, Y, X), both of the box that was read; ``work``, a :class:`Work`.
+    ``target`` label codes (Z, Y, X), both of the box that was read; ``work``, a :class:`Work`. Of a
+    cascade also ``previous``, label codes (Z, Y, X) of the previous stage in the patch.
     """
 
     labels: LabelScheme
     augmentation: Augmentation
+    stage: tuple[int, ...] = ()
 
     def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
         samples = [self._read(place) for place in places]
         images, codes, work = (list(parts) for parts in zip(*samples, strict=True))
-        return {"image": images, "target": codes, "work": work}
+        batch = {"image": images, "target": codes, "work": work}
+        if self.stage:
+            kind = Target(self.labels).code_type
+            batch["previous"] = [
+                previous_codes(place, each.drawn, kind) for place, each in zip(places, work, strict=True)
+            ]
+        return batch
 
     def _read(self, place: Place) -> tuple[Tensor, Tensor, Work]:
         drawn = self.augmentation.draw(place.seed, place.channels)
@@ -80,9 +91,11 @@ class DeviceAugmentation:
     Args:
         labels: what they mean.
         use_mask_for_norm: a flag for each channel: those channels are zero again outside the nonzero region.
+        stage: labels of a cascade's previous stage.
     """
 
-    def __init__(self, labels: LabelScheme, use_mask_for_norm: Sequence[bool]) -> None:
+    def __init__(self, labels: LabelScheme, use_mask_for_norm: Sequence[bool], stage: Sequence[int] = ()) -> None:
+        self.stage = tuple(stage)
         self.target = Target(labels)
         self.masked = masked_channels(use_mask_for_norm)
 
@@ -93,20 +106,27 @@ class DeviceAugmentation:
         # All are on their way before the first is worked on.
         images = [image.to(device, non_blocking=True) for image in batch["image"]]
         codes = [each.to(device, non_blocking=True) for each in batch["target"]]
-        shape = (len(work), len(images[0]), *work[0].patch_size)
+        previous = [each.to(device, non_blocking=True) for each in batch.get("previous", ())]
+        channels = len(images[0])
+        shape = (len(work), channels + len(self.stage), *work[0].patch_size)
         out = torch.empty(shape, device=device)
         target = torch.empty((len(work), self.target.channels, *shape[2:]), dtype=self.target.dtype, device=device)
         for index, todo in enumerate(work):
+            image = out[index, :channels]
             if todo.matrix is None:
-                out[index].copy_(images[index])
+                image.copy_(images[index])
                 patch = codes[index].clone()  # what follows changes it, and the batch is the caller's
             else:
                 patch = codes[index].new_empty(todo.patch_size)
-                sample_into(out[index], patch, images[index], codes[index], todo.matrix)
-            finish(out[index], target[index], patch, todo.drawn, self.masked, self.target)
+                sample_into(image, patch, images[index], codes[index], todo.matrix)
+            finish(image, target[index], patch, todo.drawn, self.masked, self.target)
+            if self.stage:
+                finish_stage(out[index, channels:], previous[index], todo.drawn, self.stage)
         return out, target
 
 
-def device_transforms(spatial: SpatialRange, mirror_axes: Sequence[int], labels: LabelScheme) -> DeviceReads:
+def device_transforms(
+    spatial: SpatialRange, mirror_axes: Sequence[int], labels: LabelScheme, stage: Sequence[int] = ()
+) -> DeviceReads:
     """The workers' part of the training chain that goes on in :class:`DeviceAugmentation`."""
-    return DeviceReads(labels, Augmentation(spatial, tuple(mirror_axes)))
+    return DeviceReads(labels, Augmentation(spatial, tuple(mirror_axes), len(stage)), tuple(stage))

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.data.previous_stage import PreviousStage
 from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import NnsslAdaptError, TrainingError
 from nnssl_adapt.machine.memory import reuse_freed_memory
 from nnssl_adapt.machine.resources import memory_kills, why_a_worker_died
 from nnssl_adapt.training.batches.spatial import Box, Size
 from nnssl_adapt.training.batches.staging import open_nearest
-from nnssl_adapt.training.batches.store_check import explained_damage
 from nnssl_adapt.training.launch.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class Place:
         read_size: how much that is; beyond, nothing of the image is seen, however the patch is turned.
         patch_size: what the network sees, in the middle of it.
         seed: what else is drawn for the sample follows from it.
+        previous: labels (Z, Y, X) of a cascade's previous stage for the case, if it is one.
     """
 
     case: StoredCase
@@ -132,6 +133,7 @@ class Place:
     read_size: Size
     patch_size: Size
     seed: int
+    previous: blosc2.NDArray | None = None
 
     @property
     def channels(self) -> int:
@@ -152,35 +154,6 @@ class Place:
         start = [min(max(0, c), n) for c, n in zip(self.corner, shape, strict=True)]
         stop = [max(min(c + r, n), a) for c, r, n, a in zip(self.corner, self.read_size, shape, start, strict=True)]
         return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-
-
-def read_box(place: Place, box: Box, image: Tensor, codes: Tensor, flipped: Sequence[int] = ()) -> None:
-    """Fill ``image`` and ``codes`` with a box of a place's case, unpacking only the blocks that it touches.
-
-    Args:
-        place: whose ``filled`` voxels have values; the others become 0.
-        box: what to read (voxels of the image; may stick out).
-        image: float32 (C, Z, Y, X) of the box's size.
-        codes: uint8 or int16 (Z, Y, X): label + 1, 0 outside.
-        flipped: axes along which what is read is written backwards.
-    """
-    filled = place.filled
-    start = [min(max(a, f), g) for a, f, g in zip(box.start, filled.start, filled.stop, strict=True)]
-    stop = [max(min(b, g), a) for b, g, a in zip(box.stop, filled.stop, start, strict=True)]
-    source = (slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))
-    target = (slice(None), *(slice(a - c, b - c) for a, b, c in zip(start, stop, box.start, strict=True)))
-    flips = (slice(None), *(slice(None, None, -1 if axis in flipped else 1) for axis in range(3)))
-    pixels, marks = image.numpy()[flips], codes[None].numpy()[flips]
-    for values in (pixels, marks):
-        for axis, within in enumerate(target[1:], start=1):  # zeros around what there is, and no more
-            across = np.moveaxis(values, axis, 0)
-            across[: within.start] = 0
-            across[within.stop :] = 0
-    if all(a < b for a, b in zip(start, stop, strict=True)):
-        with explained_damage(place.case):
-            voxels, labels = place.case.data[source], place.case.seg[source]
-        pixels[target] = voxels
-        np.add(labels, 1, out=marks[target], casting="unsafe")
 
 
 # -- which, and in what random state ---------------------------------------------------------------------------------------
@@ -249,6 +222,7 @@ class Batches(Dataset):  # type: ignore[type-arg]
         rank: of this process.
         size: how many processes there are.
         copies: folder with copies of cases on this machine's own disk, now or later; see :mod:`.staging`.
+        previous: of a cascade, the segmentations of its previous stage.
 
     Raises:
         ConfigurationError: there are more processes than samples.
@@ -264,8 +238,10 @@ class Batches(Dataset):  # type: ignore[type-arg]
         rank: int = 0,
         size: int = 1,
         copies: Path | None = None,
+        previous: PreviousStage | None = None,
     ) -> None:
         self.store = CaseStore(store_folder)
+        self.previous = previous
         self.copies = None if copies is None else CaseStore(copies)
         self.phases = dict(phases)
         self.batch_size = batch_size
@@ -289,7 +265,8 @@ class Batches(Dataset):  # type: ignore[type-arg]
         corner = data.sampler.lower_corner(
             case.data.shape[1:], forced, lambda: case.properties.get("class_locations") or {}, random
         )
-        return Place(case, corner, data.sampler.read_size, data.sampler.patch_size, later)
+        previous = None if self.previous is None else self.previous.open(case.identifier, case.data.shape[1:])
+        return Place(case, corner, data.sampler.read_size, data.sampler.patch_size, later, previous)
 
 
 # -- how they reach the trainer ----------------------------------------------------------------------------------------------

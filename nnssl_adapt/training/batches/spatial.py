@@ -172,7 +172,7 @@ class _Grid:
     def by_rows(self, out: Tensor, image: Tensor) -> Iterator[_Piece]:
         """Fill ``out`` with the interpolated image, some rows at a time."""
         corners = [_corners(channel.view(-1), self.box) for channel in image]
-        results = out.view(len(image), -1)
+        results = [channel.view(-1) for channel in out]
         width = self.steps[0].shape[1]
         for rows in _pieces(len(self.starts[0]), self.device, width):
             index, fractions = self._cells(rows)

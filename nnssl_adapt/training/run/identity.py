@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.splits import load_or_make_splits, load_splits, split_for_fold
+from nnssl_adapt.data.splits import Split, load_or_make_splits, load_splits, split_for_fold
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.inference.trainer_class import trainer_for_nnunet
@@ -51,10 +51,11 @@ class RunIdentity:
     @property
     def network(self) -> dict[str, Any]:
         """The network as plain values; equal for equal networks. A CNN's don't depend on the patch."""
+        labels = LabelScheme.from_dataset_json(self.dataset.raw)
         return {
             "architecture": self.plan.architecture.to_plans_dict(self.plan.patch_size),
-            "num_channels": self.plan.num_channels,
-            "num_heads": LabelScheme.from_dataset_json(self.dataset.raw).num_heads,
+            "num_channels": self.plan.num_channels + len(self.plan.stage_channels(labels)),
+            "num_heads": labels.num_heads,
         }
 
     @property
@@ -97,19 +98,24 @@ def cases_of_fold(
             f"{store.folder} has no preprocessed cases: run nnUNetv2_preprocess_like_nnssl (or, for nnU-Net's plans, "
             "nnUNetv2_preprocess) first"
         )
-    references = plan.dataset_folder / "gt_segmentations"
-    known = sorted(p.name.removesuffix(file_ending) for p in references.glob(f"*{file_ending}")) or stored
-    splits = (
-        load_or_make_splits(plan.dataset_folder, known)
-        if splits_file is None
-        else load_splits(Path(splits_file), known)
-    )
+    splits = splits_of(plan, stored, file_ending, splits_file)
     fold = _checked_fold(fold, len(splits))
     training, validation = split_for_fold(splits, fold, stored)
     if not training or not validation:
         raise ConfigurationError(f"fold {fold} has {len(training)} training and {len(validation)} validation cases")
     store.require([*training, *validation])
     return fold, training, validation
+
+
+def splits_of(
+    plan: FinetunePlan, stored: Sequence[str], file_ending: str, splits_file: str | Path | None = None
+) -> list[Split]:
+    """The dataset's splits, or those of a file. ``stored``: identifiers of the preprocessed cases."""
+    references = plan.dataset_folder / "gt_segmentations"
+    known = sorted(p.name.removesuffix(file_ending) for p in references.glob(f"*{file_ending}")) or list(stored)
+    if splits_file is not None:
+        return load_splits(Path(splits_file), known)
+    return load_or_make_splits(plan.dataset_folder, known)
 
 
 def _checked_fold(fold: int | str, folds: int) -> int | str:

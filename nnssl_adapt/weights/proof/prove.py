@@ -126,6 +126,7 @@ def prove_transfer(
     token_order: str = "auto",
     waive: Sequence[str] = (),
     tolerance: float = TOLERANCE,
+    silent: int = 0,
 ) -> Proof:
     """Compare what the encoder computes after a transfer with what it computed in pre-training, stage by stage.
 
@@ -139,6 +140,8 @@ def prove_transfer(
         token_order: for the transfer done here. What the pre-trained network did is always taken from the file.
         waive: patterns of tensors that may be left behind in the transfer done here.
         tolerance: largest relative difference that counts as none.
+        silent: of the network's input channels the last so many are of a cascade's previous stage: they are filled, and must
+            not matter.
 
     A CNN is compared on a small image, a transformer on the network's own patch: seconds for the one, minutes on a CPU
     for the other at its published size. Features that a wider network adds are left out, as are stages that follow one
@@ -171,9 +174,9 @@ def prove_transfer(
     try:
         with torch.no_grad():
             if checkpoint.architecture.is_transformer:
-                truth, found = _transformers(checkpoint, network, settings, notes)
+                truth, found = _transformers(checkpoint, network, settings, notes, silent)
             else:
-                truth, found = _cnns(checkpoint, network, settings, notes)
+                truth, found = _cnns(checkpoint, network, settings, notes, silent)
     finally:
         network.train(was_training)
     stages = tuple(_compared(name, features, found[name]) for name, features in truth.items())
@@ -237,6 +240,14 @@ def _images(rule: str | tuple[int | None, ...], old: int, new: int, shape: Seque
     return one.repeat(1, old, 1, 1, 1), one.repeat(1, new, 1, 1, 1), "one image in every channel"
 
 
+def _with_previous_stage(image: Tensor, channels: int) -> Tensor:
+    """The image with labels of a previous stage, which must not matter yet."""
+    if not channels:
+        return image
+    labels = _structured(channels, image.shape[2:], seed=77) > 0
+    return torch.cat([image, labels.to(image)], dim=1)
+
+
 def _input_channels(network: nn.Module) -> int:
     keys: Any = network.keys_to_in_proj
     return int(network.get_parameter(f"{keys[0]}.weight").shape[1])
@@ -246,7 +257,7 @@ def _input_channels(network: nn.Module) -> int:
 
 
 def _cnns(
-    checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, notes: list[str]
+    checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, notes: list[str], silent: int
 ) -> tuple[Features, Features]:
     """Skips of both encoders, as far as they are meant to agree."""
     target: Any = network
@@ -255,8 +266,9 @@ def _cnns(
     shape = [2 * max(a, b) for a, b in zip(checkpoint.architecture.total_stride, deepest, strict=True)]
     decoder = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
     source: Any = pretrained_network(checkpoint, (shape[0], shape[1], shape[2]), decoder=decoder, beside=network)
-    old, new = checkpoint.plan.num_input_channels, _input_channels(network)
+    old, new = checkpoint.plan.num_input_channels, _input_channels(network) - silent
     before, after, how = _images(settings.channel_numbers, old, new, shape)
+    after = _with_previous_stage(after, silent)
     notes += [how] if how else []
     skips, others = source.encoder(before), target.encoder(after)
     beside = lacking_names(checkpoint, NetworkParts.of(source))
@@ -331,7 +343,7 @@ def _shapes(network: nn.Module, prefixes: Sequence[str]) -> dict[str, tuple[int,
 
 
 def _transformers(
-    checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, notes: list[str]
+    checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, notes: list[str], silent: int
 ) -> tuple[Features, Features]:
     """Patch embedding, positions and blocks of both, everything in its place in space (1, C, Z, Y, X)."""
     target: Any = network
@@ -346,8 +358,9 @@ def _transformers(
     notes.append(f"the pre-trained encoder is run on tokens in {order} order: {reason}")
     grid = _grid_of(target, settings)
     patch = [n * k for n, k in zip(grid, kernel, strict=True)]
-    old, new = checkpoint.plan.num_input_channels, _input_channels(network)
+    old, new = checkpoint.plan.num_input_channels, _input_channels(network) - silent
     before, after, how = _images(settings.channel_numbers, old, new, patch)
+    after = _with_previous_stage(after, silent)
     notes += [how] if how else []
     found = watch_transformer(target, after, grid, network_order(network))
     truth = pretrained_token_features(checkpoint, before, grid, order, notes)

@@ -50,9 +50,14 @@ class EncoderFit:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, network: nn.Module, parts: NetworkParts, settings: TransferSettings
+        self,
+        checkpoint: Checkpoint,
+        network: nn.Module,
+        parts: NetworkParts,
+        settings: TransferSettings,
+        silent: int = 0,
     ) -> None:
-        self.checkpoint, self.parts, self.settings = checkpoint, parts, settings
+        self.checkpoint, self.parts, self.settings, self.silent = checkpoint, parts, settings, silent
         self.source, self.keys = checkpoint.tensors, checkpoint.plan
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -135,7 +140,7 @@ class EncoderFit:
         names = self._names(target) if target is not None else []
         if target is None or not names or self.source[names[0]].ndim < 2:
             return
-        trained, channels = self.source[names[0]].shape[1], target.tensor.shape[1]
+        trained, channels = self.source[names[0]].shape[1], target.tensor.shape[1] - self.silent
         wrong = check_channel_map(self.settings.channel_numbers, trained, channels)
         if wrong:
             raise TransferError(f"{self.checkpoint.origin}: {wrong}")
@@ -213,7 +218,9 @@ class EncoderFit:
         elif self.parts.is_in_proj(target):
             is_patch = "down_projection.proj.weight" in target.names
             role = Role("patch embedding" if is_patch else "convolution", channels=self.settings.channel_numbers)
-        fitted = fit(value, target.tensor, role)
+        silent = self.silent if role.channels is not None and value.ndim > 1 else 0
+        fitted = fit(value, target.tensor[:, : target.tensor.shape[1] - silent] if silent else target.tensor, role)
+        fitted = _with_silent_channels(fitted, silent) if silent else fitted
         if self.order is not None and role.features == 0 and _has_other_width(value, target.tensor):
             self._warn_of_widths()
         return replace(fitted, rules=(*before, *fitted.rules))
@@ -292,6 +299,14 @@ class EncoderFit:
             z, y, x = self.grid
             return z, y, x
         return tensor_ops.find_token_grid(tokens, [])
+
+
+def _with_silent_channels(fitted: Fitted, silent: int) -> Fitted:
+    """A kernel that does not see so many further channels."""
+    kernel = fitted.value
+    zeros = kernel.new_zeros((len(kernel), silent, *kernel.shape[2:]))
+    rule = f"{silent} channel(s) of the previous stage silent (zeros)"
+    return replace(fitted, value=torch.cat([kernel, zeros], dim=1), rules=(*fitted.rules, rule))
 
 
 def _has_other_width(value: Tensor, into: Tensor) -> bool:

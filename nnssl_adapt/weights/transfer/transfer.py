@@ -44,6 +44,7 @@ def transfer_weights(
     waive: Sequence[str] = (),
     head_names: Sequence[str] = (),
     channel_names: Sequence[str] = (),
+    silent: int = 0,
 ) -> TransferReport:
     """Load pre-trained weights into ``network``, whose tensors it CHANGES in place, and account for everything.
 
@@ -61,6 +62,8 @@ def transfer_weights(
             supervised network are taken over where names agree.
         channel_names: of the network's image channels, in order; with ``channels`` at ``auto`` each takes the kernel of the
             pre-training channel of its name.
+        silent: of the network's input channels the last so many hold no image, but the segmentation of a cascade's previous
+            stage: their kernels become 0, so that the network starts as one without them.
 
     Returns a :class:`TransferReport`.
 
@@ -78,7 +81,7 @@ def transfer_weights(
     plan = checkpoint.plan
     pairing = pair_by_name(settings.channels, channel_names, plan.channel_names, plan.num_input_channels)
     settings = replace(settings, channels=pairing.rule)
-    transfer = _Transfer(checkpoint, network, settings, head_names)
+    transfer = _Transfer(checkpoint, network, settings, head_names, silent)
     transfer.notes += pairing.notes
     transfer.warnings += pairing.warnings
     report = transfer.plan()
@@ -148,7 +151,12 @@ class _Transfer:
     """One transfer: decides the fate of all tensors first, then writes, so that an error leaves the network as it was."""
 
     def __init__(
-        self, checkpoint: Checkpoint, network: nn.Module, settings: TransferSettings, head_names: Sequence[str]
+        self,
+        checkpoint: Checkpoint,
+        network: nn.Module,
+        settings: TransferSettings,
+        head_names: Sequence[str],
+        silent: int,
     ) -> None:
         self.checkpoint = checkpoint
         self.source = checkpoint.tensors
@@ -162,7 +170,7 @@ class _Transfer:
         self.dropped: dict[str, str] = {}
         self.writes: list[tuple[Tensor, Tensor]] = []
         self._check_waivers()
-        self.encoder = EncoderFit(checkpoint, network, self.parts, settings)
+        self.encoder = EncoderFit(checkpoint, network, self.parts, settings, silent)
         self.decoder: DecoderFit | None = None
         wanted = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
         if wanted:

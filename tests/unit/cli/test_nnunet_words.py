@@ -123,7 +123,6 @@ def test_preprocess_takes_the_words_of_nnunets_integration_and_of_its_planner():
 @pytest.mark.parametrize(
     "words",
     [
-        "predict -i a -o b -m c -prev_stage_predictions d",
         "preprocess -d 41 -n mae -pc w -overwrite_target_spacing 1 1 1",
         "evaluate -p a -g b -l 1 2",
         "package model -o out -d 41",

@@ -70,6 +70,7 @@ def validation(plan, tmp_path):
         cases=CASES,
         references=plan.dataset_folder / "gt_segmentations",
         folder=tmp_path / "fold_0",
+        fold=0,
         device=torch.device("cpu"),
     )
 

@@ -19,8 +19,8 @@ from nnssl_adapt.training.batches.patches import (
     explained_worker_death,
     is_forced_foreground,
     iterate_batches,
-    read_box,
 )
+from nnssl_adapt.training.batches.reading import read_box
 from nnssl_adapt.training.batches.spatial import Box
 
 SHAPE = (10, 20, 30)

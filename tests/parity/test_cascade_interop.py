@@ -1,0 +1,167 @@
+"""A cascade from raw data to labels: planned and preprocessed here, trained here and by nnU-Net, predicted by both."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from support.synthetic import make_dataset
+
+pytest.importorskip("nnunetv2")
+
+import nnssl_adapt as na
+from nnssl_adapt.data.previous_stage import FOLDER
+from nnssl_adapt.data.splits import load_splits
+from nnssl_adapt.errors import ConfigurationError, ModelFolderError
+from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.planning.plan import CASCADE, LOW_RESOLUTION
+
+TESTS = Path(__file__).parents[1]
+CHECKPOINT = TESTS / "data" / "nnssl_checkpoints" / "small_resenc"
+SPLITS = [
+    {"train": ["case_02", "case_03"], "val": ["case_00", "case_01"]},
+    {"train": ["case_00", "case_01"], "val": ["case_02", "case_03"]},
+]
+RECIPE = {"epochs": 2, "warmup_epochs": 0, "iterations_per_epoch": 6, "validation_iterations": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dataset whose images are large for the weights' patch, with a plan of two stages and its cases."""
+    root = tmp_path_factory.mktemp("cascade")
+    folders = {f"nnUNet_{part}": root / part for part in ("raw", "preprocessed", "results")}
+    for folder in folders.values():
+        folder.mkdir()
+    raw = make_dataset(root / "raw", cases=4, shape=(40, 42, 48), spacing=(1.0, 1.0, 1.0))
+    (raw / "splits_final.json").write_text(json.dumps(SPLITS))
+    images = root / "images"
+    images.mkdir()
+    for case in ("case_00", "case_02"):
+        shutil.copy(raw / "imagesTr" / f"{case}_0000.nii.gz", images)
+    checkpoint = na.open_checkpoint(CHECKPOINT)
+    size = {"patch_size": (16, 16, 16), "recommended_patch_size": (16, 16, 16)}
+    checkpoint = replace(checkpoint, plan=checkpoint.plan.model_copy(update=size))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in folders.items():
+            patch.setenv(name, str(folder))
+        plan = na.make_plan(991, checkpoint, plans_name="stages", workers=1, configurations=[CASCADE])
+        na.preprocess_dataset(plan, workers=1, progress=False, configurations=[LOW_RESOLUTION, CASCADE])
+        yield SimpleNamespace(root=root, raw=raw, images=images, dataset=raw.name, plan=plan, checkpoint=checkpoint)
+
+
+def train(world, configuration, fold, **changes):
+    recipe = na.Recipe.load("tiny_cpu").override(**RECIPE, patch_size=None, trainer_name="Tiny", **changes)
+    plan = world.plan.seen_through(configuration)
+    trainer = na.PretrainedTrainer(plan, fold, recipe, device="cpu", checkpoint=CHECKPOINT, workers=0, progress=False)
+    return trainer, trainer.run()
+
+
+@pytest.fixture(scope="module")
+def ours(world):
+    """The model folder of the cascade, trained here."""
+    with pytest.raises(ConfigurationError, match="3d_lowres") as missing:
+        train(world, CASCADE, 0)
+    assert missing.value.path.parts[-2:] == (FOLDER, CASCADE)
+    train(world, LOW_RESOLUTION, 0)
+    with pytest.raises(ConfigurationError, match="fold 1") as missing:
+        train(world, CASCADE, 0)
+    assert "case_02, case_03" in str(missing.value) and "case_00" not in str(missing.value)
+    train(world, LOW_RESOLUTION, 1)
+    trainer, model = train(world, CASCADE, 0)
+    assert trainer.summary is not None
+    return model.path
+
+
+@pytest.fixture(scope="module")
+def peer(world):
+    """The model folder of the cascade that nnU-Net trained by the same plan."""
+    run([sys.executable, str(TESTS / "support" / "peer_cascade.py"), "991", "stages"])
+    return world.root / "results" / world.dataset / f"nnUNetTrainerNoMirroring__stages__{CASCADE}"
+
+
+def run(words):
+    calm = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "nnUNet_compile": "f"}
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **calm})
+    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+
+
+def by_nnunet(model, images, output, *more):
+    command = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
+    flags = ["-i", images, "-o", output, "-m", model, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", *more]
+    run([sys.executable, "-c", command, *(str(flag) for flag in flags)])
+
+
+def agreement(one, other):
+    names = sorted(path.name for path in one.glob("*.nii.gz"))
+    assert names == sorted(path.name for path in other.glob("*.nii.gz")) and names
+    pairs = [[sitk.GetArrayFromImage(sitk.ReadImage(str(f / name))) for f in (one, other)] for name in names]
+    assert any(len(np.unique(b)) > 1 for _, b in pairs), "a segmentation of nothing proves nothing"
+    return float(np.mean([np.mean(a == b) for a, b in pairs]))
+
+
+@pytest.mark.parametrize("whose", ["ours", "peer"])
+def test_both_predict_the_same_through_both_stages(whose, world, request, tmp_path):
+    model = request.getfixturevalue(whose)
+    first = model.parent / model.name.replace(CASCADE, LOW_RESOLUTION)
+    by_nnunet(first, world.images, tmp_path / "first")
+    by_nnunet(model, world.images, tmp_path / "theirs", "-prev_stage_predictions", tmp_path / "first")
+    predictor = na.Predictor(model, folds=0, device="cpu", accumulation_dtype=torch.float16)
+    predictor.predict(world.images, tmp_path / "ours")
+    assert agreement(tmp_path / "ours" / LOW_RESOLUTION, tmp_path / "first") >= 0.999
+    predictor.predict(world.images, tmp_path / "given", previous=tmp_path / "first")
+    assert agreement(tmp_path / "given", tmp_path / "theirs") >= 0.9999
+    assert agreement(tmp_path / "ours", tmp_path / "theirs") >= 0.998
+
+
+def test_the_first_stage_leaves_what_nnunet_leaves(world, peer, tmp_path):
+    """Its network, validated here."""
+    first = peer.parent / peer.name.replace(CASCADE, LOW_RESOLUTION)
+    theirs = {path.stem: blosc2.open(str(path))[:] for path in (first / FOLDER / CASCADE).glob("*.b2nd")}
+    assert sorted(theirs) == ["case_00", "case_01", "case_02", "case_03"]
+    recipe = na.Recipe.load("tiny_cpu").override(**RECIPE, patch_size=None, trainer_name="nnUNetTrainerNoMirroring")
+    results = tmp_path / "results"
+    shutil.copytree(first.parent, results / world.dataset)
+    shutil.rmtree(results / world.dataset / first.name / FOLDER)
+    shutil.rmtree(results / world.dataset / first.name / "fold_0" / "validation")
+    trainer = na.PretrainedTrainer(
+        world.plan.seen_through(LOW_RESOLUTION), 0, recipe, device="cpu", results_folder=results, progress=False
+    )
+    trainer.run(validate_only=True)
+    found = list((results / world.dataset / first.name / FOLDER / CASCADE).glob("*.b2nd"))
+    assert sorted(path.stem for path in found) == SPLITS[0]["val"]
+    for path in found:
+        labels = blosc2.open(str(path))[:]
+        assert labels.dtype == theirs[path.stem].dtype and labels.shape == theirs[path.stem].shape
+        assert np.mean(labels == theirs[path.stem]) > 0.998
+
+
+def test_the_cascade_starts_as_the_full_resolution(ours):
+    model = ModelFolder.open(ours)
+    report = json.loads((ours / "fold_0" / "transfer_report.json").read_text())
+    stem = [row for row in report["rows"] if "silent" in (row.get("reason") or "")]
+    assert stem and all(row["part"] == "stem" for row in stem)
+    assert model.build_network(empty=True).encoder.stem.convs[0].conv.weight.shape[1] == 1 + 2
+
+
+def test_a_first_stage_that_is_missing_or_of_other_folds_is_named(ours, world, tmp_path):
+    alone = tmp_path / ours.name
+    shutil.copytree(ours, alone)
+    with pytest.raises(ModelFolderError, match=LOW_RESOLUTION) as missing:
+        na.Predictor(alone, device="cpu").predict(world.images, tmp_path / "out")
+    assert missing.value.path == tmp_path / ours.name.replace(CASCADE, LOW_RESOLUTION)
+    record = ours.parent / ours.name.replace(CASCADE, LOW_RESOLUTION) / FOLDER / CASCADE / ".nnssl_adapt/case_03.json"
+    before = record.read_text()
+    record.write_text(before.replace('"fold": 1', '"fold": 0'))
+    with pytest.raises(ConfigurationError, match="case_03 by fold 0"):
+        train(world, CASCADE, 1)
+    record.write_text(before)
+    assert len(load_splits(world.raw / "splits_final.json", [f"case_0{n}" for n in range(4)])) == 2
