@@ -329,7 +329,7 @@ class Predictor:
 
     @cached_property
     def first_stage(self) -> Predictor:
-        """The first network of a cascade, with the same folds and settings. Raises ModelFolderError where there is none."""
+        """Of a cascade, its first network with the same folds and settings. Raises ModelFolderError where there is none."""
         return first_predictor(self)
 
     def run_tasks(

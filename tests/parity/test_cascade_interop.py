@@ -18,6 +18,8 @@ from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
 import nnssl_adapt as na
 from nnssl_adapt.data.previous_stage import FOLDER
 from nnssl_adapt.data.splits import load_splits
@@ -94,10 +96,15 @@ def run(words):
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-def by_nnunet(model, images, output, *more):
-    command = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
-    flags = ["-i", images, "-o", output, "-m", model, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", *more]
-    run([sys.executable, "-c", command, *(str(flag) for flag in flags)])
+def by_nnunet(model, images, output, first=None):
+    """nnU-Net's prediction, in this process: its command does the same in several, which take a minute to start."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    output.mkdir()
+    given = None if first is None else str(first)
+    predictor.predict_from_files_sequential(
+        str(images), str(output), save_probabilities=False, folder_with_segs_from_prev_stage=given
+    )
 
 
 def agreement(one, other):
@@ -108,18 +115,24 @@ def agreement(one, other):
     return float(np.mean([np.mean(a == b) for a, b in pairs]))
 
 
-@pytest.mark.parametrize("whose", ["ours", "peer"])
-def test_both_predict_the_same_through_both_stages(whose, world, request, tmp_path):
-    model = request.getfixturevalue(whose)
+def check_both_stages(model, world, tmp_path):
     first = model.parent / model.name.replace(CASCADE, LOW_RESOLUTION)
     by_nnunet(first, world.images, tmp_path / "first")
-    by_nnunet(model, world.images, tmp_path / "theirs", "-prev_stage_predictions", tmp_path / "first")
+    by_nnunet(model, world.images, tmp_path / "theirs", tmp_path / "first")
     predictor = na.Predictor(model, folds=0, device="cpu", accumulation_dtype=torch.float16)
     predictor.predict(world.images, tmp_path / "ours")
     assert agreement(tmp_path / "ours" / LOW_RESOLUTION, tmp_path / "first") >= 0.999
     predictor.predict(world.images, tmp_path / "given", previous=tmp_path / "first")
     assert agreement(tmp_path / "given", tmp_path / "theirs") >= 0.9999
     assert agreement(tmp_path / "ours", tmp_path / "theirs") >= 0.998
+
+
+def test_nnunet_predicts_with_our_cascade(ours, world, tmp_path):
+    check_both_stages(ours, world, tmp_path)
+
+
+def test_we_predict_with_nnunets_cascade(peer, world, tmp_path):
+    check_both_stages(peer, world, tmp_path)
 
 
 def test_the_first_stage_leaves_what_nnunet_leaves(world, peer, tmp_path):
