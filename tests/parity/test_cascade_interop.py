@@ -33,7 +33,7 @@ SPLITS = [
     {"train": ["case_02", "case_03"], "val": ["case_00", "case_01"]},
     {"train": ["case_00", "case_01"], "val": ["case_02", "case_03"]},
 ]
-RECIPE = {"epochs": 2, "warmup_epochs": 0, "iterations_per_epoch": 6, "validation_iterations": 1}
+RECIPE = {"epochs": 1, "warmup_epochs": 0, "iterations_per_epoch": 10, "validation_iterations": 1}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def train(world, configuration, fold, **changes):
 
 
 @pytest.fixture(scope="module")
-def ours(world):
-    """The model folder of the cascade, trained here."""
+def half_a_first_stage(world):
+    """Fold 0 of the low resolution; without it, and without fold 1, there is no cascade."""
     with pytest.raises(ConfigurationError, match="3d_lowres") as missing:
         train(world, CASCADE, 0)
     assert missing.value.path.parts[-2:] == (FOLDER, CASCADE)
@@ -77,7 +77,17 @@ def ours(world):
     with pytest.raises(ConfigurationError, match="fold 1") as missing:
         train(world, CASCADE, 0)
     assert "case_02, case_03" in str(missing.value) and "case_00" not in str(missing.value)
+
+
+@pytest.fixture(scope="module")
+def first_stage(world, half_a_first_stage):
+    """The low resolution, both folds."""
     train(world, LOW_RESOLUTION, 1)
+
+
+@pytest.fixture(scope="module")
+def ours(world, first_stage):
+    """The model folder of the cascade, trained here."""
     trainer, model = train(world, CASCADE, 0)
     assert trainer.summary is not None
     return model.path
