@@ -14,6 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-overlays", action="store_true", help="no pictures of cases, which need the images in nnUNet_raw"
     )
+    parser.add_argument(
+        "--viewer",
+        action="store_true",
+        help="with the volumes of the worst cases in 3D (NiiVue), also without a network",
+    )
+    parser.add_argument(
+        "--viewer-mb",
+        type=float,
+        metavar="MB",
+        help="as --viewer, with at most so many megabytes of volumes in the page (default 100); what is left out is said",
+    )
     add_lesion_flags(parser)
     add_verbose(parser)
 
@@ -21,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.evaluation.report.report import write_report
 
-    path = write_report(arguments.model, arguments.output, not arguments.no_overlays, lesion_rule(arguments))
+    viewer = arguments.viewer if arguments.viewer_mb is None else arguments.viewer_mb
+    path = write_report(arguments.model, arguments.output, not arguments.no_overlays, lesion_rule(arguments), viewer)
     print(f"report: {path}")
     return EXIT_OK

@@ -6,17 +6,17 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnssl_adapt.data.dataset import DatasetJson, RawCase, listed_cases
-from nnssl_adapt.data.images import read_image, read_labels
+from nnssl_adapt.data.images import ImageGeometry, read_image, read_labels
 from nnssl_adapt.errors import CaseError, ConfigurationError, NnsslAdaptError
 from nnssl_adapt.evaluation.overlay import UPRIGHT, class_colour
 from nnssl_adapt.evaluation.report.content import CaseResult, number, worst_first, worst_median_best
@@ -34,6 +34,7 @@ from nnssl_adapt.evaluation.report.strips import (
     class_palette,
     draw_strips,
 )
+from nnssl_adapt.evaluation.report.viewer import Budget, Volume, embed
 from nnssl_adapt.geometry.orientation import Turn
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.machine.memory import available_memory
@@ -92,8 +93,8 @@ class Subject:
         except (NnsslAdaptError, OSError):
             return f"{self.case.name}_0000{self.model.file_ending}"
 
-    def read(self) -> UprightCase:
-        """Image, reference and prediction, upright. Raises CaseError or another of ours when a file is not as it should be."""
+    def read(self) -> StoredCase:
+        """Image, reference and prediction. Raises CaseError or another of ours when a file is not as it should be."""
         reader = self.model.image_reader
         image, geometry = read_image(self.files.images[:1], reader)
         reference, prediction = (read_labels(path, reader)[0][0] for path in (self.reference, self.case.prediction))
@@ -102,21 +103,38 @@ class Subject:
                 raise CaseError(f"{path} has shape {labels.shape}, the image {image.shape[1:]}", path=path)
         shown = [value for value in self.model.labels.all_labels if value != 0]
         ignored = ~np.isin(reference, [0, *shown])  # what nobody annotated is neither right nor wrong
-        known = geometry.picture is None  # of pictures such as PNG nothing tells which way they lie
-        turn = Turn.to(UPRIGHT, geometry.direction) if known else Turn()
-        upright = [
-            turn.apply(np.where(ignored | ~np.isin(labels, shown), 0, labels)) for labels in (reference, prediction)
-        ]
-        spacing = [geometry.spacing[axis] for axis in turn.axes]
-        numbers = [_numbers(turn, axis, upright[0].shape[axis]) for axis in range(3)]
+        drawn = [np.where(ignored | ~np.isin(labels, shown), 0, labels) for labels in (reference, prediction)]
+        return StoredCase(image[0], drawn[0], drawn[1], geometry)
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """Arrays (Z, Y, X) of one case as they are stored: one channel, and label maps with 0 where nothing is drawn."""
+
+    image: np.ndarray
+    reference: np.ndarray
+    prediction: np.ndarray
+    geometry: ImageGeometry
+
+    def upright(self) -> UprightCase:
+        known = self.geometry.picture is None  # of pictures such as PNG nothing tells which way they lie
+        turn = Turn.to(UPRIGHT, self.geometry.direction) if known else Turn()
+        image, reference, prediction = (turn.apply(array) for array in (self.image, self.reference, self.prediction))
+        spacing = [self.geometry.spacing[axis] for axis in turn.axes]
+        numbers = [_numbers(turn, axis, image.shape[axis]) for axis in range(3)]
         return UprightCase(
-            image=turn.apply(image[0]),
-            reference=upright[0],
-            prediction=upright[1],
+            image=image,
+            reference=reference,
+            prediction=prediction,
             spacing=(spacing[0], spacing[1], spacing[2]),
             numbers=(numbers[0], numbers[1], numbers[2]),
             names=PLANES if known else ("along z", "along y", "along x"),
             sides=SIDES if known else ("", "", ""),
+        )
+
+    def volumes(self) -> Volume:
+        return embed(
+            (("image", self.image), ("reference", self.reference), ("prediction", self.prediction)), self.geometry
         )
 
 
@@ -125,26 +143,31 @@ def _numbers(turn: Turn, axis: int, length: int) -> list[str]:
     return [f"{letter} = {index}" for index in (reversed(stored) if turn.flips[axis] else stored)]
 
 
-def case_section(model: ModelFolder, cases: Sequence[CaseResult]) -> dict[str, Any]:
+def case_section(
+    model: ModelFolder, cases: Sequence[CaseResult], viewer_megabytes: float | None = None
+) -> dict[str, Any]:
     """What the template ``cases.html`` shows of these cases, and what its script reads (``data``).
 
-    A case whose files are missing or unreadable is there with the reason, and without pictures.
+    A case whose files are missing or unreadable is there with the reason, and without pictures. With
+    ``viewer_megabytes``, the volumes of the worst cases are there too, as far as they fit.
     """
     ranked = worst_first(cases)
     badges = {id(case): what for what, case in worst_median_best(cases)} if len(ranked) > 2 else {}
     subjects = [Subject(model, case) for case in ranked[:DRAWN]]
+    budget = None if viewer_megabytes is None else Budget(viewer_megabytes)
     with ThreadPoolExecutor(_threads()) as threads:
-        drawn = list(threads.map(_drawn, subjects, range(len(subjects))))
+        embedded = [budget is not None and index < FULL for index in range(len(subjects))]
+        drawn = list(threads.map(_drawn, subjects, range(len(subjects)), embedded))
     entries = [
-        _entry(subject, strips, problem, index, badges.get(id(subject.case), ""))
-        for index, (subject, (strips, problem)) in enumerate(zip(subjects, drawn, strict=True))
+        _entry(subject, one, index, badges.get(id(subject.case), ""), budget)
+        for index, (subject, one) in enumerate(zip(subjects, drawn, strict=True))
     ]
     values, names = class_names(model)
     colours = {"hit": HIT, "missed": MISSED, "added": ADDED, "wrong": WRONG}
     about = [(case.fold, case.name, case.mean_dice) for case in ranked]
     return {
         "cases": entries,
-        "notes": _notes(len(ranked), sum(not strips.planes for strips, _ in drawn)),
+        "notes": _notes(len(ranked), sum(not one.strips.planes for one in drawn)),
         "classes": [
             {"value": value, "name": name, "colour": class_colour(index)}
             for index, (value, name) in enumerate(zip(values, names, strict=True))
@@ -154,6 +177,7 @@ def case_section(model: ModelFolder, cases: Sequence[CaseResult]) -> dict[str, A
             # Marks are kept by the browser under this key: another training's marks are other marks.
             "key": hashlib.sha256(repr((model.plan.dataset_name, model.path.name, about)).encode()).hexdigest()[:16],
             "palette": {**colours, "classes": class_palette(values)},
+            "classes": dict(zip(values, names, strict=True)),
             "cases": [_data(entry) for entry in entries],
         },
     }
@@ -172,21 +196,32 @@ def _threads() -> int:
     return max(1, min(_THREADS, Resources.here().cores, fitting))
 
 
-def _drawn(subject: Subject, index: int) -> tuple[Strips, str]:
-    """The strips, or none and why."""
-    draw: Callable[[UprightCase], Strips] = partial(draw_strips, sizes=SIZES, limit=CASE_BYTES)
-    if index >= FULL:
-        draw = partial(draw_strips, sizes=(THUMBNAIL,))
+@dataclass(frozen=True)
+class _Drawn:
+    strips: Strips = field(default_factory=Strips)
+    volume: Volume | None = None
+    problem: str = ""
+
+
+def _drawn(subject: Subject, index: int, embedded: bool) -> _Drawn:
+    """The pictures and volumes of a case, or none and why."""
     try:
-        return draw(subject.read()), ""
+        stored = subject.read()
+        if index >= FULL:
+            return _Drawn(draw_strips(stored.upright(), sizes=(THUMBNAIL,)))
+        strips = draw_strips(stored.upright(), SIZES, CASE_BYTES)
+        return _Drawn(strips, stored.volumes() if embedded else None)
     except (NnsslAdaptError, OSError) as error:
         logger.info("no pictures of %s: %s", subject.case.name, error)
-        return Strips(), f"not drawn: {error}"
+        return _Drawn(problem=f"not drawn: {error}")
 
 
-def _entry(subject: Subject, strips: Strips, problem: str, index: int, badge: str) -> dict[str, Any]:
-    case = subject.case
+def _entry(subject: Subject, drawn: _Drawn, index: int, badge: str, budget: Budget | None) -> dict[str, Any]:
+    case, volume, problem = subject.case, drawn.volume, drawn.problem
+    if budget is not None and volume is not None and (why := budget.take(volume)):
+        volume, problem = None, why
     return {
+        "index": index,
         "name": case.name,
         "fold": case.fold,
         "dice": number(case.mean_dice),
@@ -195,9 +230,9 @@ def _entry(subject: Subject, strips: Strips, problem: str, index: int, badge: st
         "file": subject.file_name,
         "problem": problem,
         "thumbnail": index >= FULL,
-        "planes": strips.planes,
-        "codes": strips.codes,
-        "volumes": False,
+        "planes": drawn.strips.planes,
+        "codes": drawn.strips.codes,
+        "volumes": volume,
     }
 
 

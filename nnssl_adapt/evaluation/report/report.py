@@ -26,6 +26,7 @@ from nnssl_adapt.evaluation.report.content import (
     worst_first,
 )
 from nnssl_adapt.evaluation.report.page import frame, png_of, render
+from nnssl_adapt.evaluation.report.viewer import DEFAULT_MEGABYTES, viewer_context
 from nnssl_adapt.files import write_text
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.planning.provenance import NOT_LOADED
@@ -63,6 +64,7 @@ def write_report(
     output: str | Path | None = None,
     overlays: bool = True,
     lesions: LesionRule | None = None,
+    viewer: bool | float = False,
 ) -> Path:
     """Write the report of a trained model folder (see :func:`make_report`), and return its path.
 
@@ -70,13 +72,14 @@ def write_report(
         ModelFolderError: it is no trained model folder.
         OutputError: the file can't be written.
     """
-    return make_report(model, overlays, lesions).save(output)
+    return make_report(model, overlays, lesions, viewer).save(output)
 
 
 def make_report(
     model: ModelFolder | str | Path,
     overlays: bool = True,
     lesions: LesionRule | None = None,
+    viewer: bool | float = False,
 ) -> Report:
     """Make the report of a trained model folder, ours or nnU-Net's.
 
@@ -84,18 +87,24 @@ def make_report(
         model: the model folder, with any number of trained folds.
         overlays: draw the validation cases, for which the images must lie in ``nnUNet_raw``.
         lesions: count the lesions of the validation cases by this rule, too.
+        viewer: put the volumes of the worst cases into the page too, and NiiVue, which shows them in 3D. A number: at most
+            so many megabytes of them (True: 100); cases beyond are named and left out.
 
     Raises:
         ModelFolderError: it is no trained model folder.
+        ConfigurationError: a viewer is asked for, and this installation has no NiiVue.
         CaseError: lesions can't be counted, since a segmentation or its reference is missing or can't be read.
     """
+    megabytes = DEFAULT_MEGABYTES if viewer is True else float(viewer)
+    niivue = None if viewer is False else viewer_context()  # before the work
     model = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
     folds = gather_folds(model)
     cases = [case for fold in folds for case in fold.cases]
     transfer = next((fold.transfer for fold in folds if fold.transfer is not None), None)
     names = ", ".join(fold.name for fold in folds)
     recipe = next((fold.debug["recipe"] for fold in folds if "recipe" in fold.debug), None)
-    section = case_section(model, cases) if overlays and cases else None
+    limit = None if niivue is None else megabytes
+    section = case_section(model, cases, limit) if overlays and cases else None
     page = render(
         "report.html",
         title=f"{model.plan.dataset_name}: {model.path.name}",
@@ -108,7 +117,7 @@ def make_report(
         results=_results(model, cases),
         lesions=_lesions(model, cases, lesions) if lesions is not None and cases else None,
         cases=section,
-        viewer=None,
+        viewer=None if section is None else niivue,
         curves=[
             {
                 "png": fold.progress,

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from importlib.resources import files
 
 import matplotlib.image
 import numpy as np
@@ -11,7 +12,9 @@ import yaml
 from support.browser import Browser, needs_browser
 from support.reports import write_validated_model
 
+from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.evaluation.report.report import write_report
+from nnssl_adapt.evaluation.report.viewer import BUNDLE
 
 pytestmark = needs_browser
 
@@ -181,3 +184,36 @@ def test_a_page_can_be_shown_in_a_frame_of_a_notebook(page, tmp_path):
         inside = "document.querySelector('iframe').contentDocument"
         browser.until(f"{inside}.querySelectorAll('article.case').length === 4")
         assert browser.complaints == [] and browser.from_network == []
+
+
+def test_the_volumes_in_3d(tmp_path, monkeypatch):
+    """The real NiiVue, where it was put into the package; what does not fit is left out and said."""
+    if not (files("nnssl_adapt.assets") / "niivue" / BUNDLE).is_file():
+        pytest.skip("needs NiiVue: python setup.py vendor_niivue")
+    for name in ("raw", "results", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / f"nnUNet_{name}"))
+    model = write_validated_model(tmp_path, NAMES, CLASSES, second_class=True)
+    path = write_report(model, viewer=0.010)  # megabytes: two cases
+    with Browser(tmp_path / "browser") as browser:
+        browser.open(path)
+        embedded = "[...document.querySelectorAll('script[type=\"text/plain\"]')].map(e => e.id)"
+        shown = browser.ask(embedded)
+        assert shown[:3] == ["volume-0-image", "volume-0-reference", "volume-0-prediction"] and len(shown) < 12
+        assert "left out of the 3D viewer" in browser.ask("document.querySelector('#case-3 .problem').textContent")
+        browser.click("#case-0 h3")
+        browser.press("v")
+        browser.until("document.getElementById('viewer').dataset.shown === '0'")
+        assert browser.ask("document.querySelector('#viewer h3').textContent") == HOSTILE
+        browser.ask("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+        picture = matplotlib.image.imread(browser.screenshot(tmp_path / "viewer.png"))
+        red = (picture[..., 0] > 0.5) & (picture[..., 0] - picture[..., 1] > 0.3)
+        assert red.sum() > 500  # class 1
+        browser.press("Escape")
+        browser.until("!document.getElementById('viewer').open")
+        assert browser.complaints == [] and browser.from_network == []
+
+
+def test_an_installation_without_niivue(tmp_path, monkeypatch):
+    monkeypatch.setattr("nnssl_adapt.evaluation.report.viewer.BUNDLE", "none.js")
+    with pytest.raises(ConfigurationError, match="NiiVue"):
+        write_report(tmp_path, viewer=True)

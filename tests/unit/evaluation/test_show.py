@@ -73,3 +73,27 @@ def test_what_does_not_fit_is_said():
         na.show(image, labels, image)
     with pytest.raises(CaseError, match="expected three axes"):
         na.show(image[0])
+
+
+def test_interactive_where_ipyniivue_is_installed(tmp_path):
+    ipyniivue = pytest.importorskip("ipyniivue")
+    image, labels = volumes()
+    write_image(tmp_path / "a.nii.gz", image, SPACING)
+    widget = na.show(tmp_path / "a.nii.gz", labels, class_names=("a", "cord"), interactive=True)
+    assert isinstance(widget, ipyniivue.NiiVue)
+    drawn, over = widget.volumes
+    (tmp_path / "b.nii.gz").write_bytes(drawn.data)
+    back, stored = sitk.ReadImage(tmp_path / "b.nii.gz"), sitk.ReadImage(tmp_path / "a.nii.gz")
+    assert np.allclose(sitk.GetArrayFromImage(back), image, atol=1e-3)
+    for one, other in ((back.GetSpacing(), stored.GetSpacing()), (back.GetDirection(), stored.GetDirection())):
+        assert one == pytest.approx(other)
+    assert back.GetOrigin() == pytest.approx(stored.GetOrigin())
+    (tmp_path / "c.nii.gz").write_bytes(over.data)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "c.nii.gz")), labels)
+    assert over.colormap_label.labels[2] == "cord" and 0 < over.opacity < 1
+
+
+def test_interactive_without_ipyniivue_is_the_figure_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("nnssl_adapt.evaluation.show.widget_available", lambda: False)
+    figure = na.show(*volumes(), interactive=True)
+    assert titles(figure)[0] == "image, z = 2" and "nnssl-adapt[viewer]" in caplog.text

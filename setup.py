@@ -1,0 +1,83 @@
+"""What pyproject.toml can't say: NiiVue, for ``report --viewer``, is put into the wheel when that is built.
+
+It is one file of a pinned version of its npm package, checked by the digest that the registry publishes. Without a network
+the wheel is built without it, and the viewer says so. ``NNSSL_ADAPT_NIIVUE=FILE.tgz`` names a copy of the package;
+``npm_config_registry`` another registry. ``python setup.py vendor_niivue`` puts it into a clone.
+"""
+
+import base64
+import hashlib
+import io
+import os
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build import build
+
+VERSION = "0.69.0"
+INTEGRITY = "YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="  # SHA-512
+MEMBER, TARGET = "package/dist/niivue.umd.js", "nnssl_adapt/assets/niivue/niivue.umd.js"
+HERE = Path(__file__).parent
+
+
+class VendorNiivue(Command):
+    """Fetch NiiVue's bundle, check it, and put it beside its licence."""
+
+    user_options = []
+    build_lib = None
+    editable_mode = False
+
+    def initialize_options(self):
+        """Nothing to choose."""
+
+    def finalize_options(self):
+        build = self.distribution.get_command_obj("build", create=False)
+        self.build_lib = None if build is None else build.build_lib
+
+    def run(self):
+        folder = HERE if self.editable_mode or self.build_lib is None else Path(self.build_lib)
+        target, known = folder / TARGET, HERE / TARGET
+        if known.is_file():
+            bundle = known.read_bytes()
+        else:
+            try:
+                package = self._package()
+            except (OSError, urllib.error.URLError) as error:
+                self.warn(f"built without NiiVue, which report --viewer needs: {error}")
+                return
+            digest = base64.b64encode(hashlib.sha512(package).digest()).decode()
+            if digest != INTEGRITY:
+                raise RuntimeError(f"niivue {VERSION} has SHA-512 {digest}, expected {INTEGRITY}")
+            with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+                bundle = archive.extractfile(MEMBER).read()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(bundle)
+
+    def _package(self):
+        if given := os.environ.get("NNSSL_ADAPT_NIIVUE"):
+            return Path(given).read_bytes()
+        registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+        address = f"{registry}/@niivue/niivue/-/niivue-{VERSION}.tgz"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            return answer.read()
+
+    def get_source_files(self):
+        return []
+
+    def get_outputs(self):
+        return [] if self.build_lib is None else [str(Path(self.build_lib) / TARGET)]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    """setuptools' steps, and ours."""
+
+    sub_commands = [*build.sub_commands, ("vendor_niivue", None)]
+
+
+setup(cmdclass={"build": Build, "vendor_niivue": VendorNiivue})
