@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnssl_adapt.data.previous_stage import PreviousStage
 from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.paths import downloads_folder
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import FinetunePlan
-from nnssl_adapt.training.batches.augment import SpatialRange, plain_transforms, training_transforms
+from nnssl_adapt.training.batches.augment import SpatialRange, Target, plain_transforms, training_transforms
 from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
 from nnssl_adapt.training.batches.patches import (
     TRAINING,
@@ -27,9 +29,13 @@ from nnssl_adapt.training.batches.patches import (
     annotated_key,
     iterate_batches,
 )
+from nnssl_adapt.training.device.layout import LayoutTrial, faster_layout
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, Prepare, moved
+from nnssl_adapt.training.optimise.network_options import wants_compiling
 from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.run.identity import RunIdentity
+from nnssl_adapt.training.start import new_network
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +154,41 @@ def preparation(plan: FinetunePlan, recipe: Recipe) -> Prepare:
     if recipe.augmentation != "gpu":
         return moved
     return DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm, plan.stage_channels(plan.labels))
+
+
+def layout_of_run(
+    identity: RunIdentity,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    loss: Callable[[Any, Tensor], Tensor],
+    ranks: Ranks,
+) -> bool:
+    """Whether a run whose recipe leaves it open has channels last: measured on CUDA, no elsewhere."""
+    if device.type != "cuda":
+        return False
+    plan, recipe, rule = identity.plan, identity.recipe, Target(identity.plan.labels)
+    samples = len(ranks.samples(plan.batch_size))
+    trial = LayoutTrial(
+        recipe=recipe,
+        device=device,
+        autocast_dtype=autocast_dtype,
+        build=lambda: new_network(identity),
+        loss=loss,
+        image=torch.randn(samples, plan.num_channels, *plan.patch_size),
+        target=torch.zeros((samples, rule.channels, *plan.patch_size), dtype=rule.dtype),
+    )
+    key = {
+        "card": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "network": identity.network,
+        "patch": list(plan.patch_size),
+        "samples": samples,
+        "precision": str(autocast_dtype),
+        "compile": wants_compiling(recipe, device),
+        "deep_supervision": recipe.deep_supervision,
+        "activation_checkpointing": recipe.activation_checkpointing,
+    }
+    return faster_layout(trial.seconds, downloads_folder() / "layouts.json", key)
 
 
 @contextmanager

@@ -72,6 +72,7 @@ class RunStart:
         accept_changed: what may have changed since an earlier run stopped.
         checkpointing: whether the run writes checkpoints.
         is_main: whether this process writes files.
+        channels_last: the memory layout that was chosen.
     """
 
     folder: RunFolder
@@ -82,6 +83,7 @@ class RunStart:
     accept_changed: Collection[str] = ()
     checkpointing: bool = True
     is_main: bool = True
+    channels_last: bool = False
 
     def begin(self, identity: RunIdentity, resume: bool) -> Begun | None:
         """Begin, or go on with ``resume``. None: there is nothing left to train."""
@@ -177,7 +179,7 @@ class RunStart:
         recipe = identity.recipe
         torch.manual_seed(seeds_for(recipe.seed, _INITIAL_WEIGHTS, 1)[0])
         add_adapters(network, recipe)
-        network = to_device(network, recipe, self.device)
+        network = to_device(network, recipe.override(channels_last=self.channels_last), self.device)
         scaler = grad_scaler() if self.autocast_dtype is torch.float16 else None
         average = None if recipe.ema_decay is None else WeightAverage(network, recipe.ema_decay)
         return TrainingState(network, build_optimizer(network, recipe, self.device), scaler, average)

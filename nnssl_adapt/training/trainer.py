@@ -59,6 +59,7 @@ from nnssl_adapt.training.setup import (
     batch_bytes,
     batches_of_fold,
     ignored_variables,
+    layout_of_run,
     preparation,
     restored_random_state,
     without_pretraining,
@@ -233,6 +234,10 @@ class PretrainedTrainer:
 
     def _train_if_needed(self, resume: bool, stop: StopRequest) -> nn.Module | None:
         """The trained network if it is nowhere on disk, else None."""
+        if self.recipe.channels_last is None:
+            found = layout_of_run(self.identity, self.device, self.autocast_dtype, self.loss, self.ranks)
+            channels_last = self.ranks.from_main(found)
+            self.recipe = self.recipe.override(channels_last=channels_last)
         begun = self._start().begin(self.identity, resume)
         if begun is None:
             return None
@@ -307,6 +312,7 @@ class PretrainedTrainer:
             accept_changed=self.accept_changed,
             checkpointing=self.checkpointing,
             is_main=self.ranks.is_main,
+            channels_last=bool(self.recipe.channels_last),
         )
 
     def _batches_from(self, state: TrainingState, copies: Path | None) -> Generator[Batch]:

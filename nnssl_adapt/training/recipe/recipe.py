@@ -83,7 +83,8 @@ class Recipe:
         precision: of the network's arithmetic: ``auto`` is bf16 on CUDA devices that have it, fp16 with loss scaling on
             other CUDA devices, fp32 elsewhere.
         compile: torch.compile of the network: ``auto`` is on for CUDA devices, as in nnU-Net.
-        channels_last: whether the network's memory has channels last.
+        channels_last: whether the network's memory has channels last; None: on CUDA devices the faster layout, by a few steps
+            in each before the training, elsewhere no.
         activation_checkpointing: whether activations are computed again in the backward pass instead of being kept.
         checkpoint_every: epochs between two writings of ``checkpoint_latest.pth``.
         checkpoint_minutes: minutes after which it is written in any case.
@@ -136,7 +137,7 @@ class Recipe:
     deep_supervision: bool = False
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    channels_last: bool = False
+    channels_last: bool | None = None
     activation_checkpointing: bool = False
     # keeping
     checkpoint_every: int = 50
