@@ -51,6 +51,7 @@ class StepSettings:
         accumulate: batches that a step gathers gradients of.
         freeze: ``none``, ``encoder`` or ``all_but_head``.
         device: ``cuda`` or ``cpu``.
+        one_pass_loss: whether the loss keeps no copies of the logits, as that of ``dice_ce`` does.
     """
 
     precision: str = "auto"
@@ -61,12 +62,15 @@ class StepSettings:
     accumulate: int = 1
     freeze: str = "none"
     device: str = "cuda"
+    one_pass_loss: bool = False
 
     @classmethod
     def of(cls, recipe: Any, device: str = "cuda") -> StepSettings:
         """The settings of a recipe, or of anything with attributes of these names; what it lacks is left as by default."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "device"]
-        return cls(**{name: getattr(recipe, name) for name in names if hasattr(recipe, name)}, device=device)
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("device", "one_pass_loss")]
+        plain = getattr(recipe, "loss", None) == "dice_ce" and not getattr(recipe, "class_weights", None)
+        known = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
+        return cls(**known, device=device, one_pass_loss=plain)
 
     @property
     def half(self) -> torch.dtype | None:
@@ -148,6 +152,7 @@ def estimate_memory(
         half=step.half,
         recompute=step.activation_checkpointing,
         fused_attention=_fused_attention(step),
+        one_pass_loss=step.one_pass_loss,
     )
     weights = sum(_nbytes(tensor) for tensor in (*network.parameters(), *network.buffers()))
     trained = sum(_nbytes(weight) for weight in network.parameters() if weight.requires_grad)

@@ -59,6 +59,7 @@ def trace_step(
     half: torch.dtype | None = None,
     recompute: bool = False,
     fused_attention: Callable[[Tensor], bool] = lambda query: True,
+    one_pass_loss: bool = False,
 ) -> TracedStep:
     """Trace forward, loss and backward of ``network``, which lies on the meta device, in training mode.
 
@@ -70,6 +71,7 @@ def trace_step(
         half: precision of autocast, None for float32.
         recompute: activation checkpointing of blocks.
         fused_attention: whether attention with a query of this shape and precision has a kernel that stores no matrix.
+        one_pass_loss: whether the loss is made without copies of the logits.
     """
     if recompute:
         _recompute_blocks(network, lambda: _LikeAutocast(half, fused_attention))
@@ -79,7 +81,8 @@ def trace_step(
         labels = torch.empty(batch_size, 1, *patch_size, dtype=torch.int16, device="meta")
         with _LikeAutocast(half, fused_attention):
             logits = [network(image)]
-        loss = _loss(logits.pop(), labels)  # nobody else holds them: they go as soon as the loss is known
+        judge = _one_pass_loss if one_pass_loss else _loss
+        loss = judge(logits.pop(), labels)  # nobody else holds them: they go as soon as the loss is known
         kept = ledger.live
         loss.backward()
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
@@ -103,6 +106,37 @@ def _loss(outputs: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
         dice = (probabilities * (target == classes)).sum() / probabilities.sum()
         total = total + functional.cross_entropy(logits.float(), target[:, 0].long()) - dice
     return total
+
+
+def _one_pass_loss(outputs: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+    """As :mod:`nnssl_adapt.training.optimise.one_pass` makes it, of every output."""
+    total = torch.zeros((), device=labels.device)
+    for logits in [outputs] if isinstance(outputs, Tensor) else outputs:
+        total = total + _OnePass.apply(logits)
+    return total
+
+
+class _OnePass(torch.autograd.Function):
+    """Memory only: the logits are kept, and the gradient is as large; a slab in float32 is small beside them."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor) -> Tensor:
+        context.save_for_backward(logits)
+        return torch.zeros((), device=logits.device)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        (logits,) = context.saved_tensors
+        slab = torch.empty(
+            _SLAB_TENSORS * min(logits.numel(), max(_SMALL_SLAB, logits.numel() // 128)), device=logits.device
+        )
+        result = torch.empty_like(logits)
+        del slab
+        return result
+
+
+_SLAB_TENSORS, _SMALL_SLAB = 4, 1 << 22
+"""Float32 tensors of a slab that are alive together, and how many numbers a slab has at least."""
 
 
 def _nbytes(tensor: Tensor) -> int:
