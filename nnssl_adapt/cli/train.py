@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as with nnUNetv2_train, instead of -d -c -f",
     )
     parser.add_argument("-d", dest="dataset", help="dataset id or name")
-    parser.add_argument("-c", dest="configuration", help="configuration of the plan (3d_fullres)")
+    parser.add_argument("-c", dest="configuration", help="configuration of the plan (default 3d_fullres)")
     parser.add_argument("-f", dest="fold", help="fold: 0 to 4, or all")
     parser.add_argument(
         "-p", dest="plans", required=True, help="plan, e.g. ptPlans__mae____Spacing__1.00_1.00_1.00___Norm__Z"

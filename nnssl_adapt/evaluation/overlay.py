@@ -50,7 +50,8 @@ def overlay_figure(
 
     The planes go through the centre of the reference's foreground. The same class has the same colour in both. However
     the image is stored, with its ``direction`` the first row is axial, the second coronal, the third sagittal; head and
-    front are up, the patient's right is on the left. Slices are numbered as in the file.
+    front are up, the patient's right is on the left. Slices are numbered as in the file. A picture (one slice, without a
+    direction) is drawn by itself, its first row on top.
 
     Args:
         image: one channel, (Z, Y, X).
@@ -71,12 +72,15 @@ def overlay_figure(
         for what, labels in (("reference", reference), ("prediction", prediction))
     }
     columns = {"image": None, **{what: labels for what, labels in given.items() if labels is not None}}
-    figure = Figure(figsize=(10 / 3 * max(2, len(columns)), 10), layout="constrained", facecolor="white")
-    axes = figure.subplots(3, len(columns), squeeze=False)
+    is_picture = len(image) == 1 and direction is None
+    planes, origin = ((0,), "upper") if is_picture else ((0, 1, 2), "lower")
+    height = 10 * len(planes) / 3
+    figure = Figure(figsize=(10 / 3 * max(2, len(columns)), height), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(planes), len(columns), squeeze=False)
     labelled = [labels for labels in columns.values() if labels is not None]
     centre = _centre(next((labels for labels in labelled if (labels > 0).any()), np.zeros(image.shape, bool)))
     low, high = np.percentile(image, (1, 99.5))
-    for row, axis in enumerate(range(3)):
+    for row, axis in enumerate(planes):
         index = centre[axis]
         across, down = (a for a in (2, 1, 0) if a != axis)
         for column, (what, labels) in enumerate(columns.items()):
@@ -86,11 +90,11 @@ def overlay_figure(
                 cmap="gray",
                 vmin=low,
                 vmax=max(high, low + 1e-6),
-                origin="lower",
+                origin=origin,
                 aspect=spacing[down] / spacing[across],
             )
             if labels is not None:
-                plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin="lower", aspect="auto")
+                plot.imshow(_coloured(labels.take(index, axis), len(class_names)), origin=origin, aspect="auto")
             plot.set_aspect(spacing[down] / spacing[across])
             plot.set_title(f"{what}, {_slice_name(turn, direction is not None, axis, index, image.shape)}", fontsize=9)
             if direction is not None:

@@ -127,7 +127,8 @@ def _write_made_up(model: ModelFolder, folder: Path) -> None:
     plan = model.plan
     random = np.random.default_rng(0)
     shape = [int(plan.patch_size[axis] * 1.25) for axis in plan.transpose_backward]
-    spacing = [(plan.spacing or (1.0, 1.0, 1.0))[axis] for axis in plan.transpose_backward]
+    transposed = plan.settings.target_spacing((1.0, 1.0, 1.0)) or (1.0, 1.0, 1.0)
+    spacing = [transposed[axis] for axis in plan.transpose_backward]
     for channel in range(len(model.channel_names)):
         coarse = sitk.GetImageFromArray(random.normal(size=shape).astype(np.float32))
         image = sitk.SmoothingRecursiveGaussian(coarse, 2.0)

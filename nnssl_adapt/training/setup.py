@@ -72,9 +72,11 @@ def adapted_plan(plan: FinetunePlan, recipe: Recipe) -> FinetunePlan:
         return plan
     patch = plan.patch_size
     if recipe.patch_size is not None:
-        extent = plan.settings_of_configuration.get("median_image_size_in_voxels") or recipe.patch_size
-        patch = fit_patch(recipe.patch_size, plan.architecture.total_stride, extent)
-        if message := describe_fit(recipe.patch_size, patch, extent):
+        wanted = recipe.patch_size if not plan.is_planar else (1, *recipe.patch_size[1:])
+        extent = plan.settings_of_configuration.get("median_image_size_in_voxels") or wanted
+        extent = (1, *extent)[-3:]  # a 2D plan has that of a slice
+        patch = fit_patch(wanted, plan.architecture.total_stride, extent)
+        if message := describe_fit(wanted, patch, extent):
             logger.warning(message)
     return plan.replaced(patch_size=patch, batch_size=recipe.batch_size)
 

@@ -249,7 +249,12 @@ def commands(model: ModelFolder, folds: Sequence[FoldResult], recipe: dict[str, 
     elif name:
         how = "--keep-topology" if mode == "base_plans" else f"-am {mode}"
         if mode == "fixed" and plan.spacing is not None:
-            backward = [plan.spacing[axis] for axis in plan.transpose_backward]
+            transposed = plan.settings.target_spacing((1.0, 1.0, 1.0)) or (
+                1.0,
+                1.0,
+                1.0,
+            )  # slices of 2D stay where they are
+            backward = [transposed[axis] for axis in plan.transpose_backward]
             how += " -os " + " ".join(f"{s:g}" for s in backward)
         lines.append(
             f"nnUNetv2_preprocess_like_nnssl -d {dataset} -n {_short_name(plans_name)} -pc {shlex.quote(name)} {how}"
