@@ -49,7 +49,7 @@ class StepSettings:
         activation_checkpointing: whether blocks are computed again in the backward pass.
         ema_decay: None where no average of the weights is kept.
         accumulate: batches that a step gathers gradients of.
-        freeze: ``none``, ``encoder`` or ``all_but_head``.
+        freeze: ``none``, ``encoder``, ``all_but_head`` or ``stages:K``.
         device: ``cuda`` or ``cpu``.
         one_pass_loss: whether the loss keeps no copies of the logits, as that of ``dice_ce`` does.
     """
@@ -323,8 +323,11 @@ def _lengthened(
 
 
 def _freeze(network: nn.Module, freeze: str) -> None:
-    """Freeze what a recipe's ``freeze`` freezes: everything but the decoder, or but the last layers."""
-    trained = {"none": ("",), "encoder": ("decoder.", "up_projection."), "all_but_head": _HEADS}[freeze]
+    """Freeze what a recipe's ``freeze`` freezes: everything but the decoder, or but the last layers.
+
+    Frozen stages (``stages:K``) are counted as if they learned: what is predicted is then too much, never too little.
+    """
+    trained = {"none": ("",), "encoder": ("decoder.", "up_projection."), "all_but_head": _HEADS}.get(freeze, ("",))
     for name, weight in network.named_parameters():
         weight.requires_grad_(name.startswith(trained) and not (freeze == "encoder" and ".encoder." in f".{name}"))
 
