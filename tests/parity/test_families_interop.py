@@ -1,0 +1,109 @@
+"""Stand-ins of published networks, fine-tuned for two tiny epochs from the command line, and predicted with by us and by nnU-Net.
+
+They are made of their authors' own classes (MONAI's) with random weights, in the layout of the published files.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from support.monai_files import seg_res_net, swin_file, swin_unetr
+from support.synthetic import make_dataset
+
+import nnssl_adapt as na
+from nnssl_adapt.cli.main import main
+from nnssl_adapt.inference.model_folder import ModelFolder
+
+BY_NNUNET_TOO = ("vocomni", "ctfm")
+"""One of each network of ours: the others have the same trainer class."""
+
+TESTS = Path(__file__).parents[1]
+TINY = """epochs: 2
+iterations_per_epoch: 1
+validation_iterations: 1
+optimizer: adamw
+learning_rate: 0.001
+warmup_epochs: 1
+augmentation: none
+mirror_axes: []
+precision: fp32
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("raw", "preprocessed", "results"):
+            (root / name).mkdir()
+            patched.setenv(f"nnUNet_{name}", str(root / name))
+        make_dataset(root / "raw", "Dataset931_Few", cases=3, shape=(30, 40, 36), spacing=(2.0, 1.0, 1.3))
+        images = root / "images"
+        images.mkdir()
+        source = root / "raw" / "Dataset931_Few" / "imagesTr" / "case_01_0000.nii.gz"
+        (images / source.name).write_bytes(source.read_bytes())
+        yield root
+
+
+def content_of(family):
+    if family in ("nvidia", "vocomni"):
+        return swin_file(family, swin_unetr(1, 21, 2 if family == "vocomni" else 1))
+    return seg_res_net(family)[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("vocomni", ["--llrd", "0.8"]),
+        ("nvidia", ["--freeze", "stages:3"]),
+        ("ctfm", ["--set", "deep_supervision=true"]),
+        ("suprem", ["--freeze", "encoder"]),
+        ("vista3d", []),
+    ],
+)
+def test_fine_tuned_and_predicted_with(world, family, more):
+    weights = world / f"{family}.pt"
+    torch.save(content_of(family), weights)
+    flags = [
+        "-am",
+        "no_resample",
+        "--ignore-orientation",
+        "--patch",
+        "64",
+        "32",
+        "32",
+        "--batch",
+        "2",
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+    ]
+    flags += ["-np", "1", "--workers", "0"]
+    recipe = world / "tiny.yaml"
+    recipe.write_text(TINY)
+    given = ["finetune", "-d", "931", "-pc", str(weights), "-n", family, *flags, "--recipe", str(recipe), *more]
+    assert main(given) == 0
+    (model,) = (world / "results" / "Dataset931_Few").glob(f"*ptPlans__{family}__*")
+    folder = ModelFolder.open(model)
+    assert (model / "trainer_class.py").is_file()
+    assert folder.plan.content["transpose_forward"] == ([2, 1, 0] if family in ("vocomni", "nvidia") else [0, 1, 2])
+    ours = world / f"{family}_ours"
+    na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world / "images", ours)
+    assert (ours / "case_01.nii.gz").is_file()
+    if family in BY_NNUNET_TOO:
+        check_nnunets_prediction(model, world / "images", ours, world / f"{family}_theirs")
+
+
+def check_nnunets_prediction(model, images, ours, theirs):
+    """nnU-Net builds the network by ``trainer_class.py`` alone; it sums tiles in float16, as ours were here."""
+    words = [TESTS / "support" / "nnunet_prediction.py", model, images, theirs, 0]
+    environment = {**os.environ, "nnUNet_extTrainer": str(model)}
+    subprocess.run([sys.executable, *map(str, words)], env=environment, check=True, capture_output=True)
+    found, expected = (sitk.GetArrayFromImage(sitk.ReadImage(str(f / "case_01.nii.gz"))) for f in (ours, theirs))
+    assert np.mean(found == expected) >= 0.999
