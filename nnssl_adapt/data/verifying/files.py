@@ -90,6 +90,8 @@ def _named_cases(folder: Path, description: DatasetJson) -> tuple[tuple[RawCase,
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in _visible(folder / "imagesTr"):
         match = pattern.fullmatch(path.name)
+        if match is None and ending.lower() in (".tif", ".tiff") and path.suffix == ".json":
+            continue  # the spacing of a stack
         if match is None:
             level = "error" if stem_of(path.name, ending) is not None else "warning"
             fix = f"rename it to CASE_0000{ending}, or move it away"

@@ -119,3 +119,20 @@ def test_a_stack_is_no_picture(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((5, 6), np.uint8))
     with pytest.raises(CaseError, match=NATURAL_2D):
         read_image([tmp_path / "b.tif"], TIFF_3D)
+
+
+def test_the_spacing_beside_a_stack_is_no_stray_file(tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset006_Stacks"
+    for name, ending in (("imagesTr", "_0000.tif"), ("labelsTr", ".tif")):
+        (folder / name).mkdir(parents=True)
+        for case in "ab":
+            voxels = np.arange(7 * 8 * 9, dtype=np.uint8).reshape(7, 8, 9)
+            tifffile.imwrite(folder / name / f"{case}{ending}", voxels if name == "imagesTr" else voxels % 2)
+            (folder / name / f"{case}.json").write_text(json.dumps({"spacing": [2, 1, 1]}))
+    labels = {"background": 0, "odd": 1}
+    content = {"channel_names": {"0": "EM"}, "labels": labels, "numTraining": 2, "file_ending": ".tif"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    examination = examine_dataset(folder)
+    assert [str(finding) for finding in examination.verdict.findings if finding.check == "names"] == []
+    assert examination.fingerprint is not None
+    assert {tuple(spacing) for spacing in examination.fingerprint.spacings} == {(2.0, 1.0, 1.0)}
