@@ -17,7 +17,7 @@ from nnssl_adapt.cli.common import (
     source_options,
     stop_in_order,
 )
-from nnssl_adapt.cli.nnunet_words import say_ignored_variables
+from nnssl_adapt.cli.nnunet_words import add_preprocess_words, say_ignored_variables
 from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
 from nnssl_adapt.cli.train import add_run_flags, carry_out, deadline_of, parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-f", dest="fold", help="fold: 0 to 4, or all (default 0; all where one case can't be split)")
     parser.add_argument("-np", dest="processes", type=int, default=None, help="processes that preprocess")
+    add_preprocess_words(parser)
     add_training_flags(parser)
     add_run_flags(parser)
     add_source(parser)
@@ -62,11 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_processes(arguments.num_gpus, arguments.device)
     checkpoint = open_source(arguments)
     recipe = recipe_from(arguments, checkpoint.architecture, dataset.labels)
-    processes = checked_workers(arguments.processes)
+    processes = checked_workers(arguments.processes or arguments.fingerprint_processes)
     plan = plan_from(arguments, dataset, checkpoint, processes)
     check_processes(arguments.num_gpus, arguments.device, recipe.batch_size or plan.batch_size)
     print(plan)
-    na.preprocess_dataset(plan, workers=processes)
+    na.preprocess_dataset(plan, workers=processes, progress=not arguments.no_pbar)
     request = TrainingRequest(
         dataset=plan.dataset_name,
         plans=plan.plans_name,

@@ -84,7 +84,7 @@ def add_preprocess_words(parser: argparse.ArgumentParser) -> None:
     _only(parser, "-preprocessor_name", "DefaultPreprocessor", _DEFAULT_CLASS)
     _needless(parser, "--verify_dataset_integrity", _ALWAYS_VERIFIED)
     _needless(parser, "--clean", "the fingerprint is made again whenever the images have changed")
-    _refuse(parser, "--no_pp", "--dry-run shows the plan without preprocessing")
+    _refuse(parser, "--no_pp", "nnssl-adapt preprocess --dry-run shows the plan without preprocessing")
     _refuse(
         parser,
         "-overwrite_target_spacing",
@@ -123,7 +123,7 @@ def folders_of(arguments: argparse.Namespace) -> tuple[str, str]:
 def add_find_best_words(parser: argparse.ArgumentParser) -> None:
     """``nnUNetv2_find_best_configuration``."""
     parser.add_argument("positional", nargs="?", metavar="DATASET", help="as nnU-Net has it, instead of -d")
-    _needless(parser, "--no_overwrite", "what is finished and unchanged is used again")
+    _needless(parser, "--no_overwrite", "results are computed again, so that they are those of the present predictions")
 
 
 def dataset_of(arguments: argparse.Namespace) -> str:

@@ -106,8 +106,25 @@ class ImageGeometry:
         """Rebuild a geometry from nnU-Net's entries and the image's size (Z, Y, X).
 
         Entries of a 4D image (channels on the fourth axis) lose that axis. Raises CaseError if nnU-Net read the image
-        with a library that leaves other entries.
+        with a library that leaves other entries, or the entries are none of a grid.
         """
+        try:
+            geometry = cls._from_properties(properties, size)
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise CaseError(f"the case's properties don't say how it lies ({type(error).__name__}: {error})") from error
+        numbers = (*geometry.spacing, *geometry.origin, *geometry.direction)
+        counts = (len(geometry.spacing), len(geometry.origin), len(geometry.direction))
+        # ITK never comes back from a direction that is not finite, or whose numbers are no cosines.
+        is_small = np.isfinite(numbers).all() and max(map(abs, numbers)) < 1e9 and max(map(abs, geometry.direction)) < 2
+        if counts != (3, 3, 9) or not is_small or min(geometry.spacing) <= 0:
+            raise CaseError(
+                f"the case's properties are none of a grid: spacing {geometry.spacing}, origin {geometry.origin}, direction "
+                f"{geometry.direction}"
+            )
+        return geometry
+
+    @classmethod
+    def _from_properties(cls, properties: Mapping[str, Any], size: Sequence[int]) -> ImageGeometry:
         z, y, x = (int(n) for n in size)
         if "nibabel_stuff" in properties:
             affines = Affines.from_properties(properties["nibabel_stuff"])

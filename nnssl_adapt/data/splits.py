@@ -106,33 +106,35 @@ def load_splits(path: Path, identifiers: Sequence[str]) -> list[Split]:
     return _load(path, sorted(identifiers))
 
 
-def split_for_fold(splits: Sequence[Split], fold: int | str, identifiers: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_for_fold(
+    splits: Sequence[Split], fold: int | str, identifiers: Sequence[str], where: str | Path = SPLITS_FILE
+) -> tuple[list[str], list[str]]:
     """Return the training and the validation cases of a fold.
 
-    Fold ``"all"`` trains and validates on every case. A fold that the splits don't have is, as in nnU-Net, a seeded random
-    80:20 split of ``identifiers``, which a warning says.
+    Fold ``"all"`` trains and validates on every case. For a fold that the splits don't have nnU-Net makes a random 80:20 split
+    on the spot. It is refused here: most often it is a typing error, and its validation cases are also those of other folds, so
+    that no cross-validation could count them.
+
+    Args:
+        splits: of the dataset.
+        fold: number or ``"all"``.
+        identifiers: all cases.
+        where: the splits file, for the message.
 
     Raises:
-        ConfigurationError: the fold is neither a number from 0 on nor ``"all"``.
-        DatasetError: too few cases to split.
+        ConfigurationError: the splits have no such fold.
     """
     if fold == "all":
         return list(identifiers), list(identifiers)
-    try:
-        number = int(fold)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ConfigurationError(f"fold {fold!r}: expected a number from 0 to {len(splits) - 1}, or 'all'")
-    if number < len(splits):
-        return list(splits[number]["train"]), list(splits[number]["val"])
-    if len(identifiers) < 2:
-        raise DatasetError(f"{len(identifiers)} case(s) can't be split for fold {number}: train fold 'all'")
-    logger.warning("the splits have folds 0 to %d; fold %d is a random 80:20 split", len(splits) - 1, number)
-    names = sorted(identifiers)
-    chosen = np.random.RandomState(_SEED + number).choice(len(names), int(len(names) * 0.8), replace=False)
-    held_out = sorted(set(range(len(names))) - set(chosen.tolist()))
-    return [names[i] for i in chosen], [names[i] for i in held_out]
+    if str(fold).isdecimal() and int(fold) < len(splits):
+        split = splits[int(fold)]
+        return list(split["train"]), list(split["val"])
+    known = f"0 to {len(splits) - 1}, and all" if splits else "all only, since one case can't be split"
+    raise ConfigurationError(
+        f"fold {fold} does not exist: {where} has the folds {known}. nnU-Net would make a random 80:20 split; "
+        "to train on one, add it to that file",
+        path=where,
+    )
 
 
 def read_splits(path: Path) -> list[Split]:

@@ -377,7 +377,8 @@ def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarr
     """
     shared = folder / "fg_sampling"
     meta = read_record(shared / "meta.json")
-    if identifier not in meta.get("identifiers", ()):
+    identifiers = meta.get("identifiers")
+    if not isinstance(identifiers, list) or identifier not in identifiers:
         return None
     try:
         row = meta["identifiers"].index(identifier)
@@ -392,6 +393,6 @@ def _shared_class_locations(folder: Path, identifier: str) -> dict[Any, np.ndarr
             indices = np.asarray(flat[start : start + int(count[run])]).astype(np.int64)
             locations[keys[class_id[run]]] = np.stack(np.unravel_index(indices, (1, *shape[row])), axis=1)
             start += int(count[run])
-    except (OSError, KeyError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
         raise CaseError(f"{shared} is damaged ({type(error).__name__}: {error}): preprocess again") from error
     return locations

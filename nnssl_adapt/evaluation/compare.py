@@ -161,7 +161,9 @@ def _rule(content: Mapping[str, Any], metric: str) -> str:
     own = own if isinstance(own, dict) else {}
     rule = f"empty classes: {own.get('empty', 'nan')}"
     if metric == "NSD" and "tolerance_mm" in own:
-        rule += f", tolerance {own['tolerance_mm']:g} mm, by {own.get('surface', 'voxels')}"
+        tolerance = own["tolerance_mm"]
+        shown = f"{tolerance:g}" if isinstance(tolerance, (int, float)) else str(tolerance)
+        rule += f", tolerance {shown} mm, by {own.get('surface', 'voxels')}"
     lesions = own.get("lesions")
     if metric in LESIONS and isinstance(lesions, dict):
         rule += f", {lesions.get('means')}"

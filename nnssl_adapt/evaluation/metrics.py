@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
@@ -32,7 +31,7 @@ from nnssl_adapt.evaluation.measures import Judging, add_measures
 from nnssl_adapt.files import write_json
 from nnssl_adapt.geometry.orientation import Turn, orientation_code
 from nnssl_adapt.machine.workers import over_cases
-from nnssl_adapt.text import and_more, lines_and_more
+from nnssl_adapt.text import and_more, lines_and_more, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -358,10 +357,36 @@ def summarize(cases: tuple[CaseMetrics, ...], labels: LabelScheme, judging: Judg
 
 def load_summary(path: str | Path) -> dict[str, Any]:
     """Read a ``summary.json``, ours or nnU-Net's, as it is. Raises CaseError if it is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CaseError(f"{path} can't be read as a summary: {error}") from error
-    if not isinstance(content, dict) or not {"mean", "metric_per_case", "foreground_mean"} <= content.keys():
-        raise CaseError(f"{path} is no summary.json of nnU-Net: mean, metric_per_case or foreground_mean is missing")
+    content: dict[str, Any] = read_json(path, CaseError, "summary.json")
+    if not {"mean", "metric_per_case", "foreground_mean"} <= content.keys():
+        raise CaseError(
+            f"{path} is no summary.json of nnU-Net: mean, metric_per_case or foreground_mean is missing", path=path
+        )
+    cases = content["metric_per_case"]
+    wrong = [key for key in ("mean", "foreground_mean") if not isinstance(content[key], dict)]
+    wrong += [
+        f"mean[{key!r}]" for key, numbers in (content["mean"] if not wrong else {}).items() if not _is_numbers(numbers)
+    ]
+    if not isinstance(cases, list):
+        wrong.append("metric_per_case")
+    else:
+        wrong += [f"metric_per_case[{index}]" for index, case in enumerate(cases) if not _is_case(case)]
+    if wrong:
+        raise CaseError(
+            f"{path} is no summary.json of nnU-Net: {and_more(wrong)} is not as nnU-Net writes it", path=path
+        )
     return content
+
+
+def _is_case(case: Any) -> bool:
+    if not isinstance(case, dict) or not isinstance(metrics := case.get("metrics"), dict):
+        return False
+    files = all(isinstance(case.get(key), str) for key in ("prediction_file", "reference_file"))
+    return files and all(_is_numbers(numbers) for numbers in metrics.values())
+
+
+def _is_numbers(entry: Any) -> bool:
+    """Whether this is metric → number (NaN where it is not defined)."""
+    if not isinstance(entry, dict) or "Dice" not in entry:
+        return False
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in entry.values())

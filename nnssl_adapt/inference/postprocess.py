@@ -6,7 +6,6 @@ and about the two files that say what to do: ``postprocessing.json``, and nnU-Ne
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from nnssl_adapt.errors import CaseError, ConfigurationError, PredictionError, U
 from nnssl_adapt.files import atomic_path, make_folder, write_json
 from nnssl_adapt.geometry.cropping import nonzero_box
 from nnssl_adapt.machine.workers import over_cases
+from nnssl_adapt.text import read_json
 
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
@@ -113,7 +113,7 @@ class Postprocessing:
                 with open(path, "rb") as stream:
                     functions, arguments = _NamesOnly(stream).load()
             else:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path, CaseError, "postprocessing.json")
                 missing = {"postprocessing_fns", "postprocessing_kwargs"} - set(content)
                 if missing:
                     raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
@@ -124,7 +124,7 @@ class Postprocessing:
             steps = tuple(_values_of(entry, path) for entry in arguments)
             if len(steps) != len(functions):
                 raise ValueError(f"{len(functions)} steps, arguments for {len(steps)}")
-        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (OSError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
             raise CaseError(f"{path} can't be read as postprocessing ({error})") from error
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpoint(f"{path} is not nnU-Net's postprocessing.pkl ({error}); nothing was run") from error

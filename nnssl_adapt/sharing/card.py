@@ -135,7 +135,9 @@ def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:
     known = find_published(base) if base else None
     if known is not None:
         lines.append(f"- kind: {known.method} on {known.architecture}" + (f", {known.data}" if known.data else ""))
-        lines.append(f"- licence of those weights: {known.terms if known.licence else 'see the repository'}")
+    terms = known.terms if known is not None and known.licence else source.licence
+    if terms or known is not None:
+        lines.append(f"- licence of those weights: {terms or 'see the repository'}")
     if provenance.trainer_name:
         lines.append(f"- pre-trained by: {provenance.trainer_name}")
     if provenance.source is not None:

@@ -35,7 +35,7 @@ def read_study_file(source: str | Path, **changes: Any) -> StudySpec:
     path = _find(source)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(
             f"{path} is not a readable YAML file: {' '.join(str(error).split())}", path=path
         ) from error

@@ -23,7 +23,7 @@ from nnssl_adapt.data.preprocess import (  # noqa: E402
     preprocess_case,
 )
 from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
-from nnssl_adapt.data.splits import crossval_splits, split_for_fold  # noqa: E402
+from nnssl_adapt.data.splits import crossval_splits  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
 from nnssl_adapt.data.verifying.examine import fingerprint_dataset  # noqa: E402
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint  # noqa: E402
@@ -254,9 +254,6 @@ def test_splits_are_nnunets(count: int) -> None:
 
     names = [f"case_{n:02d}" for n in range(count)]
     assert crossval_splits(names) == generate_crossval_split(names, seed=12345, n_splits=5)
-    random = np.random.RandomState(12345 + 9)
-    train = [names[i] for i in random.choice(count, int(count * 0.8), replace=False)]
-    assert split_for_fold([], 9, names)[0] == train
 
 
 @pytest.mark.parametrize("regions, ignore", [(False, False), (True, False), (False, True), (True, True)])

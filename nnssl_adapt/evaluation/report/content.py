@@ -14,6 +14,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import CaseError, NnsslAdaptError
 from nnssl_adapt.evaluation.metrics import load_summary
 from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.text import read_record
 from nnssl_adapt.weights.transfer.report import TransferReport
 
 NOT_KNOWN = "–"
@@ -67,7 +68,9 @@ class FoldResult:
     @property
     def hours(self) -> float:
         """That its epochs took."""
-        return sum(epoch.get("seconds") or 0.0 for epoch in self.epochs) / 3600
+        seconds = (epoch.get("seconds") for epoch in self.epochs)
+        known = (float(s) for s in seconds if isinstance(s, (int, float)) and abs(s) < 1e9)
+        return sum(known) / 3600
 
 
 def gather_folds(model: ModelFolder) -> list[FoldResult]:
@@ -76,7 +79,7 @@ def gather_folds(model: ModelFolder) -> list[FoldResult]:
 
 
 def _fold(folder: Path, name: str, labels: LabelScheme, ending: str) -> FoldResult:
-    debug = _json(folder / "debug.json")
+    debug = read_record(folder / "debug.json")
     try:
         transfer = TransferReport.load(folder / "transfer_report.json")
     except NnsslAdaptError:
@@ -148,16 +151,9 @@ def worst_median_best(cases: Iterable[CaseResult]) -> list[tuple[str, CaseResult
     return sorted(shown.values(), key=lambda entry: entry[1].mean_dice)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _epochs(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, RecursionError):
         return []
+    return [line for line in lines if isinstance(line, dict)]

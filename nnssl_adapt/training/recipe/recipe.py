@@ -166,7 +166,7 @@ class Recipe:
         path = _find(source)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigurationError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(content, Mapping):
             raise ConfigurationError(f"{path}: expected lines 'field: value', got {type(content).__name__}")

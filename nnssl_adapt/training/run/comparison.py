@@ -141,6 +141,9 @@ def recorded_identity(path: Path, content: Mapping[str, Any], run: RunIdentity) 
     recorded: dict[str, Any] = {}
     try:
         debug = read_json(path.parent / "debug.json", ConfigurationError)
+        for key in ("training_cases", "validation_cases"):
+            if key in debug and not _is_names(debug[key]):
+                raise ConfigurationError(f"{path.parent / 'debug.json'}: {key!r} must be a list of cases", path=path)
         recorded |= {key: debug[key] for key in ("training_cases", "validation_cases") if key in debug}
         model = path.parent.parent
         plan = FinetunePlan.load(model / "plans.json", run.plan.configuration)
@@ -151,6 +154,10 @@ def recorded_identity(path: Path, content: Mapping[str, Any], run: RunIdentity) 
             "%s doesn't say what its run was made of, and what lies beside it can't be read: %s", path, error
         )
     return recorded
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def cases_seen(recorded: Mapping[str, Any]) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.data.splits import Split, load_or_make_splits, load_splits, split_for_fold
+from nnssl_adapt.data.splits import SPLITS_FILE, Split, load_or_make_splits, load_splits, split_for_fold
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.inference.trainer_class import trainer_for_nnunet
@@ -99,8 +99,9 @@ def cases_of_fold(
             "nnUNetv2_preprocess) first"
         )
     splits = splits_of(plan, stored, file_ending, splits_file)
-    fold = _checked_fold(fold, len(splits))
-    training, validation = split_for_fold(splits, fold, stored)
+    used = plan.dataset_folder / SPLITS_FILE if splits_file is None else Path(splits_file)
+    training, validation = split_for_fold(splits, fold, stored, used)
+    fold = fold if fold == "all" else int(fold)
     if not training or not validation:
         raise ConfigurationError(f"fold {fold} has {len(training)} training and {len(validation)} validation cases")
     store.require([*training, *validation])
@@ -116,12 +117,3 @@ def splits_of(
     if splits_file is not None:
         return load_splits(Path(splits_file), known)
     return load_or_make_splits(plan.dataset_folder, known)
-
-
-def _checked_fold(fold: int | str, folds: int) -> int | str:
-    if fold == "all":
-        return fold
-    if str(fold).isdigit() and int(fold) < folds:
-        return int(fold)
-    known = [str(number) for number in range(folds)]
-    raise ConfigurationError(f"fold {fold} does not exist: the dataset's folds are {', '.join([*known, 'all'])}")

@@ -109,7 +109,7 @@ class PublishedModel:
         """The command that fine-tunes it; ``DATASET`` stands for the dataset's id."""
         turned = f" --reorient {self.orientation}" if self.orientation else ""
         source = self.id if self.source else "FILE"
-        return f"nnssl-adapt finetune -d DATASET -pc {source} -n {self.id.replace('-', '_')}{turned} -f 0"
+        return f"nnssl-adapt finetune -d DATASET -pc {source} -n {self.id.replace('-', '_')}{turned}"
 
     def __str__(self) -> str:
         """All that is known, a line each."""

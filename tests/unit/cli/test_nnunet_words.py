@@ -30,14 +30,14 @@ COUNTERPARTS = {
     "nnUNetv2_install_pretrained_model_from_zip": ("install",),
     "nnUNetv2_download_pretrained_model_by_url": ("install",),
     "nnUNetv2_convert_MSD_dataset": ("convert", "msd"),
+    "nnUNetv2_convert_old_nnUNet_dataset": ("convert", "nnunetv1"),
 }
 WITHOUT = {
     "nnUNetv2_accumulate_crossval_results",
-    "nnUNetv2_convert_old_nnUNet_dataset",
     "nnUNetv2_move_plans_between_datasets",
     "nnUNetv2_plot_overlay_pngs",
 }
-"""Commands that have no counterpart, or one without flags."""
+"""Commands that have no counterpart: their work is a part of another command here, or not done."""
 
 
 def ours(*words):
@@ -76,6 +76,13 @@ def test_every_option_of_nnunet_is_known(name, monkeypatch):
     known = ours(*COUNTERPARTS[name])._option_string_actions
     options = theirs(name, monkeypatch)._option_string_actions
     assert [option for option in options if option not in known] == []
+
+
+@pytest.mark.parametrize("name", [name for name, ours in COUNTERPARTS.items() if ours == ("preprocess",)])
+def test_finetune_takes_the_words_of_preprocessing_too(name, monkeypatch):
+    """Fine-tuning plans and preprocesses as well."""
+    known = ours("finetune")._option_string_actions
+    assert [option for option in theirs(name, monkeypatch)._option_string_actions if option not in known] == []
 
 
 def test_no_command_of_nnunet_is_forgotten():

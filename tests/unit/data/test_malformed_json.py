@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.malformed import used_or_refused, variants
 from support.synthetic import make_dataset
 
 from nnssl_adapt.data.convert.cases import Target, training_case
@@ -21,75 +18,8 @@ from nnssl_adapt.data.splits import load_or_make_splits, split_for_fold
 from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.data.verifying.examine import verify_dataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint, changed_cases, remember_sources
-from nnssl_adapt.errors import DatasetError, DatasetJsonError, NnsslAdaptError
+from nnssl_adapt.errors import DatasetError, DatasetJsonError
 from nnssl_adapt.geometry.spacing import choose_spacing
-
-ANYTHING: list[Any] = [
-    None,
-    True,
-    0,
-    -1,
-    7,
-    1.5,
-    10**30,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "../x",
-    "a\nb" * 40,
-]
-ANYTHING += [
-    [],
-    [None],
-    [1, 2],
-    [[2, 2, 2]] * 3,
-    {},
-    {"a": None},
-    {"0": {"mean": []}},
-    [{"train": [], "val": [1]}],
-    {"": 0},
-]
-
-
-def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
-    if not path:
-        return value
-    copy = deepcopy(content)
-    node = copy
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return copy
-
-
-def variants(content: Any, seed: int, most: int = 150) -> Iterator[str]:
-    """Texts of the content with anything in any place, or an entry missing, and texts that are no JSON."""
-    everything = [(path, value) for path in places(content) for value in ANYTHING]
-    for path, value in random.Random(seed).sample(everything, min(most, len(everything))):
-        yield json.dumps(changed(content, path, value))
-    text = json.dumps(content)
-    yield from ("", text[: len(text) // 2], "\ufeff" + text, "[" * 5000, "\x00", '{"a": 1, "a": 2}')
-
-
-def used_or_refused(use: Callable[[], Any], text: str) -> bool:
-    try:
-        use()
-    except NnsslAdaptError as error:
-        assert str(error) and len(str(error)) < 4000, text
-        return False
-    except Exception as error:
-        pytest.fail(f"{type(error).__name__}: {error} of {text[:300]}")
-    return True
-
 
 DATASET = {
     "channel_names": {"0": "T1"},

@@ -89,14 +89,9 @@ def test_split_for_fold() -> None:
     assert split_for_fold(splits, 2, CASES) == (splits[2]["train"], splits[2]["val"])
     assert split_for_fold(splits, "2", CASES) == (splits[2]["train"], splits[2]["val"])
     assert split_for_fold(splits, "all", CASES) == (CASES, CASES)
-    for fold in (-1, "first"):
-        with pytest.raises(ConfigurationError, match="expected a number from 0 to 4, or 'all'"):
-            split_for_fold(splits, fold, CASES)
-
-
-def test_a_fold_beyond_the_splits_is_random_but_seeded(caplog: pytest.LogCaptureFixture) -> None:
-    train, val = split_for_fold(crossval_splits(CASES), 7, CASES[::-1])
-    assert len(train) == 9 and len(val) == 3
-    assert sorted(train + val) == CASES
-    assert (train, val) == split_for_fold([], 7, CASES)
-    assert "random 80:20" in caplog.text
+    for fold in (-1, "first", 5, "9"):
+        with pytest.raises(ConfigurationError, match="0 to 4, and all") as caught:
+            split_for_fold(splits, fold, CASES, Path("x") / "splits_final.json")
+        assert caught.value.path == Path("x") / "splits_final.json" and str(fold) in str(caught.value)
+    with pytest.raises(ConfigurationError, match="all only"):
+        split_for_fold([], 0, CASES[:1])
