@@ -93,7 +93,7 @@ def test_a_pickle_that_names_anything_else_is_not_run(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ("{}", "postprocessing_fns"),
-        ("[", "can't be read as postprocessing"),
+        ("[", "postprocessing"),
         ('{"postprocessing_fns": ["grow"], "postprocessing_kwargs": [{}]}', "asks for grow"),
         (f'{{"postprocessing_fns": ["{FUNCTION}"], "postprocessing_kwargs": []}}', "arguments for 0"),
         (
