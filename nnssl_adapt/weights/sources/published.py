@@ -1,6 +1,6 @@
 """The catalogue of published networks (``published.json``): what each is, where it is, and on which terms it may be used.
 
-Nothing here touches the network. ``scripts/refresh_published.py`` compares the catalogue with what the hub says today.
+Nothing here touches the network. ``.ci/refresh_published.py`` compares the catalogue with what the hub says today.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def test_the_command_line_shows_all_and_one(capsys):
 
 @pytest.fixture
 def script():
-    path = Path(__file__).parents[4] / "scripts" / "refresh_published.py"
+    path = Path(__file__).parents[4] / ".ci" / "refresh_published.py"
     spec = importlib.util.spec_from_file_location("refresh_published", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """Compare the catalogue of published networks with what the Hugging Face hub and web servers say today.
 
-    python scripts/refresh_published.py [--write]
+    python .ci/refresh_published.py [--write]
 
 For every entry: does its address lead somewhere, does the repository hold the file, which licence does its page state, how large
 is the file. Differences are printed. With --write licences and sizes are put into the catalogue, and what was second-hand and
