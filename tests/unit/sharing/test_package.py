@@ -119,6 +119,8 @@ def test_the_card_says_what_it_must(made):
         "5 training cases",
         "CC0",
         "revision 0123abc",
+        f"checkpoint_final.pth, SHA-256 `{'ab' * 32}`",
+        "licence of those weights: CC-BY-4.0",
     ):
         assert part in card, part
     assert HOME not in card
