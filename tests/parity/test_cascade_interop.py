@@ -22,10 +22,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnssl_adapt as na
 from nnssl_adapt.data.previous_stage import FOLDER
-from nnssl_adapt.data.splits import load_splits
+from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.planning.plan import CASCADE, LOW_RESOLUTION
+from nnssl_adapt.training.run.stopping import StopRequest
+from nnssl_adapt.training.validation import FoldValidation
 
 TESTS = Path(__file__).parents[1]
 CHECKPOINT = TESTS / "data" / "nnssl_checkpoints" / "small_resenc"
@@ -150,16 +152,23 @@ def test_the_first_stage_leaves_what_nnunet_leaves(world, peer, tmp_path):
     first = peer.parent / peer.name.replace(CASCADE, LOW_RESOLUTION)
     theirs = {path.stem: blosc2.open(str(path))[:] for path in (first / FOLDER / CASCADE).glob("*.b2nd")}
     assert sorted(theirs) == ["case_00", "case_01", "case_02", "case_03"]
-    recipe = na.Recipe.load("tiny_cpu").override(**RECIPE, patch_size=None, trainer_name="nnUNetTrainerNoMirroring")
-    results = tmp_path / "results"
-    shutil.copytree(first.parent, results / world.dataset)
-    shutil.rmtree(results / world.dataset / first.name / FOLDER)
-    shutil.rmtree(results / world.dataset / first.name / "fold_0" / "validation")
-    trainer = na.PretrainedTrainer(
-        world.plan.seen_through(LOW_RESOLUTION), 0, recipe, device="cpu", results_folder=results, progress=False
+    fold = tmp_path / first.name / "fold_0"
+    model, plan = ModelFolder.open(first), world.plan.seen_through(LOW_RESOLUTION)
+    network, weights = model.build_network(), model.load_weights(0)
+    model.load_into(network, weights, first)
+    validation = FoldValidation(
+        plan=plan,
+        labels=plan.labels,
+        file_ending=".nii.gz",
+        store=CaseStore(plan.store_folder),
+        cases=SPLITS[0]["val"],
+        references=plan.dataset_folder / "gt_segmentations",
+        folder=fold,
+        fold=0,
+        device=torch.device("cpu"),
     )
-    trainer.run(validate_only=True)
-    found = list((results / world.dataset / first.name / FOLDER / CASCADE).glob("*.b2nd"))
+    validation.run(network, weights.mirror_axes, "theirs", StopRequest())
+    found = list((fold.parent / FOLDER / CASCADE).glob("*.b2nd"))
     assert sorted(path.stem for path in found) == SPLITS[0]["val"]
     for path in found:
         labels = blosc2.open(str(path))[:]
@@ -170,7 +179,7 @@ def test_the_first_stage_leaves_what_nnunet_leaves(world, peer, tmp_path):
 def test_the_cascade_starts_as_the_full_resolution(ours):
     model = ModelFolder.open(ours)
     report = json.loads((ours / "fold_0" / "transfer_report.json").read_text())
-    stem = [row for row in report["rows"] if "silent" in (row.get("reason") or "")]
+    stem = [row for row in report["target"] if "silent" in (row.get("reason") or "")]
     assert stem and all(row["part"] == "stem" for row in stem)
     assert model.build_network(empty=True).encoder.stem.convs[0].conv.weight.shape[1] == 1 + 2
 
@@ -187,4 +196,3 @@ def test_a_first_stage_that_is_missing_or_of_other_folds_is_named(ours, world, t
     with pytest.raises(ConfigurationError, match="case_03 by fold 0"):
         train(world, CASCADE, 1)
     record.write_text(before)
-    assert len(load_splits(world.raw / "splits_final.json", [f"case_0{n}" for n in range(4)])) == 2
