@@ -20,7 +20,7 @@ from nnssl_adapt.planning.dynamic import check_preset_use, plan_dynamic
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget
 from nnssl_adapt.planning.like_pretrained import plan_like_pretrained
 from nnssl_adapt.planning.plan import PLANAR, FinetunePlan
-from nnssl_adapt.planning.planar import plan_planar, refuse_other_sources
+from nnssl_adapt.planning.planar import plan_planar, refuse_other_sources, refuse_volumes_of_pictures
 from nnssl_adapt.planning.plans_file import check_name, check_plans_name, refuse_to_replace_stranger
 from nnssl_adapt.planning.preflight import check_orientation, find_other_orientations
 from nnssl_adapt.planning.request import PlanRequest
@@ -75,6 +75,7 @@ def make_plan(
     raw = dataset if isinstance(dataset, RawDataset) else RawDataset.open(dataset)
     if request.plans_name is not None:
         request = replace(request, plans_name=check_plans_name(request.plans_name))
+    refuse_volumes_of_pictures(raw, request.configurations)
     if checkpoint is not None:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)

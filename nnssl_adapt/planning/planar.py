@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_adapt.data.dataset import RawDataset
+from nnssl_adapt.data.pictures import NATURAL_2D
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import Spacing, check_fixed, median_spacing
@@ -87,6 +88,16 @@ def plan_planar(
     know(raw)
     plans_name = request.plans_name or f"ptPlans_dynamic__{request.name}"
     return FinetunePlan(dynamic_content(raw, checkpoint, topology, plans_name, request), PLANAR)
+
+
+def refuse_volumes_of_pictures(raw: RawDataset, configurations: Sequence[str]) -> None:
+    """Raise ConfigurationError when a dataset of pictures is to be planned as volumes, which nnU-Net doesn't either."""
+    volumetric = [name for name in configurations if name != PLANAR]
+    if raw.image_reader == NATURAL_2D and volumetric:
+        raise ConfigurationError(
+            f"{raw.name} has pictures ({raw.json.file_ending}), which {', '.join(volumetric)} can't be made of: plan them "
+            f"with -c {PLANAR}, from the weights of a 2D network (-pc) or from scratch (without -pc)"
+        )
 
 
 def refuse_other_sources(architecture: Architecture, configurations: Sequence[str]) -> None:

@@ -126,7 +126,7 @@ def test_interrupted_it_says_how_to_go_on(model, images, tmp_path, capsys, monke
         (("-m", "MODEL", "--step-size", "2"), "0 < step <= 1"),
         (("-m", "MODEL", "--part", "3/2"), "--part 3/2: expected 1/2 to 2/2"),
         (("-m", "nowhere"), "-m nowhere: no such folder, and no dataset 'nowhere'"),
-        (("-m", "MODEL", "--postprocess", "nothing.json"), "nothing.json can't be read as postprocessing"),
+        (("-m", "MODEL", "--postprocess", "nothing.json"), "there is no postprocessing.json nothing.json"),
         (("-m", "MODEL", "-np", "-1"), "-np -1"),
         (("-m", "MODEL", "-c", "3d_fullres"), "-c: they choose among the models of a dataset"),
         (("-m", "MODEL", "-device", "gpu"), "'gpu' is unknown"),
