@@ -152,7 +152,7 @@ def _state(
         return RUNNING, "", rounds.count
     if step.is_done:
         return DONE, "", restarts
-    if rounds.failure:
+    if rounds.failure and not submission.is_cancelled:  # a job that is cancelled may note that it was stopped
         return FAILED, rounds.failure, restarts
     number = submission.jobs.get(step.name)
     if number is None:

@@ -119,7 +119,7 @@ def test_what_is_missing_is_named(folders, tmp_path):
         evaluate_folder(*folders, SCHEME, ".nrrd")
     with pytest.raises(CaseError, match="no such folder"):
         evaluate_folder(tmp_path / "nowhere", folders[1], SCHEME, ".nii.gz")
-    with pytest.raises(CaseError, match="can't be read as a summary"):
+    with pytest.raises(CaseError, match="there is no summary.json"):
         load_summary(tmp_path / "summary.json")
 
 
