@@ -152,10 +152,17 @@ def test_another_number_of_labels_is_a_shape_that_does_not_match(make_model):
         model.load_into(model.build_network(), model.load_weights(0), "x")
 
 
+def test_weights_that_never_saw_a_previous_stage_are_no_cascade(make_model):
+    folder = make_model()
+    change_plans(folder, previous_stage="3d_lowres")
+    model = ModelFolder.open(folder)
+    with pytest.raises(ModelFolderError, match=r"is \(\d+, 1, .*and not \(\d+, 3, "):
+        model.load_into(model.build_network(), model.load_weights(0), "x")
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"previous_stage": "3d_lowres"}, "cascade"),
         ({"image_reader_writer": "MyReader"}, "MyReader, which is not supported"),
         ({"resampling_fn_probabilities": "resample_torch_fornnunet"}, "resample_torch_fornnunet, not supported"),
     ],
