@@ -59,9 +59,10 @@ def freezing_warnings(recipe: Recipe, report: TransferReport) -> list[str]:
 def build_initial_network(plan: FinetunePlan, num_heads: int, seed: int) -> nn.Module:
     """Build the plan's network on the CPU with random weights that only depend on ``seed`` (uses torch's generator)."""
     torch.manual_seed(seed)
+    stages = 0 if plan.previous_stage is None else len(plan.stage_channels(plan.labels))
     return build_network(
         plan.architecture,
-        in_channels=plan.num_channels + len(plan.stage_channels(plan.labels)),
+        in_channels=plan.num_channels + stages,
         num_classes=num_heads,
         patch_size=plan.patch_size,
         deep_supervision=False,

@@ -52,7 +52,7 @@ def arrange(place):
     elif place == "before the last checkpoint":
         checkpointing.CheckpointWriter.final = die
     elif place == "validation":
-        validation.FoldValidation._predict = die
+        validation.FoldValidation._tiles = die
     else:
         raise ValueError(place)
 

@@ -198,9 +198,16 @@ def _configuration(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def first_problem(error: ValidationError) -> str:
     """Where pydantic found the first thing wrong, what, and what stands there, in one line."""
-    problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"]) or "the top"
+    problems = error.errors()
+    # Of a field for two or three axes each form complains; the one of another length says nothing.
+    lengths = ("too_long", "too_short", "missing")
+    problem = next((p for p in problems if not (_in_form(p["loc"]) and p["type"] in lengths)), problems[0])
+    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("tuple[")) or "the top"
     return in_one_line(f"{path}: {problem['msg']}, got {problem['input']!r}")
+
+
+def _in_form(location: tuple[int | str, ...]) -> bool:
+    return any(str(part).startswith("tuple[") for part in location)
 
 
 def in_one_line(message: object) -> str:

@@ -12,6 +12,8 @@ from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.recipe.recipe import Recipe, configs_folder, recipe_names
 from nnssl_adapt.weights.network.architectures import Architecture
 
+SWIN = Architecture("SwinUNETR", {"feature_size": 12, "version": 2, "patch_merging": "old"})
+
 
 def asked(*words, architecture=CNN, source=None):
     parser = argparse.ArgumentParser()
@@ -113,8 +115,8 @@ def test_mistakes_of_flags_settings_network_and_device_come_together():
     [
         (("--lora", "8"), CNN, "this network is a CNN"),
         (("--recipe", "lora"), CNN, "this network is a CNN"),
-        (("--deep-supervision",), TRANSFORMER, "a transformer has a single output"),
-        (("-tr", "nnUNetTrainer"), TRANSFORMER, "a transformer has a single output"),
+        (("--deep-supervision",), TRANSFORMER, "has a single output"),
+        (("-tr", "nnUNetTrainer"), TRANSFORMER, "has a single output"),
         (("--set", "compile=on", "--device", "mps"), CNN, "not on mps"),
         (("--from_scratch", "--freeze", "encoder"), CNN, "random weights would stay random"),
         (("--from_scratch", "--recipe", "linear_probe"), CNN, "random weights would stay random"),
@@ -201,4 +203,5 @@ def test_a_recipes_file_is_headed_by_the_command_that_runs_it(name, monkeypatch)
         "0",
         "PLANS",
     )
-    assert recipe_from(arguments, TRANSFORMER if name in ("primus", "lora") else CNN) == Recipe.load(name)
+    special = {"primus": TRANSFORMER, "lora": TRANSFORMER, "swin_unetr": SWIN}
+    assert recipe_from(arguments, special.get(name, CNN)) == Recipe.load(name)

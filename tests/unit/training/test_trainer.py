@@ -165,7 +165,7 @@ def test_no_cuda(plan):
 
 @pytest.mark.parametrize("fold", [5, -1, "every", 1.5])
 def test_wrong_folds(plan, recipe, fold):
-    with pytest.raises(ConfigurationError, match="the dataset's folds are 0, 1, 2, 3, 4, all"):
+    with pytest.raises(ConfigurationError, match="has the folds 0 to 4, and all"):
         trainer_of(plan, recipe, fold=fold)
 
 

@@ -69,7 +69,7 @@ def test_every_trainer_name_is_in_the_table_with_its_recipe():
 def test_every_flag_in_the_text_exists(flag):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    elsewhere = {"--keep-topology"}  # of the preprocessing command
+    elsewhere = {"--keep-topology", "--fit-gpu", "--preset"}  # of the preprocessing command
     assert flag in elsewhere | {option for action in parser._actions for option in action.option_strings}
 
 

@@ -104,7 +104,6 @@ def test_plans_from_before_nnunet_2_3_describe_the_same_network():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": [64, 40]}, "is a 2D network.*take the model's 3d_fullres"),
         ({"previous_stage": "3d_lowres"}, "second stage of a cascade"),
         ({"architecture": None}, "neither 'architecture' nor"),
         ({"architecture": {"network_class_name": "os.system", "arch_kwargs": {}}}, "unknown network 'system'"),
