@@ -75,7 +75,6 @@ def make_plan(
     raw = dataset if isinstance(dataset, RawDataset) else RawDataset.open(dataset)
     if request.plans_name is not None:
         request = replace(request, plans_name=check_plans_name(request.plans_name))
-    refuse_volumes_of_pictures(raw, request.configurations)
     if checkpoint is not None:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
@@ -85,6 +84,7 @@ def make_plan(
         raise ConfigurationError(
             f"{', '.join(request.configurations)} needs pre-trained weights (-pc); only {PLANAR} is planned without"
         )
+    refuse_volumes_of_pictures(raw, request.configurations)
     if request.preset is not None:
         check_preset_use(request, from_scratch=checkpoint is None)
     if request.fit_gpu is not None:
