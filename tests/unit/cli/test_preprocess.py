@@ -5,7 +5,7 @@ import pytest
 from nnssl_adapt.cli import preprocess
 from nnssl_adapt.cli.common import checked_workers
 from nnssl_adapt.data.store import CaseStore
-from nnssl_adapt.planning import make
+from nnssl_adapt.planning import dataset_files
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_parts_make_the_whole_and_the_last_saves_the_plan(command, nnunet_folder
 )
 def test_wrong_words(command, words, problem, monkeypatch):
     """They are found before any image is read, which may take an hour."""
-    monkeypatch.setattr(make, "examine_dataset", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(dataset_files, "examine_dataset", lambda *_, **__: pytest.fail("images were read"))
     code, _, err = command(*words)
     assert code == 1 and problem in err and err.count("\n") == 1
 
