@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "study", help="a study.yaml, or the name of one that comes with the package (weights_vs_scratch, …)"
     )
     parser.add_argument("-d", dest="dataset", help="dataset id or name, instead of the file's")
+    parser.add_argument(
+        "-c",
+        dest="configuration",
+        metavar="CONFIGURATION",
+        help="3d_fullres, 3d_lowres, 3d_cascade_fullres or 2d, instead of the file's (arms that name one keep it)",
+    )
     parser.add_argument("-device", help="cuda, cpu or mps, instead of the file's")
     add_job_flags(parser.add_argument_group("where the runs are done"), cluster="local")
     what = parser.add_mutually_exclusive_group()
@@ -33,17 +39,20 @@ def run(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.studies.page import command_line
     from nnssl_adapt.studies.study import Study
 
-    changes = {"dataset": arguments.dataset, "device": arguments.device}
+    changes = {
+        "dataset": arguments.dataset,
+        "device": arguments.device,
+        "configuration": arguments.configuration,
+    }
     study = Study.load(arguments.study, **{name: value for name, value in changes.items() if value is not None})
     arguments.how_to_go_on = "run the same command again"
     if arguments.dry_run:
         for preparation in study.preparations:
             print(command_line("preprocess", preparation.words))
-        for one in study.runs:
+        for one in study.trainings:
             print(command_line("train", one.words))
-        print(
-            f"{len(study.preparations)} plan(s) and {len(study.runs)} run(s); {sum(r.is_done for r in study.runs)} done"
-        )
+        done = sum(one.is_done for one in study.trainings)
+        print(f"{len(study.preparations)} plan(s) and {len(study.trainings)} run(s); {done} done")
         return EXIT_OK
     if arguments.status:
         print(study.status())

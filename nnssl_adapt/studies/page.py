@@ -21,6 +21,7 @@ def study_page(
     preparations: Sequence[Preparation],
     citations: Mapping[str, Sequence[str]],
     facts: Mapping[str, str],
+    first_stages: Sequence[StudyRun] = (),
 ) -> str:
     """The whole document.
 
@@ -31,6 +32,7 @@ def study_page(
         preparations: what was preprocessed for them.
         citations: of every checkpoint, by its source.
         facts: ``dataset``, ``version``, ``torch``, for the methods.
+        first_stages: trainings that cascades among the runs needed before.
     """
     first = [cell for cell in cells if cell.metric == study.metrics[0]]
     arms = ", ".join(arm.name for arm in study.arms)
@@ -50,7 +52,7 @@ def study_page(
         tables=[(metric, [table_row(cell) for cell in cells if cell.metric == metric]) for metric in study.metrics],
         curves=_curves(study, cells, runs),
         preparations=[command_line("preprocess", preparation.words) for preparation in preparations],
-        trainings=[command_line("train", run.words) for run in runs],
+        trainings=[command_line("train", run.words) for run in (*first_stages, *runs)],
         methods=methods(study, cells, facts),
         citations=[
             (source, text) for source, texts in citations.items() for text in (texts or ("no citation in the file",))

@@ -9,23 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.data.splits import Split
 from nnssl_adapt.paths import preprocessed_folder, results_folder
+from nnssl_adapt.planning.plan import CASCADE, CONFIGURATION, LOW_RESOLUTION
 from nnssl_adapt.studies.spec import Arm, StudySpec
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import FINAL
 from nnssl_adapt.training.setup import without_pretraining
 
-CONFIGURATION = "3d_fullres"
-
 _TRAINER = "Study"
 """Trainer name of all runs, whatever their recipe: a run's folder must be known before its network is."""
 
 _TRAINING = Recipe(trainer_name=_TRAINER)
+
+_STAGES = (LOW_RESOLUTION, CASCADE)
+"""Planned together and trained in one results folder, where the second finds what the first left for it."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ class StudyRun:
         arm, fraction, fold, seed: of the study.
         plans_name: that it is trained with.
         dataset_name: ``Dataset041_Name``.
+        configuration: of the plan, that is trained.
         trainer_name: first part of the model folder's name.
         results: its own results folder.
         words: of ``nnssl-adapt train``.
+        for_cascade: it is only trained as the first stage of the arm's cascade, and not compared.
     """
 
     arm: str
@@ -70,15 +74,18 @@ class StudyRun:
     trainer_name: str
     results: Path
     words: tuple[str, ...]
+    configuration: str = CONFIGURATION
+    for_cascade: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.arm}__{self.fraction:g}__fold{self.fold}__seed{self.seed}"
+        stage = f"__{self.configuration}" if self.for_cascade else ""
+        return f"{self.arm}__{self.fraction:g}__fold{self.fold}__seed{self.seed}{stage}"
 
     @property
     def fold_folder(self) -> Path:
         """Where the training writes."""
-        model = f"{self.trainer_name}__{self.plans_name}__{CONFIGURATION}"
+        model = f"{self.trainer_name}__{self.plans_name}__{self.configuration}"
         return self.results / self.dataset_name / model / f"fold_{self.fold}"
 
     @property
@@ -104,11 +111,13 @@ def study_folder(dataset_name: str, name: str) -> Path:
 
 def preparation_of(arm: Arm, dataset_name: str) -> Preparation:
     """What has to be preprocessed for an arm."""
-    words = ["-d", dataset_name, "-pc", arm.network, "-am", arm.spacing_mode]
+    words = ["-d", dataset_name, *(() if arm.network is None else ("-pc", arm.network)), "-am", arm.spacing_mode]
     if arm.spacing is not None:
         words += ["-os", *(f"{mm:g}" for mm in arm.spacing)]
     if arm.normalization is not None:
         words += ["--normalization", arm.normalization]
+    if arm.configuration != CONFIGURATION:
+        words += ["-c", *(_STAGES if arm.configuration in _STAGES else (arm.configuration,))]
     plans_name = f"ptPlans_study_{_digest(words)}"
     return Preparation(plans_name, dataset_name, (*words, "-n", "study", "--plans_name", plans_name))
 
@@ -124,31 +133,82 @@ def runs_of(
         splits: of each fraction, which say what a run is trained on.
         files: where these are written.
     """
-    pool = results_folder() / dataset_name / "studies" / "runs"
     for fraction in study.fractions:
         for arm in study.arms:
-            plans_name = preparation_of(arm, dataset_name).plans_name
             for fold in study.folds:
                 for seed in study.seeds:
-                    words = _training_words(arm, plans_name, dataset_name, fold, seed)
-                    split = splits[fraction][fold]
-                    results = pool / _digest([words, split["train"], split["val"]])
-                    placed = ("--splits", str(files[fraction]), "--results", str(results), "-device", study.device)
-                    yield StudyRun(
-                        arm=arm.name,
-                        fraction=fraction,
-                        fold=fold,
-                        seed=seed,
-                        plans_name=plans_name,
-                        dataset_name=dataset_name,
-                        trainer_name=without_pretraining(_TRAINING).trainer_name if arm.from_scratch else _TRAINER,
-                        results=results,
-                        words=(*words, *placed),
-                    )
+                    yield _run_of(study, arm, dataset_name, fraction, fold, seed, splits[fraction], files[fraction])
 
 
-def _training_words(arm: Arm, plans_name: str, dataset_name: str, fold: int, seed: int) -> list[str]:
-    words = ["-d", dataset_name, "-c", CONFIGURATION, "-f", str(fold), "-p", plans_name]
+def first_stages_of(
+    study: StudySpec,
+    runs: Sequence[StudyRun],
+    splits: Mapping[float, Sequence[Split]],
+    files: Mapping[float, Path],
+) -> Iterator[StudyRun]:
+    """What must be trained before the cascades among the runs, and is none of the runs itself; arguments as of :func:`runs_of`.
+
+    Of a cascade's fold these are the folds of the first stage that validate one of its cases.
+    """
+    known = {run.fold_folder for run in runs}
+    for run in runs:
+        if run.configuration != CASCADE:
+            continue
+        arm = replace(study.arm(run.arm), configuration=LOW_RESOLUTION)
+        of_fraction = splits[run.fraction]
+        cases = {*of_fraction[run.fold]["train"], *of_fraction[run.fold]["val"]}
+        for fold in (number for number, split in enumerate(of_fraction) if cases.intersection(split["val"])):
+            first = _run_of(
+                study, arm, run.dataset_name, run.fraction, fold, run.seed, of_fraction, files[run.fraction]
+            )
+            if first.fold_folder not in known:
+                known.add(first.fold_folder)
+                yield replace(first, for_cascade=True)
+
+
+def _run_of(
+    study: StudySpec,
+    arm: Arm,
+    dataset_name: str,
+    fraction: float,
+    fold: int,
+    seed: int,
+    splits: Sequence[Split],
+    file: Path,
+) -> StudyRun:
+    plans_name = preparation_of(arm, dataset_name).plans_name
+    words = _training_words(arm, plans_name, dataset_name, fold, seed)
+    made_of: list[Any] = [words, splits[fold]["train"], splits[fold]["val"]]
+    if arm.configuration in _STAGES:  # all folds of both stages lie together
+        first = replace(arm, configuration=LOW_RESOLUTION)
+        made_of = [_training_words(first, plans_name, dataset_name, None, seed), splits]
+    results = results_folder() / dataset_name / "studies" / "runs" / _digest(made_of)
+    placed = ("--splits", str(file), "--results", str(results), "-device", study.device)
+    return StudyRun(
+        arm=arm.name,
+        fraction=fraction,
+        fold=fold,
+        seed=seed,
+        plans_name=plans_name,
+        dataset_name=dataset_name,
+        trainer_name=without_pretraining(_TRAINING).trainer_name if arm.from_scratch else _TRAINER,
+        results=results,
+        words=(*words, *placed),
+        configuration=arm.configuration,
+    )
+
+
+def _training_words(arm: Arm, plans_name: str, dataset_name: str, fold: int | None, seed: int) -> list[str]:
+    """``fold``: None where what all folds have in common is meant."""
+    words = [
+        "-d",
+        dataset_name,
+        "-c",
+        arm.configuration,
+        *(() if fold is None else ("-f", str(fold))),
+        "-p",
+        plans_name,
+    ]
     if arm.trainer is not None:
         words += ["-tr", arm.trainer]
     elif arm.recipe is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl_adapt.evaluation.measures import Judging
+from nnssl_adapt.planning.plan import CONFIGURATION
 from nnssl_adapt.training.recipe.recipe import Recipe
 
 SCRATCH = "scratch"
@@ -19,7 +20,9 @@ class Arm:
     Attributes:
         name: in tables and pictures.
         weights: source of the pre-trained weights, or ``scratch``.
-        network: source whose network is trained; the weights' own unless they are ``scratch``.
+        network: source whose network is trained; the weights' own unless they are ``scratch``. None: nnU-Net's own network for
+            the dataset, which only ``2d`` is planned with.
+        configuration: of nnU-Net's, that is trained. A cascade's first stage is trained before it.
         spacing_mode: as ``-am`` of ``preprocess``.
         spacing: mm (Z, Y, X), for mode ``fixed``.
         normalization: as ``--normalization`` of ``preprocess``; None for its default.
@@ -30,7 +33,8 @@ class Arm:
 
     name: str
     weights: str
-    network: str
+    network: str | None
+    configuration: str = CONFIGURATION
     spacing_mode: str = "like_pretrained"
     spacing: tuple[float, float, float] | None = None
     normalization: str | None = None

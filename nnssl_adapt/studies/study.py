@@ -29,7 +29,14 @@ from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.studies.answers import Cell, answers, hours_of, save_cells
 from nnssl_adapt.studies.graph import study_graph
 from nnssl_adapt.studies.page import study_page
-from nnssl_adapt.studies.runs import Preparation, StudyRun, preparation_of, runs_of, study_folder
+from nnssl_adapt.studies.runs import (
+    Preparation,
+    StudyRun,
+    first_stages_of,
+    preparation_of,
+    runs_of,
+    study_folder,
+)
 from nnssl_adapt.studies.spec import Arm, StudySpec
 from nnssl_adapt.studies.study_file import read_study_file, study_from
 from nnssl_adapt.studies.subsets import nested_subsets, write_subsets
@@ -48,7 +55,8 @@ class Study:
         spec: what is compared.
         dataset_name: ``Dataset041_Name``.
         preparations: what has to be preprocessed.
-        runs: all trainings, small fractions first.
+        runs: all trainings that are compared, small fractions first.
+        first_stages: those that cascades among them need before, and that are not compared.
         training_cases: mean number of a fold's training cases, by fraction.
         file: that it can be read from again, as it is.
     """
@@ -57,6 +65,7 @@ class Study:
     dataset_name: str
     preparations: tuple[Preparation, ...]
     runs: tuple[StudyRun, ...]
+    first_stages: tuple[StudyRun, ...]
     training_cases: Mapping[float, float]
     file: Path
 
@@ -98,7 +107,14 @@ class Study:
         preparations = dict.fromkeys(preparation_of(arm, dataset.name) for arm in spec.arms)
         counts = {f: sum(sizes[f][fold] for fold in spec.folds) / len(spec.folds) for f in spec.fractions}
         runs = tuple(runs_of(spec, dataset.name, subsets, files))
-        return cls(spec, dataset.name, tuple(preparations), runs, counts, _kept_file(spec, source, changes, folder))
+        stages = tuple(first_stages_of(spec, runs, subsets, files))
+        kept = _kept_file(spec, source, changes, folder)
+        return cls(spec, dataset.name, tuple(preparations), runs, stages, counts, kept)
+
+    @property
+    def trainings(self) -> tuple[StudyRun, ...]:
+        """Everything that is trained, first stages of cascades before the others."""
+        return (*self.first_stages, *self.runs)
 
     @property
     def folder(self) -> Path:
@@ -137,7 +153,7 @@ class Study:
         answer = ("study", str(self.file), "--table")
         page = self.folder / "study.html"
         graph = study_graph(
-            f"study-{self.spec.name}", self.preparations, self.runs, answer, page, resources, throttle, more
+            f"study-{self.spec.name}", self.preparations, self.trainings, answer, page, resources, throttle, more
         )
         submission = Submission(self.folder / FOLDER, graph, cluster, tuple(command), versions_here(package_version()))
         if cluster == SLURM:
@@ -166,18 +182,18 @@ class Study:
         steps = {s.step: s for s in status_of(Submission.load(self.folder / FOLDER)).steps} if submitted else {}
         rows = [
             (
-                *(run.arm, f"{run.fraction:g}", str(run.fold), str(run.seed)),
+                *(_shown_arm(run), f"{run.fraction:g}", str(run.fold), str(run.seed)),
                 *(steps[run.key].state if run.key in steps and not run.is_done else _state(run), str(_epochs(run))),
                 *(f"{hours_of(run):.2f}", steps[run.key].node if run.key in steps else ""),
                 steps[run.key].detail or steps[run.key].last_line if run.key in steps else "",
             )
-            for run in self.runs
+            for run in self.trainings
         ]
         prepared = sum(preparation.plans_file.is_file() for preparation in self.preparations)
-        done = sum(run.is_done for run in self.runs)
+        done = sum(run.is_done for run in self.trainings)
         return (
             f"study {self.spec.name}: {prepared} of {len(self.preparations)} plans preprocessed, {done} of "
-            f"{len(self.runs)} runs finished\n{text_table(header, rows)}"
+            f"{len(self.trainings)} runs finished\n{text_table(header, rows)}"
         )
 
     def cells(self) -> list[Cell]:
@@ -200,7 +216,7 @@ class Study:
         cells = self.cells()
         save_cells(cells, self.folder)
         facts = {"dataset": self.dataset_name, "version": package_version(), "torch": torch.__version__}
-        page = study_page(self.spec, cells, self.runs, self.preparations, self._citations(), facts)
+        page = study_page(self.spec, cells, self.runs, self.preparations, self._citations(), facts, self.first_stages)
         path = self.folder / "study.html"
         write_text(path, page)
         return path
@@ -215,7 +231,8 @@ class Study:
             preparation = preparation_of(arm, self.dataset_name)
             if arm.from_scratch or not preparation.plans_file.is_file():
                 continue
-            entries = FinetunePlan.load(preparation.plans_file).pretrain_info.get("citations") or ()
+            plan = FinetunePlan.load(preparation.plans_file, arm.configuration)
+            entries = plan.pretrain_info.get("citations") or ()
             texts = [t for entry in entries if isinstance(entry, dict) for t in entry.get("apa_citations") or ()]
             found[arm.weights] = texts
         return found
@@ -243,7 +260,12 @@ def _kept_file(
 
 
 def _sources_of(arm: Arm) -> tuple[str, ...]:
-    return (arm.network,) if arm.from_scratch else (arm.network, arm.weights)
+    network = () if arm.network is None else (arm.network,)
+    return network if arm.from_scratch else (*network, arm.weights)
+
+
+def _shown_arm(run: StudyRun) -> str:
+    return f"{run.arm} ({run.configuration} for it)" if run.for_cascade else run.arm
 
 
 def _state(run: StudyRun) -> str:

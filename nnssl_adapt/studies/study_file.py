@@ -15,6 +15,8 @@ from nnssl_adapt.evaluation.compare import COMPARABLE, LESIONS
 from nnssl_adapt.evaluation.lesions import LesionRule
 from nnssl_adapt.evaluation.measures import Judging
 from nnssl_adapt.geometry.spacing import canonical_mode, check_fixed
+from nnssl_adapt.planning.plan import CONFIGURATION, PLANAR
+from nnssl_adapt.planning.request import CONFIGURATIONS
 from nnssl_adapt.studies.spec import SCRATCH, Arm, StudySpec
 from nnssl_adapt.text import did_you_mean
 from nnssl_adapt.training.recipe.recipe import configs_folder
@@ -23,7 +25,7 @@ Made = TypeVar("Made")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
-_SHARED = ("spacing", "spacing_mm", "normalization", "recipe", "trainer", "set")
+_SHARED = ("configuration", "spacing", "spacing_mm", "normalization", "recipe", "trainer", "set")
 """Fields of an arm that may stand beside ``arms`` as well, for all of them."""
 
 
@@ -137,7 +139,17 @@ class _Reading:
         if not isinstance(content, Mapping) or "weights" not in content:
             self.mistakes.append(f"arm {name}: 'weights' is missing; give a source, or 'scratch'")
             return None
-        known = {"weights", "network", "spacing", "spacing_mm", "normalization", "recipe", "trainer", "set"}
+        known = {
+            "weights",
+            "network",
+            "configuration",
+            "spacing",
+            "spacing_mm",
+            "normalization",
+            "recipe",
+            "trainer",
+            "set",
+        }
         for key in content:
             if key not in known:
                 self.mistakes.append(f"arm {name}: unknown field {key!r}{did_you_mean(str(key), known)}")
@@ -150,7 +162,8 @@ class _Reading:
         network = content.get("network") or (weights if weights != SCRATCH else None)
         if network is None and len(pretrained) == 1:
             network = pretrained[0]
-        if network is None:
+        configuration = self._configuration(name, merged.get("configuration", CONFIGURATION))
+        if network is None and configuration != PLANAR:
             self.mistakes.append(f"arm {name}: say with 'network: SOURCE' whose network is trained from scratch")
         settings = self._settings(name, shared.get("set"), content.get("set"))
         mode, spacing = self._spacing(name, merged)
@@ -159,7 +172,8 @@ class _Reading:
         arm = Arm(
             name=name,
             weights=weights,
-            network=str(network),
+            network=None if network is None else str(network),
+            configuration=configuration,
             spacing_mode=mode,
             spacing=spacing,
             normalization=None if merged.get("normalization") is None else str(merged["normalization"]),
@@ -188,6 +202,11 @@ class _Reading:
             if field_of_study in merged:
                 self.mistakes.append(f"arm {name}: {field_of_study} can't be set; the study sets it")
         return tuple(sorted(merged.items()))
+
+    def _configuration(self, name: str, given: Any) -> str:
+        if given not in CONFIGURATIONS:
+            self.mistakes.append(f"arm {name}: configuration {given!r}: expected one of {', '.join(CONFIGURATIONS)}")
+        return str(given)
 
     def _spacing(self, name: str, merged: Mapping[str, Any]) -> tuple[str, tuple[float, float, float] | None]:
         mode = str(merged.get("spacing", "like_pretrained"))

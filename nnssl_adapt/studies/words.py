@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from nnssl_adapt.evaluation.tables import text_table
+from nnssl_adapt.planning.plan import CONFIGURATION
 from nnssl_adapt.studies.answers import Cell
 from nnssl_adapt.studies.spec import StudySpec
 from nnssl_adapt.studies.statistics import Estimate
@@ -92,7 +93,12 @@ def methods(study: StudySpec, cells: Sequence[Cell], facts: Mapping[str, str]) -
 
 def _arm_words(study: StudySpec, name: str) -> str:
     arm = study.arm(name)
-    start = f"random weights in the network of {arm.network}" if arm.from_scratch else f"weights of {arm.weights}"
+    start = f"weights of {arm.weights}"
+    if arm.from_scratch:
+        network = "nnU-Net's network" if arm.network is None else f"the network of {arm.network}"
+        start = f"random weights in {network}"
+    if arm.configuration != CONFIGURATION:
+        start += f", configuration {arm.configuration}"
     how = arm.trainer or arm.recipe or "the default recipe"
     changes = f" with {', '.join(f'{key} {value}' for key, value in arm.settings)}" if arm.settings else ""
     return f"{name} ({start}, spacing {arm.spacing_mode}, {how}{changes})"
