@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.planning.patch import at_least_two_voxels
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.traced_step import trace_step
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
@@ -229,10 +230,11 @@ def shrinking_patches(architecture: Architecture, median_shape: Sequence[float])
     coarsest resolution, as :func:`nnssl_adapt.planning.patch.fit_patch` does.
     """
     strides = architecture.total_stride
-    smallest = [stride if stride == 1 else 2 * stride for stride in strides]
-    patch = [max(low, int(n // s) * s) for low, n, s in zip(smallest, median_shape, strides, strict=True)]
+    within = [max(1, int(n // s)) * s for n, s in zip(median_shape, strides, strict=True)]
+    patch = at_least_two_voxels(within, strides, median_shape)
     path = [tuple(patch)]
-    while reducible := [axis for axis in range(3) if patch[axis] > smallest[axis]]:
+    while math.prod(patch) > 2 * math.prod(strides):
+        reducible = [axis for axis in range(3) if patch[axis] > strides[axis]]
         axis = max(reducible, key=lambda axis: (patch[axis] / median_shape[axis], axis))
         patch[axis] -= strides[axis]
         path.append(tuple(patch))

@@ -10,20 +10,27 @@ def fit_patch(wanted: Sequence[int], divisors: Sequence[int], median_shape: Sequ
     """Return the patch nearest to ``wanted`` that the network can take and the images can fill.
 
     All three are voxel counts in the plan's axis order. Each axis becomes a multiple of its divisor (the product of the
-    network's strides), no larger than it takes to cover the median image, and leaves at least two voxels at the
-    network's coarsest resolution, where instance normalisation needs more than one.
+    network's strides), no larger than it takes to cover the median image.
     """
-    z, y, x = (
-        _fit_axis(int(size), int(divisor), float(extent))
+    sizes = [
+        max(1, min(int(size) // divisor, math.ceil(extent / divisor))) * divisor
         for size, divisor, extent in zip(wanted, divisors, median_shape, strict=True)
-    )
+    ]
+    z, y, x = at_least_two_voxels(sizes, divisors, median_shape)
     return z, y, x
 
 
-def _fit_axis(size: int, divisor: int, extent: float) -> int:
-    smallest = divisor if divisor == 1 else 2 * divisor
-    covers_the_image = math.ceil(extent / divisor) * divisor
-    return max(smallest, min(max(1, size // divisor) * divisor, covers_the_image))
+def at_least_two_voxels(sizes: Sequence[int], divisors: Sequence[int], median_shape: Sequence[float]) -> list[int]:
+    """A patch with one step more where it would leave a single voxel at the network's coarsest resolution.
+
+    Instance normalisation needs more than one there, of all axes together: one axis may have a single voxel. The axis that the
+    image fills most gets the step; one without strides (the slices of a 2D network) is left as it is.
+    """
+    enough = list(sizes)
+    if enough == list(divisors):
+        strided = [axis for axis, divisor in enumerate(divisors) if divisor > 1] or [0, 1, 2]
+        enough[max(strided, key=lambda axis: (median_shape[axis] / divisors[axis], axis))] *= 2
+    return enough
 
 
 def describe_fit(wanted: Sequence[int], fitted: Sequence[int], median_shape: Sequence[float]) -> str | None:
