@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nnssl_adapt.weights.network.architectures import CLASSES, PRESETS, Architecture
+from nnssl_adapt.weights.network.architectures import CLASSES, Architecture
+from nnssl_adapt.weights.network.presets import PRESETS
 
 _SIZES = ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size")
 """What the letter in a Primus's name stands for."""

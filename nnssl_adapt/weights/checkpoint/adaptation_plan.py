@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError
 from nnssl_adapt.text import read_json
+from nnssl_adapt.weights.checkpoint.state_dict import unwrapped_name
 from nnssl_adapt.weights.network.architectures import Architecture, Shape
 
 EMBEDDED_KEY = "nnssl_adaptation_plan"
@@ -45,6 +46,7 @@ Patch = tuple[Voxels, Voxels, Voxels]
 Millimetres = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Axis = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+ModuleName = Annotated[str, AfterValidator(unwrapped_name)]
 
 
 class AdaptationPlan(BaseModel):
@@ -60,7 +62,7 @@ class AdaptationPlan(BaseModel):
         num_input_channels: image channels in pre-training.
         normalization_schemes: nnU-Net's names of the normalisation, one a channel.
         use_mask_for_norm: whether only nonzero voxels counted for it, one a channel.
-        key_to_encoder: dotted prefix of the encoder's tensors.
+        key_to_encoder: dotted prefix of the encoder's tensors; this and the other names are without wrappers' prefixes.
         key_to_stem: dotted prefix of the stem's.
         keys_to_in_proj: modules that see the image's channels; several names of one module are usual.
         key_to_lpe: the learned positional embedding of a transformer.
@@ -85,10 +87,10 @@ class AdaptationPlan(BaseModel):
     num_input_channels: Voxels = 1
     normalization_schemes: Words = ("ZScoreNormalization",)
     use_mask_for_norm: tuple[bool, ...] = (False,)
-    key_to_encoder: str | None = None
-    key_to_stem: str | None = None
-    keys_to_in_proj: Words = ()
-    key_to_lpe: str | None = None
+    key_to_encoder: ModuleName | None = None
+    key_to_stem: ModuleName | None = None
+    keys_to_in_proj: Annotated[tuple[ModuleName, ...], BeforeValidator(_words)] = ()
+    key_to_lpe: ModuleName | None = None
     citations: tuple[dict[str, Any], ...] = ()
     trainer_name: str | None = None
     supervised: bool = False
@@ -153,15 +155,25 @@ class AdaptationPlan(BaseModel):
     @property
     def token_grid(self) -> Shape | None:
         """Tokens per axis (Z, Y, X) of a transformer on the pre-training patch, where it divides; else None."""
-        return token_grid(self.architecture, self.patch_size)
+        return _token_grid(self.architecture, self.patch_size)
+
+    @property
+    def token_grids(self) -> tuple[Shape | None, ...]:
+        """As :attr:`token_grid`, of the patch and of the recommended patch."""
+        patches = (self.patch_size, self.recommended_patch_size)
+        return tuple(_token_grid(self.architecture, patch) for patch in patches if patch)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the network was trained and where it lies: all fields, but not who trained it and what to cite."""
+        return {name: value for name, value in self if name not in ("raw", "citations", "trainer_name")}
 
     def differences(self, other: AdaptationPlan) -> list[str]:
         """Names of the fields in which two plans for the same weights disagree."""
-        ignored = {"raw", "citations", "trainer_name"}
-        return [name for name in type(self).model_fields if name not in ignored and not _same(self, other, name)]
+        return [name for name in self.training if not _same(self, other, name)]
 
 
-def token_grid(architecture: Architecture, patch_size: Shape | tuple[int, ...]) -> Shape | None:
+def _token_grid(architecture: Architecture, patch_size: Shape) -> Shape | None:
     """Tokens per axis that a transformer cuts a patch (Z, Y, X) into; None for a CNN or a patch that doesn't divide."""
     steps = architecture.total_stride
     if not architecture.is_transformer or any(n % s for n, s in zip(patch_size, steps, strict=True)):

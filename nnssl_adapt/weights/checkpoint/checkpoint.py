@@ -15,17 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nnssl_adapt.errors import ConfigurationError, UnreadableCheckpoint
 from nnssl_adapt.text import and_more, dimensions
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.checkpoint.axes import exchange_axes
 from nnssl_adapt.weights.checkpoint.find_plan import find_plan
-from nnssl_adapt.weights.checkpoint.folds import average_folds
-from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, StateDict, state_dict_of
-from nnssl_adapt.weights.checkpoint.stems import choose_stem, image_channels_only
-from nnssl_adapt.weights.checkpoint.weight_file import check_sums, read_shards, read_weight_file
-from nnssl_adapt.weights.families.family import Family
-from nnssl_adapt.weights.families.registry import family_of_names
+from nnssl_adapt.weights.checkpoint.image_input import for_our_images
+from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, state_dict_of
+from nnssl_adapt.weights.checkpoint.stems import choose_stem
+from nnssl_adapt.weights.checkpoint.weight_file import read_contents
+from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, published_at
 from nnssl_adapt.weights.sources.resolve import resolve_source
@@ -183,20 +180,18 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     Of the options ``stem``, ``axes`` and ``patch_merging`` count. Raises what :func:`open_checkpoint` does.
     """
     options = options or SourceOptions()
-    path = resolved.weights
-    content = _read(resolved)
-    state = state_dict_of(content, path)
-    tensors, family, family_notes = _in_our_names(_all_folds(resolved, state), str(path))
-    tensors, stem_notes = choose_stem(tensors, options.stem, str(path))
+    where = str(resolved.weights)
+    contents = read_contents(resolved)
+    content = contents[resolved.weights]
+    state = state_dict_of(contents)
+    tensors, family, family_notes = in_our_names(state.tensors, where)
+    tensors, stem_notes = choose_stem(tensors, options.stem, where)
     told = {} if options.patch_merging == "auto" else {"patch_merging": options.patch_merging}
     found = find_plan(content, resolved, tensors, family, state.key == LIGHTNING_KEY, told)
-    tensors, plan, channel_notes = image_channels_only(tensors, found.plan)
-    notes = [*state.notes, *family_notes, *stem_notes, *found.notes, *channel_notes]
-    if options.axes == "xyz" or (options.axes == "auto" and found.axes == "xyz"):
-        tensors, plan = exchange_axes(tensors, plan, str(path))
-        notes.append(_exchanged(options.axes, state.key, plan))
-    _check_told(told, plan, str(path))
-    citations, citation_notes = _citations(content.get("citations"), plan)
+    axes, reason = (found.axes, found.axes_reason) if options.axes == "auto" else (options.axes, None)
+    tensors, plan, image_notes = for_our_images(tensors, found.plan, axes, reason, where)
+    notes = [*state.notes, *family_notes, *stem_notes, *found.notes, *image_notes]
+    citations = plan.citations if found.citations is None else found.citations
     published = published_at(resolved.origin)
     if published is not None:
         notes += [f"second-hand, not checked ({published.id}): {fact}" for fact in published.unverified]
@@ -208,79 +203,10 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         origin=resolved.origin,
         trainer_name=trainer_name if isinstance(trainer_name, str) else plan.trainer_name,
         citations=citations,
-        notes=tuple(notes + citation_notes),
+        notes=tuple(notes),
         choices=options.choices,
         published=published,
     )
     for note in checkpoint.notes:
         logger.warning("%s: %s", resolved.origin, note)
     return checkpoint
-
-
-def _read(resolved: ResolvedSource) -> dict[str, Any]:
-    """The content of the weight file, or of its shards; checksums are compared where no digest was recorded before."""
-    paths = (resolved.weights, *resolved.other_shards)
-    content = read_weight_file(paths[0]) if len(paths) == 1 else read_shards(paths)
-    if resolved.origin.kind in ("file", "folder", "model_folder"):
-        for path in (*paths, *resolved.other_folds):
-            check_sums(path)
-    return content
-
-
-def _all_folds(resolved: ResolvedSource, first: StateDict) -> dict[str, Tensor]:
-    """The weights, averaged where several folds are asked for."""
-    if not resolved.other_folds:
-        return first.tensors
-    others = [(path, state_dict_of(read_weight_file(path), path).tensors) for path in resolved.other_folds]
-    return average_folds([(resolved.weights, first.tensors), *others])
-
-
-def _in_our_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Family | None, list[str]]:
-    """The tensors under the names that our networks have, and the family whose files have others."""
-    family = family_of_names(tensors)
-    if family is None or family.key_map is None:
-        return tensors, None, []
-    if family.refusal is not None:
-        raise UnreadableCheckpoint(f"{where} is {family.name}: {family.refusal}")
-    names = family.key_map.translate(tensors, where)
-    translated = {names[name]: tensor for name, tensor in tensors.items()}
-    notes = [f"it is {family.name}: its tensors' names were translated"]
-    if family.prepare is not None:
-        translated, of_preparing = family.prepare(translated)
-        notes += of_preparing
-    return translated, family, notes
-
-
-def _check_told(told: Mapping[str, str], plan: AdaptationPlan, where: str) -> None:
-    """What the user said of the network has to be what it became: for other networks it means nothing."""
-    for name, value in told.items():
-        if plan.architecture.kwargs.get(name) != value:
-            raise ConfigurationError(
-                f"{where} is a {plan.architecture}: --{name.replace('_', '-')} {value} is for Swin UNETRs whose origin is not "
-                "known; leave it out"
-            )
-
-
-def _exchanged(axes: str, key: str | None, plan: AdaptationPlan) -> str:
-    if not plan.architecture.kind.has_symmetric_axes:
-        return (
-            "trained on (x, y, z) arrays, and not symmetric in its axes: images are turned for it (transpose_forward "
-            f"{list(plan.transpose_forward)}), its weights are left as they are"
-        )
-    if axes == "xyz":
-        return "its axes were exchanged, (x, y, z) → (z, y, x), as requested; exact for a convolutional network"
-    why = "Lightning and MONAI files are" if key == LIGHTNING_KEY else "networks of its family were"
-    return (
-        f"taken as trained on (x, y, z) arrays, as {why}: kernels, strides and patch were turned to (z, y, x), exactly; "
-        "--axes zyx leaves them as they are"
-    )
-
-
-def _citations(found: Any, plan: AdaptationPlan) -> tuple[tuple[dict[str, Any], ...], list[str]]:
-    """The file's own citations, else the plan's; what is not ``{type, name, …}`` is left out and noted."""
-    entries = found if isinstance(found, (list, tuple)) else [found] if found is not None else []
-    if not entries or found == {}:
-        return plan.citations, []
-    good = tuple(dict(entry) for entry in entries if isinstance(entry, Mapping))
-    bad = len(entries) - len(good)
-    return good, [f"{bad} of its citations can't be read"] if bad else []

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.errors import AdaptationPlanError, ModelFolderError
+from nnssl_adapt.errors import AdaptationPlanError, ConfigurationError, ModelFolderError
 from nnssl_adapt.text import read_json
-from nnssl_adapt.weights.checkpoint.adaptation_plan import EMBEDDED_KEY, AdaptationPlan
-from nnssl_adapt.weights.checkpoint.plain_pickle import read_plain_pickle
+from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
+from nnssl_adapt.weights.checkpoint.nnunet_plan import plan_of_nnunet
 from nnssl_adapt.weights.checkpoint.plan_check import reconcile_best
-from nnssl_adapt.weights.checkpoint.supervised import configuration_of_folder, plan_from_nnunet, plan_from_tensors
+from nnssl_adapt.weights.checkpoint.plan_of_tensors import plan_of_tensors
 from nnssl_adapt.weights.checkpoint.weight_file import PLAN_KEYS
 from nnssl_adapt.weights.families.family import Family
-from nnssl_adapt.weights.families.nnunet import trained_by_nnunet
 from nnssl_adapt.weights.network.network_parts import Tensors
-from nnssl_adapt.weights.sources.listing import COMPANION_SUFFIX, SIDECAR_NAME
+from nnssl_adapt.weights.sources.listing import SIDECAR_NAME
 from nnssl_adapt.weights.sources.resolved import ResolvedSource
 
 
@@ -29,11 +27,15 @@ class FoundPlan:
         plan: with the keys, patch and channels that the tensors have.
         notes: what was corrected in it.
         axes: order of the image axes that the tensors were trained on, where the plan does not say it in another way.
+        axes_reason: what tells that order, where it is not ours (z, y, x).
+        citations: what the file itself says to cite, None where it says nothing.
     """
 
     plan: AdaptationPlan
     notes: tuple[str, ...] = ()
     axes: str = "zyx"
+    axes_reason: str = ""
+    citations: tuple[dict[str, Any], ...] | None = None
 
 
 def find_plan(
@@ -55,28 +57,45 @@ def find_plan(
         told: arguments of the network that the user said, for what the tensors of a file without a plan don't tell.
 
     Raises AdaptationPlanError when there is no plan, or none that fits; ModelFolderError or DatasetJsonError for the model
-    folder's files.
+    folder's files; ConfigurationError for an argument that such a network does not have.
     """
     where = str(resolved.weights)
-    notes: list[str] = []
-    axes = "zyx"
-    candidates, errors = _nnssl_plans(content, resolved)
+    told = told or {}
+    citations, of_citations = _citations(content.get("citations"))
+    candidates, errors = _written_plans(content, resolved)
     if not candidates and errors:
         raise errors[0]
-    if not candidates and (nnunet := _nnunet_plan(content, resolved)) is not None:
-        candidates = {"of nnU-Net": nnunet}
+    axes, notes = "zyx", list[str]()
     if not candidates:
-        plan, axes, notes = _plan_of_tensors(content, resolved, tensors, family, told or {})
+        plan, axes, notes = plan_of_tensors(content, resolved, tensors, family, told)
         axes = "xyz" if is_lightning and family is None else axes
         candidates = {"of the tensors": plan}
-    _, plan, corrected, others = reconcile_best(candidates, tensors, where)
-    return FoundPlan(plan, (*notes, *map(str, [*errors, *others]), *corrected), axes)
+    plan, corrected, others = reconcile_best(candidates, tensors, where)
+    for name, value in told.items():
+        if plan.architecture.kwargs.get(name) != value:
+            raise ConfigurationError(
+                f"{where} is a {plan.architecture}: --{name.replace('_', '-')} {value} is for Swin UNETRs whose origin is not "
+                "known; leave it out"
+            )
+    reason = "Lightning and MONAI files are" if is_lightning else "networks of its family were"
+    notes = [*notes, *map(str, [*errors, *others]), *corrected, *of_citations]
+    return FoundPlan(plan, tuple(notes), axes, reason, citations)
 
 
-def _nnssl_plans(
+def _citations(stated: Any) -> tuple[tuple[dict[str, Any], ...] | None, list[str]]:
+    """The file's own citations, None where it has none; what is not ``{type, name, …}`` is left out and noted."""
+    entries = stated if isinstance(stated, (list, tuple)) else [stated] if stated is not None else []
+    if not entries or stated == {}:
+        return None, []
+    good = tuple(dict(entry) for entry in entries if isinstance(entry, Mapping))
+    bad = len(entries) - len(good)
+    return good, [f"{bad} of its citations can't be read"] if bad else []
+
+
+def _written_plans(
     content: Mapping[str, Any], resolved: ResolvedSource
 ) -> tuple[dict[str, AdaptationPlan], list[AdaptationPlanError]]:
-    """Where nnssl's plans were found → the plans; and why others can't be read."""
+    """Where plans are written → the plans: nnssl's, or where there is none, nnU-Net's; and why others can't be read."""
     found: dict[str, AdaptationPlan] = {}
     errors: list[AdaptationPlanError] = []
     embedded = next((content[key] for key in PLAN_KEYS if content.get(key) is not None), None)
@@ -90,66 +109,12 @@ def _nnssl_plans(
             found[f"in {SIDECAR_NAME}"] = AdaptationPlan.load(resolved.sidecar)
     except AdaptationPlanError as error:
         errors.append(error)
-    return found, errors
-
-
-def _plan_of_tensors(
-    content: Mapping[str, Any],
-    resolved: ResolvedSource,
-    tensors: Tensors,
-    family: Family | None,
-    told: Mapping[str, Any],
-) -> tuple[AdaptationPlan, str, list[str]]:
-    trainer = content.get("trainer_name")
-    if isinstance(trainer, str) and not trained_by_nnunet(trainer):
-        raise _no_plan(resolved)  # nnssl writes one beside every file: it was left behind, and is worth fetching
-    beside = _beside(resolved.weights, family)
-    try:
-        return plan_from_tensors(tensors, str(resolved.weights), trainer, family, beside, told)
-    except AdaptationPlanError as error:
-        if family is not None:
-            raise AdaptationPlanError(
-                f"{resolved.weights} is {family.name}, and can't be used as it is: {error.__cause__}"
-            ) from error
-        raise _no_plan(resolved, f", and {error.__cause__ or error}") from error
-
-
-def _beside(weights: Path, family: Family | None) -> dict[str, Any] | None:
-    """What the pickle beside the weights says of how they were trained, for families that write one; None without it."""
-    path = weights.with_name(f"{weights.name}{COMPANION_SUFFIX}")
-    if family is None or family.beside is None or not path.is_file():
-        return None
-    return family.beside(read_plain_pickle(path), str(path), str(weights))
-
-
-def _no_plan(resolved: ResolvedSource, more: str = "") -> AdaptationPlanError:
-    origin = resolved.origin
-    beside = f"{SIDECAR_NAME} in the repository {origin}" if origin.repo_id else resolved.weights.parent / SIDECAR_NAME
-    return AdaptationPlanError(
-        f"{resolved.weights} has no adaptation plan: looked for '{EMBEDDED_KEY}' in it and for {beside}{more}. "
-        f"Copy the {SIDECAR_NAME} that nnssl wrote during pre-training beside it"
-    )
-
-
-# -- nnU-Net's -------------------------------------------------------------------------------------------------------
-
-
-def _nnunet_plan(content: Mapping[str, Any], resolved: ResolvedSource) -> AdaptationPlan | None:
-    """From the model folder's files, else from the copies that nnU-Net's trainer keeps in the checkpoint; or None."""
-    init_args = content.get("init_args")
-    arguments: Mapping[str, Any] = init_args if isinstance(init_args, Mapping) else {}
-    configuration, trainer = arguments.get("configuration"), content.get("trainer_name")
-    folder = resolved.model_folder
+    if found or errors:
+        return found, errors
+    folder, plans, dataset = resolved.model_folder, None, None
     if folder is not None:
-        named = configuration if isinstance(configuration, str) else configuration_of_folder(folder.name)
         path = folder / "dataset.json"
         dataset = read_json(path, ModelFolderError, "dataset.json") if path.is_file() else None
         plans = read_json(folder / "plans.json", ModelFolderError, "plans file")
-        return plan_from_nnunet(plans, dataset, named, str(folder), trainer or folder.name.partition("__")[0])
-    plans, dataset_json = arguments.get("plans"), arguments.get("dataset_json")
-    # nnssl's trainers keep a plan there too, with another layout and without a description of the network.
-    if not trained_by_nnunet(trainer) or not isinstance(plans, Mapping):
-        return None
-    named = configuration if isinstance(configuration, str) else None
-    known = dataset_json if isinstance(dataset_json, Mapping) else None
-    return plan_from_nnunet(plans, known, named, str(resolved.weights), trainer)
+    plan = plan_of_nnunet(content, resolved.weights, folder, plans, dataset)
+    return {} if plan is None else {"of nnU-Net": plan}, []

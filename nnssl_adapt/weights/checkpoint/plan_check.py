@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError
 from nnssl_adapt.text import and_more
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan, in_one_line
-from nnssl_adapt.weights.checkpoint.positions import positions_grid, positions_name
-from nnssl_adapt.weights.checkpoint.state_dict import unwrapped_name
 from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch, outline
-from nnssl_adapt.weights.network.network_parts import Location, NetworkParts, Tensors, locate
-from nnssl_adapt.weights.network.topology import differing_arguments, read_topology
-
-
-@dataclass(frozen=True)
-class _Located:
-    """A network of an architecture, and where its parts lie in the file (None: nowhere)."""
-
-    architecture: Architecture
-    parts: NetworkParts
-    location: Location | None
-
-    @property
-    def is_complete(self) -> bool:
-        return self.location is not None and self.location.is_complete
+from nnssl_adapt.weights.network.network_parts import Location, NetworkParts, Tensors, is_special_token, locate
+from nnssl_adapt.weights.network.tensor_ops import Grid, find_token_grid
+from nnssl_adapt.weights.network.topology import read_topology
 
 
 def reconcile_best(
     candidates: Mapping[str, AdaptationPlan], tensors: Tensors, where: str
-) -> tuple[str, AdaptationPlan, list[str], list[AdaptationPlanError]]:
+) -> tuple[AdaptationPlan, list[str], list[AdaptationPlanError]]:
     """Of several plans for the same tensors take the one that fits best; of equals the first.
 
     Args:
@@ -40,14 +28,15 @@ def reconcile_best(
         tensors: of the checkpoint.
         where: the weight file, for messages.
 
-    Returns where the plan was found, the plan as of :func:`reconcile`, notes, and why others don't fit. Raises
-    AdaptationPlanError when none does.
+    Returns the plan as of :func:`reconcile`, notes, and why others don't fit. Raises AdaptationPlanError when none does.
     """
     fits: dict[str, tuple[AdaptationPlan, list[str]]] = {}
     errors: list[AdaptationPlanError] = []
     for name, candidate in candidates.items():
+        same = next((found for found in fits if candidates[found].training == candidate.training), None)
         try:
-            fits[name] = reconcile(candidate, tensors, where if len(candidates) == 1 else f"{where}, plan {name}")
+            at = where if len(candidates) == 1 else f"{where}, plan {name}"
+            fits[name] = fits[same] if same else reconcile(candidate, tensors, at)
         except AdaptationPlanError as error:
             errors.append(error)
     if not fits:
@@ -67,7 +56,7 @@ def reconcile_best(
             "trainer_name": plan.trainer_name or candidates[other].trainer_name,
         }
         plan = plan.model_copy(update=update)
-    return best, plan, notes, errors
+    return plan, notes, errors
 
 
 def reconcile(plan: AdaptationPlan, tensors: Tensors, where: str) -> tuple[AdaptationPlan, list[str]]:
@@ -77,54 +66,72 @@ def reconcile(plan: AdaptationPlan, tensors: Tensors, where: str) -> tuple[Adapt
     tensors tell theirs. Raises AdaptationPlanError when nothing in the file fits the encoder that the plan names.
     """
     own = {name: tensor for name, tensor in tensors.items() if not is_other_stem(name)}
-    notes: list[str] = []
-    located, problem = None, None
-    try:
-        located = _locate(plan, plan.architecture, own, where)
-    except AdaptationPlanError as error:
-        problem = error  # a network that can't be built; the tensors may tell which it was
-    if located is None or not located.is_complete:
-        theirs = _locate_as_tensors_tell(plan, own, where)
-        if theirs is not None:
-            changes = "; ".join(differing_arguments(plan.architecture, theirs.architecture))
-            notes.append(f"the plan's architecture contradicts the tensors, took theirs: {changes}")
-            located = theirs
-    if located is None or located.location is None:
-        raise problem or AdaptationPlanError(
+    architecture, location = _locate(plan, own, where)
+    if location is None:
+        raise AdaptationPlanError(
             f"{where}: no tensor fits the encoder of {plan.architecture}, which the adaptation plan names, and its stem; the "
             f"file has {and_more(sorted({name.split('.')[0] for name in tensors}), 12)}"
         )
-    plan = plan.model_copy(update={"architecture": located.architecture})
-    plan, of_keys = _with_keys(plan, located.location)
-    plan, of_stem = _with_stem(plan, located.location, own, where)
-    plan, of_positions = _with_positions(plan, located.parts, own, where)
+    notes: list[str] = []
+    if architecture is not plan.architecture:
+        changes = "; ".join(_differing_arguments(plan.architecture, architecture))
+        notes.append(f"the plan's architecture contradicts the tensors, took theirs: {changes}")
+        plan = plan.model_copy(update={"architecture": architecture})
+    plan, of_keys = _with_keys(plan, location)
+    plan, of_stem = _with_stem(plan, location, own, where)
     plan, of_heads = _with_heads(plan, own)
+    plan, of_positions = _with_positions(plan, location, own, where)
     return plan, notes + of_keys + of_stem + of_positions + of_heads
 
 
 # -- architecture ----------------------------------------------------------------------------------------------------
 
 
-def _locate(plan: AdaptationPlan, architecture: Architecture, tensors: Tensors, where: str) -> _Located:
-    encoder, stem = (None if key is None else unwrapped_name(key) for key in (plan.key_to_encoder, plan.key_to_stem))
-    try:
-        patch = nearest_patch(architecture, plan.patch_size)
-        parts = NetworkParts.of(outline(architecture, plan.num_input_channels, patch))
-    except ArchitectureError as error:
-        raise AdaptationPlanError(f"{where}: {in_one_line(error)}") from error
-    return _Located(architecture, parts, locate(parts, tensors, encoder, stem, with_decoder=plan.supervised))
+def _locate(plan: AdaptationPlan, tensors: Tensors, where: str) -> tuple[Architecture, Location | None]:
+    """The plan's architecture and where its parts lie (None: nowhere); the tensors' own, where only that fits completely."""
+    own: Location | None = None
+    problem: ArchitectureError | None = None
+    for architecture in _architectures(plan, tensors):
+        try:
+            network = outline(architecture, plan.num_input_channels, nearest_patch(architecture, plan.patch_size))
+        except ArchitectureError as error:
+            problem = error  # it can't be built; the tensors may tell which it was
+            continue
+        keys = plan.key_to_encoder, plan.key_to_stem, plan.key_to_lpe
+        location = locate(NetworkParts.of(network), tensors, *keys, with_decoder=plan.supervised)
+        if location is not None and location.is_complete:
+            return architecture, location
+        own = location if architecture is plan.architecture else own
+    if problem is not None:
+        raise AdaptationPlanError(f"{where}: {in_one_line(problem)}") from problem
+    return plan.architecture, own
 
 
-def _locate_as_tensors_tell(plan: AdaptationPlan, tensors: Tensors, where: str) -> _Located | None:
-    """The network that the tensors tell, if it fits them completely; else None."""
+def _architectures(plan: AdaptationPlan, tensors: Tensors) -> Iterator[Architecture]:
+    """The plan's, then the one that the tensors tell, where it is of the same kind."""
+    yield plan.architecture
     try:
         theirs = read_topology(tensors, plan.architecture.kwargs).architecture
     except ArchitectureError:
-        return None
-    if theirs.is_transformer != plan.architecture.is_transformer:
-        return None  # the plan is for something else: no note could correct that
-    located = _locate(plan, Architecture(theirs.class_name, theirs.kwargs), tensors, where)
-    return located if located.is_complete else None
+        return
+    if theirs.is_transformer == plan.architecture.is_transformer:  # else no note could correct the plan
+        yield Architecture(theirs.class_name, theirs.kwargs)
+
+
+def _differing_arguments(one: Architecture, other: Architecture) -> list[str]:
+    """``argument: value → value`` for what differs between two architectures."""
+    names: Sequence[str] = [
+        name for name in {**one.kwargs, **other.kwargs} if one.kwargs.get(name) != other.kwargs.get(name)
+    ]
+    listed = [f"{name} {_short(one.kwargs.get(name))} → {_short(other.kwargs.get(name))}" for name in names]
+    return [f"{one.class_name} → {other.class_name}", *listed] if one.class_name != other.class_name else listed
+
+
+def _short(value: Any) -> str:
+    text = (
+        "-".join(map(str, value)) if isinstance(value, list) and all(isinstance(v, int) for v in value) else str(value)
+    )
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 # -- what the tensors say about the plan's entries -------------------------------------------------------------------
@@ -158,7 +165,7 @@ def _with_stem(
             f"{where}: {names[0]} has {tensors[names[0]].ndim} axes, expected {axes} (a convolution's out, in, and the image's)"
         )
     modules = tuple(name.removesuffix(".weight") for name in names)
-    if plan.names_keys and set(modules) - {unwrapped_name(name) for name in plan.keys_to_in_proj}:
+    if plan.names_keys and set(modules) - set(plan.keys_to_in_proj):
         notes.append(f"the plan's keys_to_in_proj are {list(plan.keys_to_in_proj)}; the file has {list(modules)}")
     channels = int(tensors[names[0]].shape[1])
     if channels != plan.num_input_channels:
@@ -170,16 +177,14 @@ def _with_stem(
 
 
 def _with_positions(
-    plan: AdaptationPlan, parts: NetworkParts, tensors: Tensors, where: str
+    plan: AdaptationPlan, location: Location, tensors: Tensors, where: str
 ) -> tuple[AdaptationPlan, list[str]]:
     """Name and grid of a transformer's learned positions; the patch follows from the grid."""
-    if parts.positions is None:
-        return plan.model_copy(update={"key_to_lpe": None}), []
-    name = positions_name(parts, tensors, plan)
+    name = location.positions
     if name is None:
         return plan.model_copy(update={"key_to_lpe": None}), []
     notes: list[str] = []
-    if plan.names_keys and (plan.key_to_lpe is None or unwrapped_name(plan.key_to_lpe) != name):
+    if plan.names_keys and plan.key_to_lpe != name:
         notes.append(f"the plan's key_to_lpe is {plan.key_to_lpe!r}; the file has {name!r}")
     positions = tensors[name]
     if positions.ndim != 3:
@@ -209,3 +214,19 @@ def _with_heads(plan: AdaptationPlan, tensors: Tensors) -> tuple[AdaptationPlan,
     counts = "/".join(str(count) for count in sorted(heads))
     note = f"dataset.json names {len(plan.head_names)} outputs, the network has {counts}: the names are not used"
     return plan.model_copy(update={"head_names": ()}), [note]
+
+
+def positions_grid(positions: Tensor, source: Tensors, plan: AdaptationPlan) -> tuple[int, Grid | None]:
+    """(leading class and register tokens, grid (Z, Y, X)) of learned positions (1, N, C) in a checkpoint.
+
+    The grid comes from the number of tokens; the plan's patch, then its recommended patch, say how it is cut, and without
+    either it is a cube. None: no grid fits.
+    """
+    if positions.ndim != 3:
+        return 0, None
+    special = sum(tensor.shape[1] for name, tensor in source.items() if is_special_token(name) and tensor.ndim == 3)
+    for leading in dict.fromkeys((special, 0)):
+        grid = find_token_grid(positions.shape[1] - leading, plan.token_grids)
+        if grid is not None:
+            return leading, grid
+    return 0, None

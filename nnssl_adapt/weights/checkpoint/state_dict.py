@@ -1,12 +1,13 @@
 """The state dict in a checkpoint's content: found under the names that programs give it, checked, its wrappers taken off.
 
+Those of several folds of one trained model are averaged.
 Names are changed by whole dotted words only, and a prefix goes only when every tensor that it is about has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnssl_adapt.errors import UnreadableCheckpoint
+from nnssl_adapt.errors import CheckpointError, UnreadableCheckpoint
 from nnssl_adapt.weights.checkpoint.weight_file import WEIGHTS_KEY
 
 LIGHTNING_KEY = "state_dict"
@@ -44,11 +45,20 @@ class StateDict:
     notes: tuple[str, ...] = ()
 
 
-def state_dict_of(content: Mapping[str, Any], path: Path) -> StateDict:
-    """Find, check and unwrap the state dict in a checkpoint's content.
+def state_dict_of(contents: Mapping[Path, Mapping[str, Any]]) -> StateDict:
+    """Find, check and unwrap the state dict in a checkpoint's content; of several folds the average.
 
-    Raises UnreadableCheckpoint naming the entry that doesn't belong.
+    ``contents`` maps the file of each fold to its content; key and notes are those of the first. Raises UnreadableCheckpoint
+    naming the entry that doesn't belong, CheckpointError for folds that can't be averaged.
     """
+    states = {path: _state_dict_in(content, path) for path, content in contents.items()}
+    first = next(iter(states.values()))
+    if len(states) == 1:
+        return first
+    return replace(first, tensors=average_folds([(path, state.tensors) for path, state in states.items()]))
+
+
+def _state_dict_in(content: Mapping[str, Any], path: Path) -> StateDict:
     key = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
     tensors = tensors_of(content, path)
     stripped, notes = unwrap(tensors, path, lightning=key != WEIGHTS_KEY)
@@ -201,3 +211,48 @@ def unwrapped_name(name: str) -> str:
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
+
+
+# -- several folds ---------------------------------------------------------------------------------------------------
+
+
+def average_folds(folds: Sequence[tuple[Path, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The mean of the same network's weights from several files, in float32 (or better).
+
+    Whole numbers (counters) are taken from the first file. A tensor with two names stays one tensor. Raises CheckpointError
+    naming file and tensor when names or shapes differ.
+    """
+    path, first = folds[0]
+    for other, tensors in folds[1:]:
+        _check_alike(path, first, other, tensors)
+    known: dict[tuple[tuple[object, ...], ...], Tensor] = {}
+    averaged: dict[str, Tensor] = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            averaged[name] = tensor
+            continue
+        members = [tensors[name] for _, tensors in folds]
+        key = tuple((member.data_ptr(), tuple(member.shape), member.stride()) for member in members)
+        if key not in known:
+            exact = torch.promote_types(tensor.dtype, torch.float32)
+            total = members[0].to(exact, copy=True)
+            for member in members[1:]:
+                total += member.to(exact)
+            known[key] = total / len(members)
+        averaged[name] = known[key]
+    return averaged
+
+
+def _check_alike(path: Path, first: Mapping[str, Tensor], other: Path, tensors: Mapping[str, Tensor]) -> None:
+    only = sorted(first.keys() ^ tensors.keys())
+    if only:
+        holder, lacking = (path, other) if only[0] in first else (other, path)
+        raise CheckpointError(
+            f"these folds can't be averaged: {holder} has {only[0]!r}, {lacking} has not. Choose one fold (--fold)"
+        )
+    for name, tensor in first.items():
+        if tensor.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"these folds can't be averaged: {name!r} is {list(tensor.shape)} in {path} and "
+                f"{list(tensors[name].shape)} in {other}. Choose one fold (--fold)"
+            )

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from nnssl_adapt.errors import ConfigurationError
-from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.families.registry import family_of_dataset
 
 MEAN = "mean"
 """The stem that is the average of all that have the same shapes."""
@@ -58,33 +56,6 @@ def stems_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         if match and match["id"] != "convs":
             stems.setdefault(match["id"], {})[f"{match['stem']}.{match['rest']}"] = name
     return stems
-
-
-def image_channels_only(
-    tensors: Mapping[str, Tensor], plan: AdaptationPlan
-) -> tuple[dict[str, Tensor], AdaptationPlan, list[str]]:
-    """Tensors and plan without the input channels that are no images, for families that have such channels; and notes.
-
-    Those channels are zero where nobody gives anything in them, so that the network computes the same without them.
-    """
-    plans = plan.raw.get("nnunet_plans")
-    family = family_of_dataset(plans.get("dataset_name")) if isinstance(plans, Mapping) else None
-    kept = None if family is None else family.image_channels
-    if family is None or kept is None or plan.num_input_channels <= max(kept):
-        return dict(tensors), plan, []
-    seen = {f"{module}.weight" for module in plan.keys_to_in_proj}
-    found = {name: tensor[:, list(kept)] if name in seen else tensor for name, tensor in tensors.items()}
-    update = {
-        "num_input_channels": len(kept),
-        "normalization_schemes": plan.normalization_schemes[: len(kept)],
-        "use_mask_for_norm": plan.use_mask_for_norm[: len(kept)],
-        "citations": (*plan.citations, *(dict(entry) for entry in family.facts.citations)),
-    }
-    note = (
-        f"it is {family.name}: of its {plan.num_input_channels} input channels the image's {len(kept)} are taken, the others are "
-        "what a user draws; without them it computes the same"
-    )
-    return found, plan.model_copy(update=update), [note]
 
 
 def is_other_stem(name: str) -> bool:

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 
 from nnssl_adapt.errors import UnreadableCheckpoint, UnsafeCheckpoint
+from nnssl_adapt.weights.sources.resolved import ResolvedSource
 
 WEIGHTS_KEY = "network_weights"
 
@@ -32,11 +33,22 @@ PLAN_KEYS = ("nnssl_adaptation_plan", "adaptation_plan")
 """Where a checkpoint, or the metadata of safetensors (as JSON text), may keep its adaptation plan; the first counts."""
 
 
-def read_shards(paths: Sequence[Path]) -> dict[str, Any]:
-    """Read weights that are spread over several files into one content, as :func:`read_weight_file` gives it.
+def read_contents(resolved: ResolvedSource) -> dict[Path, dict[str, Any]]:
+    """Read the weights, and those of each further fold: file → content, as :func:`read_weight_file` gives it.
 
-    Raises UnreadableCheckpoint for a file that can't be read, or a tensor that is in two of them.
+    Weights that are spread over several files are one content. Checksums are compared where no digest was recorded before.
+    Raises UnreadableCheckpoint or UnsafeCheckpoint.
     """
+    weights = (resolved.weights, *resolved.other_shards)
+    contents = {resolved.weights: read_weight_file(weights[0]) if len(weights) == 1 else _read_shards(weights)}
+    if resolved.origin.kind in ("file", "folder", "model_folder"):
+        for path in (*weights, *resolved.other_folds):
+            _check_sums(path)
+    return contents | {path: read_weight_file(path) for path in resolved.other_folds}
+
+
+def _read_shards(paths: Sequence[Path]) -> dict[str, Any]:
+    """Weights that are spread over several files as one content; raises UnreadableCheckpoint for a tensor that is in two."""
     joined: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for path in paths:
@@ -51,7 +63,7 @@ def read_shards(paths: Sequence[Path]) -> dict[str, Any]:
     return {**joined, WEIGHTS_KEY: tensors}
 
 
-def check_sums(path: Path) -> None:
+def _check_sums(path: Path) -> None:
     """Compare a zip's contents (a ``.pth`` since torch 1.6) with its checksums, for files whose digest nobody recorded.
 
     torch itself never does. Raises UnreadableCheckpoint naming the damaged part. Other formats have no checksums.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
+from torch import Tensor
+
+from nnssl_adapt.errors import UnreadableCheckpoint
 from nnssl_adapt.weights.families.contrast_agnostic import CONTRAST_AGNOSTIC
 from nnssl_adapt.weights.families.family import Family
 from nnssl_adapt.weights.families.fomo import FOMO_AMAES
@@ -32,7 +36,27 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of_names(tensors: Tensors) -> Family | None:
+def in_our_names(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], Family | None, list[str]]:
+    """The tensors under the names that our networks have, the family whose files have others (else None), and notes.
+
+    Raises UnreadableCheckpoint, naming the file (``where``), for a family that can't be used and for a name that it doesn't
+    have.
+    """
+    family = _family_of_names(tensors)
+    if family is None or family.key_map is None:
+        return dict(tensors), None, []
+    if family.refusal is not None:
+        raise UnreadableCheckpoint(f"{where} is {family.name}: {family.refusal}")
+    names = family.key_map.translate(tensors, where)
+    translated = {names[name]: tensor for name, tensor in tensors.items()}
+    notes = [f"it is {family.name}: its tensors' names were translated"]
+    if family.prepare is not None:
+        translated, of_preparing = family.prepare(translated)
+        notes += of_preparing
+    return translated, family, notes
+
+
+def _family_of_names(tensors: Tensors) -> Family | None:
     """The family whose files name their tensors in this way, None for names of our own networks."""
     named = (f for f in FAMILIES if f.key_map is not None and f.key_map.fits(tensors))
     return next((f for f in named if f.fits is None or f.fits(tensors)), None)

@@ -3,9 +3,6 @@
 An :class:`Architecture` is what plans files and adaptation plans say about a network, without what depends on the
 dataset (channels, classes, patch). Names of modules in files are looked up in a table and never imported, since a
 name in a downloaded file could be anything.
-
-Sizes of the presets: ResEnc-L as in "Revisiting MAE pre-training for 3D medical image segmentation"
-(arXiv 2410.23132), Primus-S/B/M/L as in the Primus paper (arXiv 2503.01835).
 """
 
 from __future__ import annotations
@@ -23,17 +20,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nnssl_adapt.errors import ArchitectureError, ConfigurationError
-from nnssl_adapt.weights.network import stu_net
 from nnssl_adapt.weights.network.arguments import (
     BLOCKS_PER_STAGE,
     CLASS_KEYS,
+    CLASSES_BY_NAME,
     is_planar,
     spell_out_cnn,
     spell_out_primus,
-    with_classes,
 )
 from nnssl_adapt.weights.network.kinds import NetworkKind
 from nnssl_adapt.weights.network.other_kinds import OTHER_KINDS
+from nnssl_adapt.weights.network.presets import PRESETS
 
 Shape = tuple[int, int, int]
 
@@ -77,49 +74,6 @@ KINDS: dict[str, NetworkKind] = {
 """Networks that can be built: name of the class → what there is to know of it."""
 
 CLASSES = tuple(KINDS)
-
-_RES_ENC_L = {
-    "n_stages": 6,
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "conv_op": "Conv3d",
-    "kernel_sizes": 3,
-    "strides": [1, 2, 2, 2, 2, 2],
-    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
-    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1],
-    "conv_bias": True,
-    "norm_op": "InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "nonlin": "LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
-
-
-def _primus(embed_dim: int, depth: int, heads: int) -> dict[str, Any]:
-    return {
-        "embed_dim": embed_dim,
-        "patch_embed_size": [8, 8, 8],
-        "eva_depth": depth,
-        "eva_numheads": heads,
-        "drop_path_rate": 0.2,
-        "init_values": 0.1,
-        "scale_attn_inner": True,
-    }
-
-
-_PRIMUS_SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
-"""Width, blocks and attention heads of the published networks. V2 and V3 have other tokenizers (several convolutions)."""
-
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
-    # Pre-trained without skip connections; its encoder is ResEnc-L's, and fine-tuning adds the skips.
-    "NoSkipResEncL": ("ResidualEncoderUNet", _RES_ENC_L),
-    **{
-        f"Primus{version}{letter}": (f"Primus{version}", _primus(*size))
-        for version in ("", "V2", "V3")
-        for letter, size in _PRIMUS_SIZES.items()
-    },
-    **{f"STUNet{letter}": (stu_net.CLASS_NAME, stu_net.published(letter)) for letter in stu_net.SIZES},
-}
 
 
 @dataclass(frozen=True)
@@ -314,7 +268,7 @@ def build_network(
     if in_channels < 1 or num_classes < 1:
         raise ArchitectureError(f"a network needs channels and classes, got {in_channels} and {num_classes}")
     network_class = architecture.network_class
-    kwargs = with_classes(architecture.kwargs)
+    kwargs = _with_classes(architecture.kwargs)
     if deep_supervision and not architecture.kind.has_deep_supervision:
         raise ArchitectureError(f"{architecture.class_name} has a single output: train it without deep supervision")
     if architecture.is_transformer:
@@ -333,6 +287,12 @@ def build_network(
         network.register_forward_pre_hook(_slice_of_volume)
         network.register_forward_hook(_volume_of_slice)
     return network
+
+
+def _with_classes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of spelled-out arguments with the classes in place of their names."""
+    classes = {key: CLASSES_BY_NAME[kwargs[key]] for key in CLASS_KEYS if kwargs.get(key) is not None}
+    return {**copy.deepcopy(dict(kwargs)), **classes}
 
 
 def _slice_of_volume(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -270,10 +270,5 @@ def _look_up(class_name: str, key: str, value: Any, table: Mapping[str, type[nn.
     return table[name]
 
 
-def with_classes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of spelled-out arguments with the classes in place of their names."""
-    resolved = copy.deepcopy(dict(kwargs))
-    for key in CLASS_KEYS:
-        if resolved.get(key) is not None:
-            resolved[key] = {**_OPERATIONS, **_BLOCKS}[_last_name(resolved[key])]
-    return resolved
+CLASSES_BY_NAME = {_dotted(found): found for found in (*_OPERATIONS.values(), *_BLOCKS.values())}
+"""Dotted name, as spelled-out arguments have it → the class."""

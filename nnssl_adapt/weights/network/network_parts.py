@@ -107,6 +107,7 @@ class Location:
         encoder, stem: dotted prefixes of their tensors in the checkpoint.
         encoder_as_named, stem_as_named: whether these are the prefixes that were named.
         in_proj: names in the checkpoint of the convolution weight that sees the image, the trained alias first.
+        positions: name in the checkpoint of a transformer's learned positions, None where it has none.
         is_complete: every tensor of the encoder is there in the network's shape, and no further one lies beside them.
     """
 
@@ -115,11 +116,17 @@ class Location:
     encoder_as_named: bool
     stem_as_named: bool
     in_proj: tuple[str, ...]
+    positions: str | None
     is_complete: bool
 
 
 def locate(
-    parts: NetworkParts, tensors: Tensors, encoder: str | None, stem: str | None, with_decoder: bool = False
+    parts: NetworkParts,
+    tensors: Tensors,
+    encoder: str | None,
+    stem: str | None,
+    positions: str | None = None,
+    with_decoder: bool = False,
 ) -> Location | None:
     """Find the encoder and the stem of a network among a checkpoint's tensors; None when one of them is nowhere.
 
@@ -127,6 +134,7 @@ def locate(
         parts: of the network.
         tensors: of the checkpoint, each of which belongs to this network or to no part of it.
         encoder, stem: the prefixes that a plan names, None where it names none.
+        positions: the name that a plan gives the learned positions.
         with_decoder: whether a decoder (without its heads, whose number is the dataset's) counts for completeness.
     """
     prefix, encoder_as_named = find_prefix(parts, parts.encoder, tensors, encoder)
@@ -139,7 +147,8 @@ def locate(
     if with_decoder and any(name.startswith("decoder.") for name in tensors):
         places.append(("decoder", "decoder"))
     complete = _is_complete(parts, places, tensors)
-    return Location(prefix, found[0], encoder_as_named, found[1], tuple(in_proj), complete)
+    learned = _find_positions(parts, tensors, prefix, positions)
+    return Location(prefix, found[0], encoder_as_named, found[1], tuple(in_proj), learned, complete)
 
 
 def _find_stem(parts: NetworkParts, tensors: Tensors, encoder: str, named: str | None) -> tuple[str, bool] | None:
@@ -157,6 +166,18 @@ def _find_stem(parts: NetworkParts, tensors: Tensors, encoder: str, named: str |
     candidates = [prefix for prefix in (named, beside) if prefix is not None]
     best = max(candidates, key=fitting)  # the named one of equals
     return (best, best == named) if fitting(best) else None
+
+
+def _find_positions(parts: NetworkParts, tensors: Tensors, encoder: str, named: str | None) -> str | None:
+    """The name of the learned positions: those of the encoder, else as named.
+
+    The encoder's go first, since the second transformer of a masked autoencoder has positions too.
+    """
+    if parts.positions is None:
+        return None
+    relative = below(parts.positions, parts.encoder)
+    name = join_name(encoder, relative) if relative is not None else None
+    return next((candidate for candidate in (name, named) if candidate in tensors), None)
 
 
 def _is_complete(parts: NetworkParts, places: Sequence[tuple[str, str]], tensors: Tensors) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl_adapt.errors import ArchitectureError
-from nnssl_adapt.weights.network.architectures import KINDS, PRESETS, Architecture
+from nnssl_adapt.weights.network.architectures import KINDS, Architecture, Shape
 from nnssl_adapt.weights.network.arguments import BLOCKS_PER_STAGE
 from nnssl_adapt.weights.network.network_parts import COPIES, Tensors, below, join_name
+from nnssl_adapt.weights.network.presets import PRESETS
 
 _LAYER = r"(?:conv|all_modules\.0)\.weight"
 _N = r"(\d{1,4})"  # no network has more layers, and numbers in a damaged file may have thousands of digits
@@ -55,6 +56,7 @@ class Topology:
         channels: image channels that the stem takes.
         heads: outputs of the last segmentation layer, None where there is none.
         guessed: arguments that the tensors don't tell.
+        patch_size: the patch (Z, Y, X) in voxels of a transformer whose learned positions fill a cube, else None.
     """
 
     architecture: Architecture
@@ -62,6 +64,7 @@ class Topology:
     channels: int
     heads: int | None = None
     guessed: tuple[str, ...] = ()
+    patch_size: Shape | None = None
 
 
 def read_topology(tensors: Tensors, hints: Mapping[str, Any] | None = None) -> Topology:
@@ -246,7 +249,18 @@ def _read_primus(tensors: Tensors, root: str, hints: Mapping[str, Any]) -> Topol
     if "pos_embed" not in inside:
         kwargs["use_abs_pos_embed"] = False
     kwargs |= {key: hints[key] for key in ("use_rot_pos_emb", "rope_kwargs") if key in hints}
-    return Topology(Architecture(class_name, kwargs), encoder, channels, None, guessed)
+    cube = _cube_of_positions(inside.get("pos_embed", ()), patch)
+    return Topology(Architecture(class_name, kwargs), encoder, channels, None, guessed, cube)
+
+
+def _cube_of_positions(shape: tuple[int, ...], token: Sequence[int]) -> Shape | None:
+    """The patch of learned positions (1, N, C) that fill a cube of tokens; None where they don't, or there are none."""
+    count = shape[1] if len(shape) == 3 else 0
+    side = round(count ** (1 / 3))
+    if count == 0 or side**3 != count:
+        return None
+    z, y, x = (side * step for step in token)
+    return z, y, x
 
 
 def _tokenizer(tensors: Tensors, prefix: str) -> tuple[str, int, int, list[int]]:
@@ -272,19 +286,3 @@ def _attention_heads(width: int, hints: Mapping[str, Any]) -> tuple[int, tuple[s
         if heads and width % heads == 0 and (width // heads) % 6 == 0:
             return int(heads), () if heads == hinted else ("eva_numheads",)
     raise ArchitectureError(f"a transformer {width} wide doesn't say how many attention heads it has")
-
-
-def differing_arguments(one: Architecture, other: Architecture) -> list[str]:
-    """``argument: value → value`` for what differs between two architectures."""
-    names: Sequence[str] = [
-        name for name in {**one.kwargs, **other.kwargs} if one.kwargs.get(name) != other.kwargs.get(name)
-    ]
-    listed = [f"{name} {_short(one.kwargs.get(name))} → {_short(other.kwargs.get(name))}" for name in names]
-    return [f"{one.class_name} → {other.class_name}", *listed] if one.class_name != other.class_name else listed
-
-
-def _short(value: Any) -> str:
-    text = (
-        "-".join(map(str, value)) if isinstance(value, list) and all(isinstance(v, int) for v in value) else str(value)
-    )
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.checkpoint.positions import positions_grid
+from nnssl_adapt.weights.checkpoint.plan_check import positions_grid
 from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network.architectures import Shape, build_network
 from nnssl_adapt.weights.network.network_parts import NetworkParts, below, is_special_token, join_name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.checkpoint.positions import positions_grid, positions_name
+from nnssl_adapt.weights.checkpoint.plan_check import positions_grid
 from nnssl_adapt.weights.network import tensor_ops
 from nnssl_adapt.weights.network.architectures import KINDS
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
@@ -175,8 +175,8 @@ class EncoderFit:
     def _names(self, target: TargetTensor) -> list[str]:
         """Names in the checkpoint, the trained alias first; empty when it is not there."""
         if self.parts.is_positions(target):
-            name = positions_name(self.parts, self.source, self.keys)
-            return [name] if name else []
+            name = self.keys.key_to_lpe
+            return [name] if name in self.source else []
         is_stem = self.parts.part_of(target) == "stem"
         prefix = self.parts.stem if is_stem else self.parts.encoder
         source_prefix = (self.keys.key_to_stem if is_stem else self.keys.key_to_encoder) or ""

@@ -14,8 +14,9 @@ from support.nnssl_networks import nnunet_plans
 from nnssl_adapt.errors import DatasetJsonError, ModelFolderError, NnsslAdaptError
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.checkpoint.nnunet_plan import plan_from_nnunet
 from nnssl_adapt.weights.checkpoint.plan_check import reconcile
-from nnssl_adapt.weights.checkpoint.supervised import plan_from_nnunet, plan_from_tensors
+from nnssl_adapt.weights.checkpoint.plan_of_tensors import plan_from_tensors
 from nnssl_adapt.weights.network.architectures import build_network
 from nnssl_adapt.weights.sources.digests import Record
 from nnssl_adapt.weights.transfer.report import TransferReport

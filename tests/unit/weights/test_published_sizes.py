@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.checkpoint.plan_check import reconcile
-from nnssl_adapt.weights.checkpoint.positions import positions_grid
+from nnssl_adapt.weights.checkpoint.plan_check import positions_grid, reconcile
 from nnssl_adapt.weights.checkpoint.state_dict import unwrap
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.network.architectures import Architecture, outline

@@ -10,7 +10,7 @@ from support.nnssl_files import PLAINCONV, RESENC
 
 from nnssl_adapt.errors import AdaptationPlanError
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
-from nnssl_adapt.weights.checkpoint.supervised import plan_from_tensors
+from nnssl_adapt.weights.checkpoint.plan_of_tensors import plan_from_tensors
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, outline
 from nnssl_adapt.weights.network.topology import read_topology
 

@@ -7,7 +7,7 @@ import torch
 from support.nnssl_files import state_dict
 
 from nnssl_adapt.errors import CheckpointError
-from nnssl_adapt.weights.checkpoint.folds import average_folds
+from nnssl_adapt.weights.checkpoint.state_dict import average_folds
 
 PATHS = (Path("fold_0/a.pth"), Path("fold_1/a.pth"), Path("fold_2/a.pth"))
 

@@ -9,8 +9,8 @@ from support.nnssl_files import PLAINCONV, RESENC, plan, state_dict, write_check
 
 from nnssl_adapt.errors import CheckpointError, ConfigurationError
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
-from nnssl_adapt.weights.checkpoint.axes import exchange_axes
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.checkpoint.image_input import exchange_axes
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 1]]

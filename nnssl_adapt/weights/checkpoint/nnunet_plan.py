@@ -1,4 +1,4 @@
-"""Plans of networks that nnssl did not train: in nnU-Net's own files, or read off the tensors."""
+"""The plan of a network that nnU-Net trained, from the content of its own files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,42 @@ from pydantic import ValidationError
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError, DatasetJsonError
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan, first_problem, in_one_line
-from nnssl_adapt.weights.families.family import Facts, Family
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION, architecture_of_trainer, trained_by_nnunet
-from nnssl_adapt.weights.families.registry import family_of_size
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.network.network_parts import Tensors, join_name
-from nnssl_adapt.weights.network.topology import Topology, read_topology
 
 CONFIGURATION, PLANAR = "3d_fullres", "2d"
 
 _AXES_OF_LETTERS = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
 
 
-# -- from nnU-Net's files --------------------------------------------------------------------------------------------
+def plan_of_nnunet(
+    content: Mapping[str, Any], weights: Path, folder: Path | None, plans: Any = None, dataset_json: Any = None
+) -> AdaptationPlan | None:
+    """The plan of weights that nnU-Net trained, None where there is none.
+
+    Args:
+        content: of the weight file, in which nnU-Net's trainer says how it was made.
+        weights: their file.
+        folder: the trained model folder that it lies in; its name says what the file doesn't.
+        plans, dataset_json: content of the folder's ``plans.json`` and ``dataset.json`` (None if it has none). Without a folder
+            those that the trainer keeps in the weight file count.
+
+    Raises what :func:`plan_from_nnunet` does.
+    """
+    init_args, trainer = content.get("init_args"), content.get("trainer_name")
+    arguments: Mapping[str, Any] = init_args if isinstance(init_args, Mapping) else {}
+    configuration, where = arguments.get("configuration"), weights if folder is None else folder
+    if not isinstance(configuration, str):
+        configuration = None if folder is None else configuration_of_folder(folder.name)
+    if folder is not None:
+        trainer = trainer or folder.name.partition("__")[0]
+    else:
+        plans, dataset_json = arguments.get("plans"), arguments.get("dataset_json")
+        dataset_json = dataset_json if isinstance(dataset_json, Mapping) else None
+        # nnssl's trainers keep a plan there too, with another layout and without a description of the network.
+        if not trained_by_nnunet(trainer) or not isinstance(plans, Mapping):
+            return None
+    return plan_from_nnunet(plans, dataset_json, configuration, str(where), trainer)
 
 
 def plan_from_nnunet(
@@ -48,7 +71,6 @@ def plan_from_nnunet(
     when the labels make no sense.
     """
     name, settings = _configuration(plans, configuration, where)
-    _refuse_other_networks(name, settings, where)
     try:
         architecture = architecture_of_trainer(trainer_name) or _architecture(settings)
     except (ArchitectureError, TypeError, ValueError, KeyError) as error:
@@ -68,8 +90,8 @@ def plan_from_nnunet(
     }
     raw: dict[str, Any] = {"nnunet_plans": dict(plans)}
     if dataset_json is not None:
-        fields["head_names"] = _head_names(dataset_json, where)
         fields["orientation"] = _orientation(dataset_json.get("image_orientation"), where)
+        fields["head_names"] = _head_names(dataset_json, where)
         raw["dataset_json"] = dict(dataset_json)
         raw["licence"] = dataset_json.get("licence") or dataset_json.get("license")
     ours = plans.get("nnssl_adapt")
@@ -83,7 +105,7 @@ def plan_from_nnunet(
 
 
 def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tuple[str, dict[str, Any]]:
-    """The configuration of this name, with what it inherits."""
+    """The configuration of this name, with what it inherits; raises for the second stage of a cascade."""
     configurations = plans.get("configurations")
     if not isinstance(configurations, Mapping) or not configurations:
         raise AdaptationPlanError(f"{where}: the plans have no 'configurations'")
@@ -106,15 +128,12 @@ def _configuration(plans: Mapping[str, Any], name: str | None, where: str) -> tu
         seen.append(parent)
         settings = {**entry, **settings}
         parent = entry.get("inherits_from")
-    return str(name), settings
-
-
-def _refuse_other_networks(name: str, settings: Mapping[str, Any], where: str) -> None:
     if settings.get("previous_stage") is not None:
         raise AdaptationPlanError(
             f"{where}: configuration {name} is the second stage of a cascade, which takes another network's labels as input: "
             "take the model's 3d_fullres or 3d_lowres"
         )
+    return str(name), settings
 
 
 def _as_volume(patch: Any) -> Any:
@@ -209,85 +228,3 @@ def configuration_of_folder(name: str) -> str | None:
     """The configuration in a model folder's name, ``<Trainer>__<Plans>__<configuration>``."""
     parts = name.split("__")
     return parts[-1] if len(parts) >= 3 and re.fullmatch(r"\w+", parts[-1]) else None
-
-
-# -- from the tensors ------------------------------------------------------------------------------------------------
-
-
-def _cube_of_positions(tensors: Tensors, topology: Topology) -> list[int] | None:
-    """The patch of a Primus whose learned positions fill a cube; None where they don't, or there are none."""
-    positions = tensors.get(join_name(topology.encoder, "pos_embed"))
-    count = int(positions.shape[1]) if positions is not None and positions.ndim == 3 else 0
-    side = round(count ** (1 / 3))
-    if count == 0 or side**3 != count:
-        return None
-    return [side * step for step in topology.architecture.total_stride]
-
-
-def plan_from_tensors(
-    tensors: Tensors,
-    where: str,
-    trainer_name: str | None = None,
-    family: Family | None = None,
-    beside: Mapping[str, Any] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-) -> tuple[AdaptationPlan, str, list[str]]:
-    """The plan of a U-Net without any plan, as far as its tensors tell, what is known of its family, and notes on the rest.
-
-    ``family`` is the one that its names told; else it is looked for by the network's size. ``beside`` are entries of the plan
-    that a file beside the weights tells, ``arguments`` what the user says of the network where its tensors don't. Returns the
-    plan, the order of its image axes (``zyx`` or ``xyz``) and notes. Raises AdaptationPlanError when it is no network that is
-    known, or an entry makes no sense.
-    """
-    told_beside = dict(beside or {})
-    hints = {**(family.arguments if family else {}), **told_beside.pop("arguments", {})}
-    try:
-        topology = read_topology(tensors, {**hints, **(arguments or {})})
-    except ArchitectureError as error:
-        raise AdaptationPlanError(f"{where} has no plan, and none can be read off its tensors: {error}") from error
-    architecture = topology.architecture
-    cube = _cube_of_positions(tensors, topology) if architecture.is_transformer else None
-    if architecture.is_transformer and cube is None:
-        raise AdaptationPlanError(
-            f"{where} has no plan, and a Primus's tensors don't show its patch: copy its adaptation_plan.json beside it"
-        )
-    family = family or family_of_size(topology, Path(where).name)
-    facts = Facts() if family is None else family.facts
-    told = facts.supervised
-    supervised = trained_by_nnunet(trainer_name) or (topology.heads or 0) > 1 if told is None else told
-    z, y, x = cube or [4 * step for step in architecture.total_stride]  # nnU-Net stops pooling at four voxels
-    z = 1 if architecture.is_planar else z
-    plan = AdaptationPlan(
-        architecture=architecture,
-        spacing=facts.spacing,
-        patch_size=facts.patch_size or (z, y, x),
-        recommended_patch_size=facts.patch_size,
-        num_input_channels=topology.channels,
-        normalization_schemes=(facts.normalization,) * topology.channels,
-        use_mask_for_norm=(False,) * topology.channels,
-        intensity=(facts.window.statistics(),) * topology.channels if facts.window else (),
-        supervised=supervised,
-        head_names=facts.labels if supervised and topology.heads == len(facts.labels) else (),
-        orientation=facts.orientation,
-        citations=tuple(dict(entry) for entry in facts.citations),
-    )
-    notes = [f"no plan in the file or beside it: the architecture was read off the tensors ({architecture})"]
-    if beside:
-        try:
-            plan = AdaptationPlan.model_validate({**dict(plan), **told_beside})
-        except ValidationError as error:
-            raise AdaptationPlanError(f"beside {where}: wrong at {first_problem(error)}") from error
-        return plan, facts.axes, notes
-    notes += facts.notes()
-    if not facts.told and facts.spacing is None:
-        how = "the cube that its positions fill" if cube else "four times the network's stride"
-        notes.append(
-            f"its spacing and patch are not in the file: choose -am median or fixed; the patch {[z, y, x]} is {how}"
-        )
-    if topology.guessed:
-        notes.append(f"assumed, since the tensors don't show it: {', '.join(topology.guessed)}")
-    if not supervised and told is None:
-        notes.append(
-            "it is not known whether it was trained to segment: only its encoder is used, or say --scope encoder+decoder"
-        )
-    return plan, facts.axes, notes

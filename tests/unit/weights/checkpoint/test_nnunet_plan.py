@@ -12,7 +12,7 @@ from support.nnssl_networks import nnunet_plans
 
 from nnssl_adapt.errors import AdaptationPlanError, CheckpointError, DatasetJsonError, ModelFolderError
 from nnssl_adapt.weights.checkpoint.checkpoint import read_checkpoint
-from nnssl_adapt.weights.checkpoint.supervised import configuration_of_folder, plan_from_nnunet
+from nnssl_adapt.weights.checkpoint.nnunet_plan import configuration_of_folder, plan_from_nnunet
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource
 
