@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="zip, folder of a package or model, https address[#sha256=…] of a zip, or Hugging Face id (owner/name[@revision])",
     )
     parser.add_argument("--dataset", metavar="DatasetNNN_Name", help="name to install it under (default: its own)")
+    parser.add_argument("-c", dest="configuration", help="of the model that is meant, where there are several")
     parser.add_argument("--overwrite", action="store_true", help="replace the same model, installed before")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
     parser.add_argument("--cache-dir", help="where downloads are kept (default: the usual cache folders)")
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         cache_dir=arguments.cache_dir,
         local_files_only=arguments.local_files_only,
+        configuration=arguments.configuration,
     )
     print(f"installed {model}")
     print(f"  channels  {', '.join(model.channel_names)}")

@@ -18,16 +18,24 @@ if TYPE_CHECKING:
     from nnssl_adapt.inference.predictor import Predictor
 
 
-def first_model(model: ModelFolder) -> Path:
-    """The model folder of a cascade's first network: beside the second's, by the same trainer and plans.
-
-    Raises ModelFolderError, with what to do, where there is none.
-    """
-    previous = model.plan.previous_stage
+def first_model_folder(model: ModelFolder) -> Path:
+    """Where the model folder of a cascade's first network is looked for: beside the second's, by the same trainer and plans."""
     trainer, _, rest = model.path.resolve().name.partition("__")
     plans, _, _ = rest.rpartition("__")
-    folder = model.path.resolve().parent / f"{trainer}__{plans or model.plan.plans_name}__{previous}"
-    if not (folder / "plans.json").is_file():
+    return model.path.resolve().parent / f"{trainer}__{plans or model.plan.plans_name}__{model.plan.previous_stage}"
+
+
+def find_first_model(model: ModelFolder) -> Path | None:
+    """The model folder of a cascade's first network; None where there is none, or the model is no cascade."""
+    if model.plan.previous_stage is None or not (first_model_folder(model) / "plans.json").is_file():
+        return None
+    return first_model_folder(model)
+
+
+def first_model(model: ModelFolder) -> Path:
+    """The model folder of a cascade's first network. Raises ModelFolderError, with what to do, where there is none."""
+    folder = first_model_folder(model)
+    if find_first_model(model) is None:
         raise ModelFolderError(
             f"{model.path} is the second network of a cascade, and its first, {folder.name}, does not lie beside it: put it "
             "there, or give its segmentations of these images with -prev_stage_predictions FOLDER",

@@ -13,16 +13,17 @@ from pathlib import Path
 
 from nnssl_adapt.errors import ModelFolderError, OutputError, SourceError, SourceNotFound, SourceUnavailable
 from nnssl_adapt.files import write_json
+from nnssl_adapt.inference.stage_listing import meant_models
 from nnssl_adapt.text import read_record
 from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached, commit_of
 from nnssl_adapt.weights.sources.hub_files import HubAddress, verified_digest
 from nnssl_adapt.weights.sources.listing import (
     MODEL_FILES,
     ModelListing,
+    is_2d,
     is_weight_name,
     join_path,
     list_models,
-    only_model,
 )
 from nnssl_adapt.weights.sources.offline_store import find_in_store
 from nnssl_adapt.weights.sources.resolve import resolve_source
@@ -61,8 +62,8 @@ def find_published(
     if address is None:
         return Path(text).expanduser()  # opening it says what is wrong
     stored = find_in_store(text, revision, None)
-    if stored is not None and list_models(_names_below(stored[0])):
-        return stored[0] / only_model(list_models(_names_below(stored[0])), text).folder
+    if stored is not None and (models := list_models(_names_below(stored[0]))):
+        return stored[0] / meant_models(_preferred(models, text), text, stored[0].joinpath)[0].folder
     hub = Hub(address.repo_id, revision or address.revision, cache_dir, local_files_only)
     wanted = None if folds is None else [str(f) for f in ([folds] if isinstance(folds, (int, str)) else folds)]
     try:
@@ -80,6 +81,11 @@ def _with_path(text: str, error: SourceError) -> str:
     return str(error) if "://" in text else f"{error} (there is no folder {text} here)"
 
 
+def _preferred(models: Sequence[ModelListing], where: str) -> list[ModelListing]:
+    """The 3D ones, if there are any."""
+    return [model for model in models if not is_2d(model, where)] or list(models)
+
+
 def _names_below(folder: Path) -> list[str]:
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
 
@@ -92,18 +98,20 @@ def _fetch(hub: Hub, folds: Sequence[str] | None, checkpoint: str) -> Path:
     models = list_models(names)
     if not models:
         return _from_zip(hub, names)
-    model = only_model(models, str(hub))
+    model, *stages = meant_models(_preferred(models, str(hub)), str(hub), lambda name: _file(hub, name))
     first = _file(hub, join_path(model.folder, MODEL_FILES[0]))
     commit = commit_of(first)
     pinned = replace(hub, revision=commit or hub.revision)  # all files of one commit, whatever is pushed meanwhile
     record = first.parents[len(Path(model.folder).parts) + 2] / f"nnssl_adapt-{commit}.json"
     if hub.local_files_only:  # what is in the cache may be a part: then what is missing is named
         names = [name for name in read_record(record).get("files", names) if isinstance(name, str)]
-        model = next((m for m in list_models(names) if m.folder == model.folder), model)
+        known = {listed.folder: listed for listed in list_models(names)}
+        model, *stages = (known.get(listed.folder, listed) for listed in (model, *stages))
     else:
         with contextlib.suppress(OutputError):  # a shared cache that can only be read
             write_json(record, {"files": names})
-    for name in _needed(model, names, folds, checkpoint):
+    needed = [name for listed in (model, *stages) for name in _needed(listed, names, folds, checkpoint)]
+    for name in dict.fromkeys(needed):
         path = _file(pinned, name)
         if is_weight_name(name):
             verified_digest(path, pinned)

@@ -63,7 +63,14 @@ def _front_matter(model: ModelFolder, name: str, folds: Sequence[Fold], licence:
         about |= {"license": hub_name} if known else {"license": "other", "license_name": licence}
     if base:
         about["base_model"] = base
-    about["tags"] = ["nnssl-adapt", "nnunet", "medical", "segmentation", "3d", model.architecture.class_name.lower()]
+    about["tags"] = [
+        "nnssl-adapt",
+        "nnunet",
+        "medical",
+        "segmentation",
+        _axes(model).lower(),
+        model.architecture.class_name.lower(),
+    ]
     about["metrics"] = ["dice"]
     if metrics := _metrics(model, folds):
         dataset = {"name": model.plan.dataset_name, "type": model.plan.dataset_name, "split": "cross-validation"}
@@ -98,8 +105,8 @@ def _what_it_does(model: ModelFolder, folds: Sequence[Fold], orientation: str | 
     facts = {
         "input": ", ".join(f"channel {index}: {name}" for index, name in enumerate(model.channel_names)),
         "orientation": f"{orientation} (where axes come from, as in the Spinal Cord Toolbox)" if orientation else "any",
-        "spacing": f"{spacing} (Z, Y, X as the network sees them)",
-        "patch": f"{dimensions(plan.patch_size)} voxels",
+        "spacing": f"{spacing} ({'Y, X' if plan.is_planar else 'Z, Y, X'} as the network sees them)",
+        "patch": f"{dimensions(plan.patch_size[1:] if plan.is_planar else plan.patch_size)} voxels",
         "network": str(model.architecture),
         "folds": f"{', '.join(map(str, folds))} (averaged)" if len(folds) > 1 else str(folds[0]),
     }
@@ -107,7 +114,17 @@ def _what_it_does(model: ModelFolder, folds: Sequence[Fold], orientation: str | 
     description = model.dataset_json.get("description")
     about = f"{description}\n\n" if isinstance(description, str) and description else ""
     table = f"| | |\n|---|---|\n{rows}\n\n| label | value |\n|---|---|\n{labels}"
-    return f"{about}A 3D segmentation model in nnU-Net's format.\n\n{table}"
+    return f"{about}A {_axes(model)} segmentation model in nnU-Net's format{_stages(model)}.\n\n{table}"
+
+
+def _axes(model: ModelFolder) -> str:
+    return "2D" if model.plan.is_planar else "3D"
+
+
+def _stages(model: ModelFolder) -> str:
+    """Of a cascade, what its first network is called; it comes with it."""
+    first = model.plan.previous_stage
+    return "" if first is None else f": {model.configuration}, the second network of a cascade, with the first, {first}"
 
 
 def _use() -> str:

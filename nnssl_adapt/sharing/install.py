@@ -14,13 +14,14 @@ from pathlib import Path, PurePosixPath
 
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_json
+from nnssl_adapt.inference.first_stage import find_first_model, first_model_folder
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.trainer_class import TRAINER_FILE, trainer_for_nnunet
 from nnssl_adapt.paths import downloads_folder, results_folder
 from nnssl_adapt.sharing.catalogue import INSTALLED
 from nnssl_adapt.sharing.contents import check_weights
 from nnssl_adapt.sharing.package import zip_of
-from nnssl_adapt.sharing.unpack import belongs_to, only_model, unpack_model
+from nnssl_adapt.sharing.unpack import belongs_to, chosen_models, unpack_model
 from nnssl_adapt.weights.sources.digests import Record, whole_folder
 from nnssl_adapt.weights.sources.download import Address, download
 from nnssl_adapt.weights.sources.hub import Hub, Missing, NotCached
@@ -40,8 +41,11 @@ def install_model(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    configuration: str | None = None,
 ) -> ModelFolder:
     """Install a package and return the model; it is whole and loads, or nothing was installed.
+
+    A cascade's first stage is installed with it, where the package has it.
 
     Args:
         source: a zip, the folder of a package or of a model, an https address of a zip (at best with ``#sha256=…``), or a
@@ -51,6 +55,7 @@ def install_model(
         revision: branch, tag or commit on the hub.
         cache_dir: where downloads are kept, if not in the usual caches.
         local_files_only: never use the network.
+        configuration: of the model that is meant, where there are several.
 
     Raises:
         SourceError: it can't be got, is damaged or dangerous, holds no model or several.
@@ -61,27 +66,55 @@ def install_model(
     text = str(source).strip()
     make_folder(results)
     with explain_write_errors(results), tempfile.TemporaryDirectory(prefix="nnssl_adapt-install-") as place:
-        staged = _fetch(text, Path(place), revision, cache_dir, local_files_only)
-        model = ModelFolder.open(staged)
-        check_weights(model, model.folds)
-        target = results / _dataset_name(model, dataset) / _folder_name(model)
-        _refuse_existing(target, overwrite)
+        model = ModelFolder.open(_fetch(text, Path(place), revision, cache_dir, local_files_only, configuration))
+        first = find_first_model(model)
+        stages = [] if first is None else [ModelFolder.open(first)]
+        placed = [(one, results / _dataset_name(model, dataset) / _folder_name(one)) for one in (*stages, model)]
+        for one, target in placed:
+            check_weights(one, one.folds)
+            _refuse_existing(target, overwrite or (one is not model and _is_same(one.path, target)))
         _warn_about_id(target.parent, results)
-        with whole_folder(target, INSTALLED, replace=True) as staging:
-            shutil.copytree(staged, staging, dirs_exist_ok=True)
-            if dataset is not None:
-                _rename_dataset(staging, dataset)
-            digests = {
-                p.relative_to(staging).as_posix(): sha256_of(p) for p in sorted(staging.rglob("*")) if p.is_file()
-            }
-            Record(staging / INSTALLED, digests, {"source": _without_folders(text)}).save()
+        for one, target in placed:  # a cascade last: it is not there before its first stage is
+            _place(one.path, target, dataset, _without_folders(text))
+    _warn_of_missing_stage(installed := ModelFolder.open(target))
     if (target / TRAINER_FILE).is_file():
         logger.warning(
             "%s is a program of the package's author: it is not used here, and nnU-Net runs it only where "
             "nnUNet_extTrainer names its folder. Read it before",
             target / TRAINER_FILE,
         )
-    return ModelFolder.open(target)
+    return installed
+
+
+def _place(staged: Path, target: Path, dataset: str | None, source: str) -> None:
+    with whole_folder(target, INSTALLED, replace=True) as staging:
+        shutil.copytree(staged, staging, dirs_exist_ok=True)
+        if dataset is not None:
+            _rename_dataset(staging, dataset)
+        Record(staging / INSTALLED, _digests(staging), {"source": source}).save()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _is_same(staged: Path, target: Path) -> bool:
+    """Whether the model that is installed there has the same weights."""
+    record = Record.load(target / INSTALLED)
+    return record is not None and all(
+        record.files.get(name) == digest for name, digest in _digests(staged).items() if name.endswith(".pth")
+    )
+
+
+def _warn_of_missing_stage(model: ModelFolder) -> None:
+    if model.plan.previous_stage is not None and find_first_model(model) is None:
+        logger.warning(
+            "%s is the second network of a cascade, and neither the package nor %s has the first, %s: install that too, or "
+            "predict with its segmentations (-prev_stage_predictions)",
+            model.path.name,
+            model.path.parent,
+            first_model_folder(model).name,
+        )
 
 
 def _without_folders(text: str) -> str:
@@ -139,28 +172,38 @@ def _rename_dataset(folder: Path, dataset: str) -> None:
 # -- getting the files -----------------------------------------------------------------------------------------------
 
 
-def _fetch(text: str, place: Path, revision: str | None, cache_dir: str | Path | None, local_files_only: bool) -> Path:
-    """The model folder, complete, below ``place``."""
+def _fetch(
+    text: str,
+    place: Path,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    configuration: str | None,
+) -> Path:
+    """The model folder, complete, below ``place``; a cascade's first stage lies beside it."""
     path = Path(text).expanduser()
     if "://" not in text and path.exists():
         path = zip_of(path) or path
         if not path.is_dir():
-            return unpack_model(path, place)
-        files = [
-            file for depth in ("*", "*/*", "*/*/*", "*/*/*/*") for file in sorted(path.glob(depth)) if file.is_file()
-        ]
-        names = [file.relative_to(path).as_posix() for file in files]
-        return _copy(text, names, lambda name: path / name, place, path.name)
+            return unpack_model(path, place, configuration)
+        root, folders = path, [path]
+        if (path / "plans.json").is_file() and (first := find_first_model(ModelFolder(path))) is not None:
+            root, folders = first.parent, [path.resolve(), first]
+        depths = ("*", "*/*", "*/*/*", "*/*/*/*")
+        files = [file for folder in folders for depth in depths for file in sorted(folder.glob(depth))]
+        names = [file.relative_to(root).as_posix() for file in files if file.is_file()]
+        return _copy(text, names, root.joinpath, place, path.name, configuration)
     hub = HubAddress.parse(text)
     if hub is not None:
-        return _from_hub(Hub(hub.repo_id, revision or hub.revision, cache_dir, local_files_only), place)
+        address = Hub(hub.repo_id, revision or hub.revision, cache_dir, local_files_only)
+        return _from_hub(address, place, configuration)
     if "://" in text and not is_hub_url(text):
         folder = Path(cache_dir).expanduser() if cache_dir else downloads_folder()
-        return unpack_model(download(Address.parse(text), folder, local_files_only)[0], place)
+        return unpack_model(download(Address.parse(text), folder, local_files_only)[0], place, configuration)
     raise SourceNotFound(f"no file or folder {text!r}, and it is no Hugging Face id (owner/name) or https address")
 
 
-def _from_hub(hub: Hub, place: Path) -> Path:
+def _from_hub(hub: Hub, place: Path, configuration: str | None) -> Path:
     def fetched(name: str) -> Path:
         try:
             return hub.fetch(name)
@@ -174,17 +217,25 @@ def _from_hub(hub: Hub, place: Path) -> Path:
     if not list_models(names):
         zips = [name for name in names if name.lower().endswith(".zip")]
         if len(zips) == 1:
-            return unpack_model(fetched(zips[0]), place)
-    return _copy(str(hub), names, fetched, place, hub.repo_id.partition("/")[2])
+            return unpack_model(fetched(zips[0]), place, configuration)
+    return _copy(str(hub), names, fetched, place, hub.repo_id.partition("/")[2], configuration)
 
 
-def _copy(where: str, names: Sequence[str], file_of: Callable[[str], Path], place: Path, root_name: str) -> Path:
-    """Copy the one model among these names below ``place``; ``file_of`` gets each file that belongs to it."""
-    model = only_model(names, where)
-    target = make_folder(place / (PurePosixPath(model.folder).name or root_name))
-    for name in names:
-        if belongs_to(name, model):
-            inside = name.removeprefix(f"{model.folder}/") if model.folder else name
-            make_folder((target / inside).parent)
-            shutil.copyfile(file_of(name), target / inside)
-    return target
+def _copy(
+    where: str,
+    names: Sequence[str],
+    file_of: Callable[[str], Path],
+    place: Path,
+    root_name: str,
+    configuration: str | None,
+) -> Path:
+    """Copy the one model among these names, and its first stage, below ``place``; ``file_of`` gets each file of theirs."""
+    models = chosen_models(names, where, file_of, configuration)
+    targets = [make_folder(place / (PurePosixPath(model.folder).name or root_name)) for model in models]
+    for model, target in zip(models, targets, strict=True):
+        for name in names:
+            if belongs_to(name, model):
+                inside = name.removeprefix(f"{model.folder}/") if model.folder else name
+                make_folder((target / inside).parent)
+                shutil.copyfile(file_of(name), target / inside)
+    return targets[0]

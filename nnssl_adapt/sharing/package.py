@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nnssl_adapt.data.pictures import PICTURE_READERS
 from nnssl_adapt.errors import ConfigurationError, ModelFolderError, SourceError
 from nnssl_adapt.files import explain_write_errors, make_folder, sha256_of, write_text
+from nnssl_adapt.inference.first_stage import first_model
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.inference.trainer_class import STOCK_TRAINER
 from nnssl_adapt.machine.device import check_device
@@ -43,9 +45,10 @@ SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model made ready: its files, its card and what to know before it is published."""
+    """A model made ready: its files (of a cascade also its first stage's), its card and what to know before it is published."""
 
     contents: PackagedModel
+    first_stage: PackagedModel | None
     card: str
     name: str
     folds: tuple[Fold, ...]
@@ -91,7 +94,7 @@ def make_package(
     Args:
         model_folder: trained by us or by nnU-Net 2.
         output: a folder that is new, empty, or an earlier package (with ``overwrite``).
-        layout: ``sct``, ``nnunet`` or ``both``.
+        layout: ``sct``, ``nnunet`` or ``both`` (for cascades and pictures, which the toolbox does not run, ``nnunet``).
         date: of the release (``20240915``); default today. The same date gives the same bytes.
         orientation: of the images, for dataset.json's ``image_orientation`` (``RPI``); default as far as known.
         name: of the model, see :mod:`nnssl_adapt.sharing.naming`; default made of the dataset's.
@@ -108,7 +111,7 @@ def make_package(
         ConfigurationError: a wrong option, or output that is there already.
         OutputError: it can't be written.
     """
-    layouts = _layouts(layout)
+    _check_layout(layout)
     tag = release_tag(date)
     if prove:
         check_device(device)
@@ -117,6 +120,7 @@ def make_package(
     model = ModelFolder.open(model_folder)
     if target == model.path.absolute() or model.path.absolute() in target.parents:
         raise ConfigurationError(f"{target} lies in the model's own folder: choose another -o")
+    layouts = _layouts(layout, model)
     with tempfile.TemporaryDirectory(prefix="nnssl_adapt-package-") as work:
         prepared = prepare(model, Path(work), name, tag, orientation, folds, licence, layouts)
         for warning in prepared.warnings:
@@ -154,6 +158,9 @@ def prepare(
         notes = [f"name {name}: {note}" for note in read_name(name).notes]
     chosen = folds_to_publish(model, folds)
     check_weights(model, chosen)
+    stage = None if model.plan.previous_stage is None else ModelFolder.open(first_model(model))
+    if stage is not None:
+        check_weights(stage, folds_to_publish(stage, chosen))
     raw = find_raw(model.plan.dataset_name)
     code, warnings = choose_orientation(model, orientation, raw)
     if code is None and "sct" in layouts:
@@ -164,11 +171,14 @@ def prepare(
     if "sct" in layouts:
         warnings += [f"Spinal Cord Toolbox: {text}" for text in sct_warnings(model, chosen, code)]
     cleaner = Cleaner.of_model(model, [case.identifier for case in raw.cases] if raw is not None else ())
-    contents = write_contents(model, chosen, make_folder(work / "contents"), code, cleaner, licence)
+    place = make_folder(work / "contents")
+    contents = write_contents(model, chosen, place, code, cleaner, licence)
+    first = None if stage is None else write_contents(stage, chosen, place, code, cleaner, licence)
     warnings += [f"left out: {text}" for text in contents.dropped]
     card = model_card(model, name, tag, chosen, licence, code, cleaner)
-    _refuse_leaks(contents, card, cleaner)
-    return PreparedModel(contents, card, name, chosen, (*warnings, *general_warnings(model, licence), *notes))
+    for packaged in (contents,) if first is None else (contents, first):
+        _refuse_leaks(packaged, card, cleaner)
+    return PreparedModel(contents, first, card, name, chosen, (*warnings, *general_warnings(model, licence), *notes))
 
 
 def _refuse_leaks(contents: PackagedModel, card: str, cleaner: Cleaner) -> None:
@@ -201,13 +211,24 @@ def zip_of(folder: Path) -> Path | None:
     return zips[0]
 
 
-def _layouts(layout: str) -> tuple[Layout, ...]:
-    if layout == "both":
-        return LAYOUTS
-    for known in LAYOUTS:
-        if layout == known:
-            return (known,)
-    raise ConfigurationError(f"layout {layout!r}: expected sct, nnunet or both")
+def _check_layout(layout: str) -> None:
+    if layout not in (*LAYOUTS, "both"):
+        raise ConfigurationError(f"layout {layout!r}: expected sct, nnunet or both")
+
+
+def _layouts(layout: str, model: ModelFolder) -> tuple[Layout, ...]:
+    """The layouts that suit the model. Raises ConfigurationError for ``sct`` where the toolbox can't run it."""
+    reason = None
+    if model.plan.previous_stage is not None:
+        reason = f"{model.configuration} is a cascade, and the Spinal Cord Toolbox runs one network"
+    elif model.image_reader in PICTURE_READERS:
+        reason = f"the model is for pictures ({model.file_ending}), and the Spinal Cord Toolbox has NIfTI images"
+    if reason is not None and layout == "sct":
+        raise ConfigurationError(f"{reason}: make a package for nnU-Net (--layout nnunet)")
+    if reason is not None and layout == "both":
+        logger.info("%s: only the zip for nnU-Net is made", reason)
+        return ("nnunet",)
+    return tuple(known for known in LAYOUTS if layout in (known, "both"))
 
 
 def folder_in(contents: PackagedModel, layout: Layout) -> str:
@@ -226,6 +247,9 @@ def _write_layout(prepared: PreparedModel, layout: Layout, tag: str, folder: Pat
     # In nnU-Net's layout the root is everybody's nnUNet_results, where a README would replace another model's.
     place = CARD if layout == "sct" else f"{inside}/{CARD}"
     files = {f"{inside}/{name}": path for name, path in contents.files.items()} | {place: card}
+    if prepared.first_stage is not None:
+        first = folder_in(prepared.first_stage, layout)
+        files |= {f"{first}/{name}": path for name, path in prepared.first_stage.files.items()}
     path = folder / f"{prepared.name}-{tag}{'' if layout == 'sct' else '-nnunet'}.zip"
     write_zip(path, files, tag)
     return path

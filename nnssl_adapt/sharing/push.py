@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nnssl_adapt.errors import ConfigurationError, SourceAccessDenied, SourceError, SourceNotFound, SourceUnavailable
 from nnssl_adapt.files import write_json, write_text
-from nnssl_adapt.inference.model_folder import ModelFolder
+from nnssl_adapt.inference.model_folder import Fold, ModelFolder
 from nnssl_adapt.inference.published import COUNTED
-from nnssl_adapt.sharing.contents import CHECKPOINT
+from nnssl_adapt.sharing.contents import CHECKPOINT, PackagedModel
 from nnssl_adapt.sharing.package import CARD, PreparedModel, prepare, zip_of
 from nnssl_adapt.sharing.unpack import unpack_model
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
@@ -113,12 +113,9 @@ def _files(prepared: PreparedModel, card: str, work: Path) -> dict[str, Path]:
     """Name in the repository → file."""
     contents = prepared.contents
     model = ModelFolder(contents.folder)
-    for fold in prepared.folds:
-        target = contents.folder / f"fold_{fold}" / SAFETENSORS
-        about = {"format": "pt", "trainer_name": contents.trainer, "configuration": model.configuration}
-        if citations := read_weight_file(target.with_suffix(".pth")).get("citations"):
-            about["citations"] = json.dumps(citations)  # metadata are texts
-        save_file(_each_once(model.load_weights(fold).network_weights), str(target), metadata=about)
+    _add_safetensors(contents, prepared.folds)
+    if prepared.first_stage is not None:
+        _add_safetensors(prepared.first_stage, prepared.folds)
     write_text(work / CARD, card)
     facts: dict[str, object] = {
         "library_name": "nnssl-adapt",
@@ -128,8 +125,19 @@ def _files(prepared: PreparedModel, card: str, work: Path) -> dict[str, Path]:
         "labels": model.labels.class_names,
     }
     write_json(work / COUNTED, facts)
-    files = {f"{contents.folder.name}/{name}": path for name, path in contents.files.items()}
+    stages = (contents,) if prepared.first_stage is None else (prepared.first_stage, contents)
+    files = {f"{one.folder.name}/{name}": path for one in stages for name, path in one.files.items()}
     return {**files, CARD: work / CARD, COUNTED: work / COUNTED}
+
+
+def _add_safetensors(contents: PackagedModel, folds: Sequence[Fold]) -> None:
+    model = ModelFolder(contents.folder)
+    for fold in folds:
+        target = contents.folder / f"fold_{fold}" / SAFETENSORS
+        about = {"format": "pt", "trainer_name": contents.trainer, "configuration": model.configuration}
+        if citations := read_weight_file(target.with_suffix(".pth")).get("citations"):
+            about["citations"] = json.dumps(citations)  # metadata are texts
+        save_file(_each_once(model.load_weights(fold).network_weights), str(target), metadata=about)
 
 
 def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from nnssl_adapt.errors import SourceError
 from nnssl_adapt.files import make_folder
+from nnssl_adapt.inference.stage_listing import meant_models
 from nnssl_adapt.inference.trainer_class import TRAINER_FILE
 from nnssl_adapt.weights.sources.archive import extract, is_archive, list_archive
 from nnssl_adapt.weights.sources.listing import ModelListing, is_clutter, join_path, list_models
@@ -19,16 +20,24 @@ _OF_FOLD = re.compile(
 _CARD = "README.md"
 
 
-def unpack_model(path: Path, place: Path) -> Path:
-    """Unpack the one model of a zip below ``place`` and return its folder.
+def unpack_model(path: Path, place: Path, configuration: str | None = None) -> Path:
+    """Unpack the one model of a zip below ``place`` and return its folder; a cascade's first stage lies beside it.
+
+    ``configuration``: of the model that is meant, where the zip has several.
 
     Raises SourceError: no zip, damaged, dangerous (names outside its folder, links, bombs), no model or several.
     """
     if not is_archive(path):
         raise SourceError(f"{path} is no zip of a model: give the release's zip, or a model folder")
-    model = only_model(list_archive(path), str(path))
-    unpacked = make_folder(place / "zip")
-    names = extract(path, unpacked, lambda name: belongs_to(name, model))
+    unpacked, plans = make_folder(place / "zip"), make_folder(place / "plans")
+
+    def file_of(name: str) -> Path:
+        extract(path, plans, lambda other: other == name)
+        return plans / name
+
+    models = chosen_models(list_archive(path), str(path), file_of, configuration)
+    model = models[0]
+    names = extract(path, unpacked, lambda name: any(belongs_to(name, listed) for listed in models))
     folder = unpacked / model.folder if model.folder else unpacked
     if _CARD in names and model.folder and not (folder / _CARD).exists():
         (unpacked / _CARD).rename(folder / _CARD)
@@ -45,8 +54,14 @@ def belongs_to(name: str, model: ModelListing) -> bool:
     return inside in _OF_MODEL or _OF_FOLD.fullmatch(inside) is not None
 
 
-def only_model(names: Sequence[str], where: str) -> ModelListing:
-    """The one model among the names of files in ``where``. Raises SourceError for none, several, or an incomplete one."""
+def chosen_models(
+    names: Sequence[str], where: str, file_of: Callable[[str], Path], configuration: str | None = None
+) -> tuple[ModelListing, ...]:
+    """The one model among the names of files in ``where``, and its first stage if it is a cascade.
+
+    Arguments as of :func:`~nnssl_adapt.inference.stage_listing.meant_models`. Raises SourceError for none, several, or an
+    incomplete one.
+    """
     visible = [name for name in names if not is_clutter(name)]
     models = list_models(visible)
     if not models:
@@ -59,15 +74,15 @@ def only_model(names: Sequence[str], where: str) -> ModelListing:
         )
         untrained = f"; {described[0]} has plans.json but no fold_*/checkpoint_final.pth" if described else ""
         raise SourceError(f"{where} holds no trained model (fold_*/checkpoint_final.pth){untrained}")
-    if len(models) > 1:
-        listed = ", ".join(model.folder or "." for model in models)
-        raise SourceError(
-            f"{where} holds {len(models)} trained models: {listed}. A package has one: unpack it and give one folder"
-        )
-    model = models[0]
+    meant = meant_models(models, where, file_of, configuration)
+    for model in meant:
+        _refuse_incomplete(model, visible, where)
+    return meant
+
+
+def _refuse_incomplete(model: ModelListing, visible: Sequence[str], where: str) -> None:
     missing = [name for name in ("plans.json", "dataset.json") if join_path(model.folder, name) not in visible]
     if missing:
         raise SourceError(
             f"{where}: {model.folder or 'its root'} has no {' and no '.join(missing)}: not a complete model"
         )
-    return model

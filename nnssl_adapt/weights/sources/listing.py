@@ -326,7 +326,7 @@ def list_models(names: Sequence[str]) -> list[ModelListing]:
 
 def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
     """The one model, or the one 3D model where there are 2D ones as well. Raises SourceNotFound for several."""
-    volumetric = [model for model in models if not _is_2d(model, where)] or list(models)
+    volumetric = [model for model in models if not is_2d(model, where)] or list(models)
     if len(volumetric) == 1:
         return volumetric[0]
     folders = [model.folder or "." for model in volumetric]
@@ -335,7 +335,7 @@ def only_model(models: Sequence[ModelListing], where: str) -> ModelListing:
     )
 
 
-def _is_2d(model: ModelListing, where: str) -> bool:
+def is_2d(model: ModelListing, where: str) -> bool:
     """Whether its folder, or one around it, says so."""
     folder = model.folder or where.rstrip("/").rpartition("/")[2]
     return any(part.endswith("__2d") for part in folder.split("/"))
