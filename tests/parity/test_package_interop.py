@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from support.model_folders import ARCHITECTURE, write_model_folder
+from support.model_folders import ARCHITECTURE, write_cascade, write_model_folder
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
@@ -71,6 +71,17 @@ def test_nnunets_installer_takes_the_package_and_its_prediction_gives_our_labels
     (installed,) = (tmp_path / "nnUNet_results").glob("Dataset991_Tiny/*")
     assert [path.name for path in (tmp_path / "nnUNet_results").iterdir()] == ["Dataset991_Tiny"]
     check_same_labels(model, installed, images, tmp_path, folds=(0, 1))
+
+
+def test_nnunets_installer_takes_both_stages_of_a_cascade(tmp_path, nnunet_folders):
+    package = make_package(write_cascade(tmp_path / "trained"), tmp_path / "out", licence="MIT")
+    assert package.proof.with_model == 1 and package.proof.with_nnunet >= 0.9999  # its second network, given our labels
+    assert set(package.proof.labels) == {0, 1, 2}
+    run(INSTALL, package.zips["nnunet"])
+    installed = sorted(
+        path.name.rpartition("__")[2] for path in (tmp_path / "nnUNet_results").glob("Dataset991_Tiny/*")
+    )
+    assert installed == ["3d_cascade_fullres", "3d_lowres"]
 
 
 def test_the_proof_asks_nnunet_too(tmp_path, nnunet_folders):

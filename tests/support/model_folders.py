@@ -118,3 +118,29 @@ def write_model_folder(
         checkpoint = fold_checkpoint(seed, channels, heads, mirror_axes)
         torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
     return folder
+
+
+def write_cascade(root, folds=(0,)):
+    """Model folders of ``3d_lowres`` and, beside it, ``3d_cascade_fullres`` with random weights; returns the second."""
+    low = write_model_folder(root, folds=folds, name="nnUNetTrainer__nnUNetPlans__3d_lowres")
+    plans = json.loads((low / "plans.json").read_text())
+    full = plans["configurations"]["3d_fullres"]
+    plans["foreground_intensity_properties_per_channel"] = {"0": {}}  # nnU-Net looks for it even where it isn't needed
+    plans["configurations"] |= {
+        "3d_lowres": {
+            **full,
+            "data_identifier": "nnUNetPlans_3d_lowres",
+            "spacing": [2 * mm for mm in SPACING],
+            "next_stage": "3d_cascade_fullres",
+        },
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    cascade = write_model_folder(root, folds=(), name="nnUNetTrainer__nnUNetPlans__3d_cascade_fullres")
+    for folder, channels in ((low, 1), (cascade, 3)):
+        (folder / "plans.json").write_text(json.dumps(plans))
+        for fold in folds:
+            content = fold_checkpoint(10 * channels + fold, channels)
+            content["init_args"]["configuration"] = folder.name.rpartition("__")[2]
+            (folder / f"fold_{fold}").mkdir(exist_ok=True)
+            torch.save(content, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return cascade

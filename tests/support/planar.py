@@ -41,7 +41,7 @@ def planar_plans(channels: int = 3) -> dict[str, Any]:
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {},
+        "foreground_intensity_properties_per_channel": {str(c): {} for c in range(channels)},  # nnU-Net looks for them
         "configurations": {
             "2d": {
                 "data_identifier": "nnUNetPlans_2d",
