@@ -351,14 +351,17 @@ def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
 
 
 def packed(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int]) -> bytes:
-    array_of_bytes = blosc2.asarray(
-        np.ascontiguousarray(array),
+    packed_array = blosc2.empty(
+        array.shape,
+        array.dtype,
         chunks=tuple(chunks),
         blocks=tuple(blocks),
         contiguous=True,  # then its bytes need not be put together first
         cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
-    found: bytes = array_of_bytes.to_cframe()
+    # One assignment: blosc2.asarray copies each chunk out first, and small chunks then cost more than their compression.
+    packed_array[...] = np.ascontiguousarray(array)
+    found: bytes = packed_array.to_cframe()
     return found
 
 

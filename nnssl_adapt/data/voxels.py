@@ -104,8 +104,11 @@ def fill_floats(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray) -> Ex
             target = flat[start : start + len(piece)]
             target[...] = piece
             start += len(piece)
-            # NaN and infinities survive minimum and maximum.
-            low, high = np.minimum(low, target.min(initial=np.inf)), np.maximum(high, target.max(initial=-np.inf))
+            if not len(piece):
+                continue
+            # Short integers are compared fastest as they are. NaN and infinities survive minimum and maximum.
+            seen = piece if piece.dtype.kind in "iu" and piece.dtype.itemsize < 4 else target
+            low, high = np.minimum(low, seen.min()), np.maximum(high, seen.max())
     if len(flat) and not np.isfinite([low, high]).all():
         nan, infinite = int(np.isnan(flat).sum()), int(np.isinf(flat).sum())
         raise CaseError(_said_of_non_finite(path, nan, infinite), path=path)
@@ -137,7 +140,8 @@ def fill_labels(path: Path, pieces: Iterator[np.ndarray], out: np.ndarray, repai
                     piece = np.rint(piece)
             if piece.size:
                 low, high = min(low, float(piece.min())), max(high, float(piece.max()))
-            flat[start : start + len(piece)] = np.clip(piece, limits.min, limits.max)
+            fits = low >= limits.min and high <= limits.max
+            flat[start : start + len(piece)] = piece if fits else np.clip(piece, limits.min, limits.max)
             start += len(piece)
     if unusable.any():
         raise CaseError(_said_of_non_finite(path, *unusable), path=path)
