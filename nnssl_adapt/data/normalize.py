@@ -72,6 +72,10 @@ def _z_score(channel: np.ndarray, inside: np.ndarray | None) -> None:
 def _standardize(values: np.ndarray) -> None:
     """Subtract the mean and divide by the standard deviation, both summed in double precision a slice at a time."""
     slices = values if values.ndim > 1 else np.array_split(values, max(1, values.size >> 18))
-    values -= np.float32(values.sum(dtype=np.float64) / values.size)
-    squares = sum(float(np.square(part, dtype=np.float64).sum()) for part in slices)
+    mean = np.float32(sum(float(part.sum(dtype=np.float64)) for part in slices) / values.size)
+    squares = 0.0
+    for part in slices:
+        part -= mean
+        exact = part.astype(np.float64).reshape(-1)
+        squares += float(exact @ exact)
     values /= np.float32(max(np.sqrt(squares / values.size), _SMALLEST))

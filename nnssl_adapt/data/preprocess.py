@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_adapt.data.class_locations import class_locations
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import (
     ImageGeometry,
@@ -23,7 +24,7 @@ from nnssl_adapt.data.images import (
     read_image,
     read_labels,
 )
-from nnssl_adapt.data.labels import LabelOrRegion, LabelScheme, label_problem
+from nnssl_adapt.data.labels import LabelScheme, label_problem
 from nnssl_adapt.data.normalize import CT_STATISTICS, SCHEMES, normalize_channel
 from nnssl_adapt.data.store import PreprocessedCase
 from nnssl_adapt.errors import CaseError, PlanError
@@ -36,11 +37,6 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_VERSION = 1
 """Raised when the arithmetic changes what is stored, so that older stores are done again."""
-
-_LOCATIONS_SEED = 1234
-_MIN_LOCATIONS = 10_000
-_MIN_LOCATED_FRACTION = 0.01
-_BEYOND_CACHE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -272,7 +268,7 @@ def _finish(
     seg = _mark_outside(labels, data)
     del labels
     # Before resampling: afterwards the nonzero region would no longer fit the image exactly.
-    _normalize(data, seg[0] >= 0, settings)
+    _normalize(data, seg[0], settings)
     target = settings.target_spacing(spacing)
     if target is not None:
         new_shape = resampled_shape(data.shape[1:], spacing, target)
@@ -290,71 +286,20 @@ def _mark_outside(labels: np.ndarray | None, data: np.ndarray) -> np.ndarray:
     nonzero = data[0] != 0
     for channel in data[1:]:
         nonzero |= channel != 0
-    outside = fill_holes(nonzero)
-    np.logical_not(outside, out=outside)
-    seg = np.zeros((1, *outside.shape), np.int16) if labels is None else labels
-    if outside.any():
-        outside &= seg[0] == 0
-        np.copyto(seg[0], -1, where=outside)
+    inside = fill_holes(nonzero)
+    seg = np.zeros((1, *inside.shape), np.int16) if labels is None else labels
+    for values, kept in zip(seg[0], inside, strict=True):  # a slice stays in the processor's cache
+        unlabelled = values == 0
+        np.greater(unlabelled, kept, out=unlabelled)
+        np.subtract(values, unlabelled.view(np.int8), out=values)
     return seg
 
 
-def _normalize(data: np.ndarray, inside: np.ndarray, settings: PreprocessSettings) -> None:
+def _normalize(data: np.ndarray, seg: np.ndarray, settings: PreprocessSettings) -> None:
     for channel, scheme in enumerate(settings.normalization_schemes):
         normalize_channel(
             data[channel],
             scheme,
-            inside=inside if settings.use_mask_for_norm[channel] else None,
+            inside=seg >= 0 if settings.use_mask_for_norm[channel] else None,
             statistics=settings.intensity_properties.get(str(channel)),
         )
-
-
-def class_locations(seg: np.ndarray, classes: Sequence[LabelOrRegion]) -> dict[LabelOrRegion, Any]:
-    """Draw voxels of every class, for patches that are centred on one: nnU-Net's draws, with its generator and in its order.
-
-    Args:
-        seg: integers (1, Z, Y, X).
-        classes: label values, or tuples of them (regions).
-
-    Returns:
-        Class → (N, 4) int64 indices into ``seg``, 10 000 of them or a hundredth of the class's voxels if that is more, but
-        never one twice; an empty list for a class that does not occur.
-    """
-    places, values = _labelled_voxels(seg.reshape(-1), sorted({value for entry in classes for value in _values(entry)}))
-    random = np.random.RandomState(_LOCATIONS_SEED)
-    result: dict[LabelOrRegion, Any] = {}
-    for entry in classes:
-        # A draw counts through the region's labels one after the other.
-        members = [np.flatnonzero(values == value) for value in _values(entry)]
-        ranks = members[0] if len(members) == 1 else np.concatenate(members)
-        if len(ranks) == 0:
-            result[entry] = []
-            continue
-        number = max(min(_MIN_LOCATIONS, len(ranks)), math.ceil(len(ranks) * _MIN_LOCATED_FRACTION))
-        chosen = places[ranks[_drawn(random, len(ranks), number)]]
-        result[entry] = np.stack(np.unravel_index(chosen, seg.shape), axis=1).astype(np.int64, copy=False)
-    return result
-
-
-def _labelled_voxels(flat: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and labels of all voxels with a wanted label, in array order."""
-    lowest, highest = wanted[0], wanted[-1]
-    if len(wanted) == highest - lowest + 1 and lowest == 1 and flat.max(initial=0) <= highest:
-        places = np.flatnonzero(flat > 0)
-    else:
-        places = np.flatnonzero(np.isin(flat, wanted))
-    # Small numbers are looked through fastest.
-    small = np.int8 if lowest >= -128 and highest <= 127 else np.int16
-    return places, flat.take(places).astype(small, copy=False)
-
-
-def _drawn(random: np.random.RandomState, total: int, number: int) -> np.ndarray:
-    """``random.choice(total, number, replace=False)``, draw for draw."""
-    # Shuffling jumps about in memory: beyond the cache, numbers of half the size are done in two thirds of the time.
-    everything = np.arange(total, dtype=np.int32 if _BEYOND_CACHE < total <= np.iinfo(np.int32).max else np.int64)
-    random.shuffle(everything)
-    return everything[:number]
-
-
-def _values(entry: LabelOrRegion) -> tuple[int, ...]:
-    return entry if isinstance(entry, tuple) else (entry,)

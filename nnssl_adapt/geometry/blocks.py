@@ -100,14 +100,27 @@ def resize_by_blocks(labels: np.ndarray, taps: Taps, flat: bool, settle: Settle)
 
 
 def _uniform_blocks(labels: np.ndarray, flat: bool) -> np.ndarray:
-    """For each source voxel the label of the block that starts there (edges continued), or :func:`_mixed`."""
-    uniform = np.ones(labels.shape, bool)
-    for axis in range(1 if flat else 0, 3):
-        here = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
-        next_ = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
-        # Uniform along the axes so far, at both ends of this axis, and the same label there.
-        narrowed = uniform.copy()
-        narrowed[here] &= uniform[next_]
-        narrowed[here] &= labels[here] == labels[next_]
-        uniform = narrowed
-    return np.where(uniform, labels, np.asarray(mixed(labels), labels.dtype))
+    """For each source voxel the label of the block that starts there (edges continued), or :func:`mixed`."""
+    result = np.empty_like(labels)
+    several = labels.dtype.type(mixed(labels))
+    varies, below = np.empty(labels.shape[1:], bool), np.empty(labels.shape[1:], bool)
+    _varies_in_plane(labels[0], varies)
+    for z, here in enumerate(labels):  # a slice stays in the processor's cache
+        if z + 1 < len(labels):
+            _varies_in_plane(labels[z + 1], below)
+            if not flat:
+                # A block is of one label where both of its squares are, and the two labels are the same.
+                varies |= below
+                varies |= here != labels[z + 1]
+        np.multiply(varies.view(np.uint8), several, out=result[z])
+        np.maximum(here, result[z], out=result[z])
+        varies, below = below, varies
+    return result
+
+
+def _varies_in_plane(labels: np.ndarray, out: np.ndarray) -> None:
+    """Whether the 2 × 2 labels that start at each voxel (Y, X) differ; edges continued."""
+    np.not_equal(labels[:, :-1], labels[:, 1:], out=out[:, :-1])
+    out[:, -1] = False
+    out[:-1] |= out[1:]
+    out[:-1] |= labels[:-1] != labels[1:]

@@ -54,10 +54,9 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
     along X: everything else can be seen from the border. In images of a body that leaves next to nothing.
     """
     filled: np.ndarray = mask.copy()
-    hidden = np.flatnonzero(_between_first_and_last(mask) & ~mask)
+    hidden = _hidden(mask)
     if len(hidden) == 0:
-        found: np.ndarray = filled
-        return found
+        return filled
     if len(hidden) > _FEW * mask.size:
         return _filled_by_labelling(mask)
     holes = hidden[~_reach_daylight(hidden, mask)]
@@ -69,15 +68,30 @@ _FEW = 0.03
 """Share of hidden voxels from which on labelling the whole background is faster than following their neighbours."""
 
 
-def _between_first_and_last(mask: np.ndarray) -> np.ndarray:
-    """Whether the mask has a voxel before and one after each place of a row (along X)."""
-    width = mask.shape[2]
-    first = mask.argmax(axis=2).astype(np.int32)
-    last = (width - 1 - mask[:, :, ::-1].argmax(axis=2)).astype(np.int32)
-    last[~mask.any(axis=2)] = -1
+def _hidden(mask: np.ndarray) -> np.ndarray:
+    """Flat indices, ascending, of background with the mask on both sides in its row (along X)."""
+    rows = mask.reshape(-1, mask.shape[2])
+    # Only a row in which the mask starts more than once has any; of a body that is no row, or few.
+    starts = np.empty(rows.shape, bool)
+    starts[:, 0] = rows[:, 0]
+    np.greater(rows[:, 1:], rows[:, :-1], out=starts[:, 1:])
+    if np.count_nonzero(starts) == np.count_nonzero(rows.any(axis=1)):
+        return np.zeros(0, np.int64)
+    broken = np.flatnonzero(np.count_nonzero(starts, axis=1) > 1)
+    inside = _between_first_and_last(rows[broken]) & ~rows[broken]
+    row, column = np.nonzero(inside)
+    found: np.ndarray = broken[row] * rows.shape[1] + column
+    return found
+
+
+def _between_first_and_last(rows: np.ndarray) -> np.ndarray:
+    """Whether each row, which has something, has it before and after each of its places."""
+    width = rows.shape[1]
+    first = rows.argmax(axis=1).astype(np.int32)[:, None]
+    last = (width - 1 - rows[:, ::-1].argmax(axis=1)).astype(np.int32)[:, None]
     column = np.arange(width, dtype=np.int32)
-    between: np.ndarray = column > first[..., None]
-    between &= column < last[..., None]
+    between: np.ndarray = column > first
+    between &= column < last
     return between
 
 

@@ -76,9 +76,11 @@ def _resize(labels: np.ndarray, shape: tuple[int, ...], flat: bool, order: int) 
 
 
 def _shifted(labels: np.ndarray, by: int, out: np.ndarray) -> None:
-    """``out = labels + by`` slice by slice, since whole volumes of the 64-bit numbers in between would not fit any cache."""
+    """``out = labels + by``, in the larger of the two number types: sums that wrap around there come out right in the end."""
+    wide = max(labels.dtype, out.dtype, key=lambda kind: kind.itemsize)
+    number = np.asarray(by).astype(wide)
     for source, target in zip(labels, out, strict=True):
-        target[...] = source.astype(np.int64) + by
+        np.add(source, number, out=target, dtype=wide, casting="unsafe")
 
 
 def _most_weight(labels: np.ndarray, blocks: Blocks) -> np.ndarray:
