@@ -110,6 +110,8 @@ def swin_file(family, network):
         return {"net": prefixed("module.backbone.", without_out) | prefixed("module.", text)}
     if family == "brainsegfounder":
         return {"state_dict": prefixed("module.", {**prefixed("swinViT.", swin), **heads})}
+    if family == "encoder":
+        return dict(with_encoder)
     assert family == "unknown"
     return dict(tensors)
 
@@ -129,42 +131,53 @@ def with_noise(network, seed=0):
     return network.eval()
 
 
-def seg_res_net(family, channels=1):
-    """MONAI's network of a family of SegResNets, tiny, and what its file holds."""
+def seg_res_net(family, channels=1, published=False):
+    """MONAI's network of a family of SegResNets, tiny, and what its file holds; or as ``published``, without memory behind it."""
+    sizes = {"ctfm": 32, "ctfm_extractor": 32, "whole_body": 32, "vista3d": 48}
+    if not published:
+        return _seg_res_net(
+            family, channels, (1, 2, 2), (1, 1), 8 if family in ("suprem", "segresnet") else 4, with_noise
+        )
+    with torch.device("meta"):
+        if family in sizes:
+            return _seg_res_net(family, channels, (1, 2, 2, 4, 4), (1, 1, 1, 1), sizes[family], lambda network: network)
+        return _seg_res_net(family, channels, (1, 2, 2, 4), (1, 1, 1), 16, lambda network: network)
+
+
+def _seg_res_net(family, channels, blocks, blocks_up, width, finished):
     from monai.networks.nets import SegResNet, SegResNetDS
     from monai.networks.nets.segresnet_ds import SegResEncoder, SegResNetDS2
 
     torch.manual_seed(0)
-    blocks = (1, 2, 2)
     text = {"organ_embedding": torch.zeros(32, 8)}
     if family == "ctfm":
-        network = with_noise(SegResNetDS(init_filters=4, in_channels=channels, blocks_down=blocks, dsdepth=2))
+        network = finished(SegResNetDS(init_filters=width, in_channels=channels, blocks_down=blocks, dsdepth=2))
         return network, network.state_dict()
     if family == "ctfm_extractor":
-        network = with_noise(SegResEncoder(init_filters=4, in_channels=channels, blocks_down=blocks))
+        network = finished(SegResEncoder(init_filters=width, in_channels=channels, blocks_down=blocks))
         return network, prefixed("backbone.", network.state_dict())
     if family == "whole_body":
-        network = with_noise(SegResNetDS(init_filters=4, in_channels=channels, blocks_down=blocks, out_channels=9))
+        network = finished(SegResNetDS(init_filters=width, in_channels=channels, blocks_down=blocks, out_channels=9))
         return network, network.state_dict()
     if family == "vista3d":
         kwargs = {
-            "init_filters": 4,
+            "init_filters": width,
             "in_channels": channels,
             "blocks_down": blocks,
             "norm": "instance",
             "out_channels": 4,
         }
-        network = with_noise(SegResNetDS2(**kwargs))
+        network = finished(SegResNetDS2(**kwargs))
         more = {"class_head.class_embeddings.weight": torch.zeros(9, 4), "point_head.mlp.bias": torch.zeros(4)}
         return network, prefixed("network.", {**prefixed("image_encoder.", network.state_dict()), **more})
     kwargs = {
-        "init_filters": 8,
+        "init_filters": width,
         "in_channels": channels,
         "blocks_down": blocks,
-        "blocks_up": (1, 1),
+        "blocks_up": blocks_up,
         "dropout_prob": 0.0,
     }
-    network = with_noise(SegResNet(out_channels=32 if family == "suprem" else 3, **kwargs))
+    network = finished(SegResNet(out_channels=32 if family == "suprem" else 3, **kwargs))
     if family == "suprem":
         return network, {"net": prefixed("module.", {**network.state_dict(), **text})}
     assert family == "segresnet"

@@ -22,6 +22,7 @@ from nnssl_adapt.weights.checkpoint.image_input import for_our_images
 from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, state_dict_of
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.checkpoint.weight_file import read_contents
+from nnssl_adapt.weights.families.family import SECOND_HAND
 from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, published_at
@@ -184,7 +185,9 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     contents = read_contents(resolved)
     content = contents[resolved.weights]
     state = state_dict_of(contents)
-    tensors, family, family_notes = in_our_names(state.tensors, where)
+    published = published_at(resolved.origin)
+    filenames = (resolved.weights.name, *(published.files if published else ()))
+    tensors, family, family_notes = in_our_names(state.tensors, where, filenames)
     tensors, stem_notes = choose_stem(tensors, options.stem, where)
     told = {} if options.patch_merging == "auto" else {"patch_merging": options.patch_merging}
     found = find_plan(content, resolved, tensors, family, state.key == LIGHTNING_KEY, told)
@@ -192,9 +195,9 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
     tensors, plan, image_notes = for_our_images(tensors, found.plan, axes, reason, where)
     notes = [*state.notes, *family_notes, *stem_notes, *found.notes, *image_notes]
     citations = plan.citations if found.citations is None else found.citations
-    published = published_at(resolved.origin)
     if published is not None:
-        notes += [f"second-hand, not checked ({published.id}): {fact}" for fact in published.unverified]
+        unseen = [f"{SECOND_HAND}{fact}" for fact in published.second_hand(resolved.origin)]
+        notes += [note for note in unseen if note not in notes]
         citations = citations or ({"type": "Pretraining", "name": published.id, "apa_citations": [published.citation]},)
     trainer_name = content.get("trainer_name")
     checkpoint = Checkpoint(

@@ -18,6 +18,9 @@ Citation = Mapping[str, Any]
 
 CT_SCHEME, Z_SCORE = "CTNormalization", "ZScoreNormalization"
 
+SECOND_HAND = "second-hand, not checked against a file or code: "
+"""Before a fact in a note. Facts of a family and of its entries in the catalogue have the same words, and are told once."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -89,7 +92,7 @@ class Facts:
         """What was taken from here, what nnU-Net's files can't say, and what is second-hand."""
         window = [] if self.window is None else [f"intensities as in its training: {self.window}"]
         unlike = [f"its images were normalised in another way: {self.unlike}"] if self.unlike else []
-        unseen = [f"second-hand, not checked against a file or code: {fact}" for fact in self.second_hand]
+        unseen = [f"{SECOND_HAND}{fact}" for fact in self.second_hand]
         return [*([self.told] if self.told else []), *window, *unlike, *unseen]
 
 
@@ -132,7 +135,7 @@ class Family:
         facts: how it was trained.
         key_map: for files with other names than the network has.
         recognises: whether a network without a plan is one of the family, by its size.
-        named: pattern of the file's name, which has to fit as well; None for any.
+        named: pattern of the file's name, or of a name that the catalogue knows it by, which has to fit as well; None for any.
         dataset: pattern of the dataset's name in nnU-Net's plans, for model folders that have a peculiarity.
         image_channels: numbers of the input channels that are images, where others are not; those are left behind.
         fits: whether tensors with the key map's marker are this family's, where other families have the same names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -36,13 +36,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def in_our_names(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], Family | None, list[str]]:
+def in_our_names(
+    tensors: Mapping[str, Tensor], where: str, filenames: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], Family | None, list[str]]:
     """The tensors under the names that our networks have, the family whose files have others (else None), and notes.
 
+    ``filenames`` are those that the file is known by: its own, and the catalogue's.
     Raises UnreadableCheckpoint, naming the file (``where``), for a family that can't be used and for a name that it doesn't
     have.
     """
-    family = _family_of_names(tensors)
+    family = _family_of_names(tensors, filenames)
     if family is None or family.key_map is None:
         return dict(tensors), None, []
     if family.refusal is not None:
@@ -56,16 +59,20 @@ def in_our_names(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, T
     return translated, family, notes
 
 
-def _family_of_names(tensors: Tensors) -> Family | None:
+def _family_of_names(tensors: Tensors, filenames: Sequence[str]) -> Family | None:
     """The family whose files name their tensors in this way, None for names of our own networks."""
-    named = (f for f in FAMILIES if f.key_map is not None and f.key_map.fits(tensors))
-    return next((f for f in named if f.fits is None or f.fits(tensors)), None)
+    known = (f for f in FAMILIES if f.key_map is not None and f.key_map.fits(tensors))
+    return next((f for f in known if _is_named(f, filenames) and (f.fits is None or f.fits(tensors))), None)
 
 
 def family_of_size(topology: Topology, filename: str) -> Family | None:
     """The family that has networks of exactly this size, in files of such a name; None where none is known."""
-    named = (f for f in FAMILIES if f.named is None or re.fullmatch(f.named, filename))
+    named = (f for f in FAMILIES if _is_named(f, (filename,)))
     return next((f for f in named if f.recognises is not None and f.recognises(topology)), None)
+
+
+def _is_named(family: Family, filenames: Sequence[str]) -> bool:
+    return family.named is None or any(re.fullmatch(family.named, name) for name in filenames)
 
 
 def family_of_dataset(name: object) -> Family | None:

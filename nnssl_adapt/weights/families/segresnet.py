@@ -125,10 +125,10 @@ CT_FM_SSL = Family(
     facts=Facts(
         **_CT_FM_FACTS,
         supervised=False,
-        told="spacing (3 × 1 × 1 mm), patch and orientation (SPL) of CT-FM's code",
+        told="spacing (3 × 1 × 1 mm), patch and orientation (SPL) of CT-FM's code; only its encoder is taken",
         second_hand=(
             "that a SegResNetDS with batch normalisation and at most two outputs is CT-FM's",
-            "that the file's decoder is untrained: only the encoder is taken",
+            "that its decoder was not trained",
         ),
     ),
 )

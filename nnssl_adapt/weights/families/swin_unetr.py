@@ -1,7 +1,8 @@
 """Swin UNETR as published: NVIDIA's, VoCo and VoComni, SuPreM, BrainSegFounder, and files of unknown origin.
 
 All have MONAI's names under different wrappers; some hold the Swin transformer alone. All were trained with MONAI up to 1.4,
-whose merging of patches is kept (``patch_merging: old``). A file of unknown origin doesn't tell: it is asked for.
+whose merging of patches is kept (``patch_merging: old``). A file of unknown origin doesn't tell: it is asked for. Two have
+nothing of their own but their layout, and are known by the name of the file or in the catalogue.
 
 MONAI reads images as (x, y, z) arrays, oriented RAS (``LPI`` in the words of
 :mod:`nnssl_adapt.geometry.orientation`). The network is not symmetric in its axes, so that images are turned, not weights.
@@ -98,6 +99,10 @@ VOCOMNI_LABELS = (
     *("inferior vena cava", "veins", "pancreas", "right adrenal gland", "left adrenal gland", "liver tumor"),
     *("pancreas tumor", "kidney tumor", "covid", "colon", "colon cancer", "lung cancer"),
 )
+BTCV_LABELS = (
+    *("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta"),
+    *("inferior vena cava", "portal vein and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland"),
+)
 
 
 def _facts(told: str, *second_hand: str, **changes: Any) -> Facts:
@@ -113,7 +118,8 @@ def _facts(told: str, *second_hand: str, **changes: Any) -> Facts:
     return Facts(**{**usual, **changes}, told=told, second_hand=second_hand)
 
 
-_MERGING = "that it was trained with MONAI up to 1.4, whose merging of patches is kept"
+_MERGING = "that its patch merging is MONAI's old one (told by its date)"
+_CT_WINDOW = "that it saw CT in this window"
 
 
 def _has_heads(tensors: Tensors, count: int) -> bool:
@@ -130,7 +136,8 @@ NVIDIA = Family(
     arguments=_OLD,
     facts=_facts(
         "spacing (1.5 mm), patch and window of MONAI's tutorials of it",
-        "that it saw CT in this window, as the networks fine-tuned from it do",
+        _MERGING,
+        _CT_WINDOW,
         citations=(TANG,),
     ),
 )
@@ -138,7 +145,7 @@ DISRUPTIVE = Family(
     name="NVIDIA's Swin transformer of a disruptive autoencoder (ssl_pretrained_weights.pth)",
     key_map=KeyMap(r"encoder\.layers1\.0\.0\.blocks\.0\.attn\.qkv\.weight", _DISRUPTIVE_RULES),
     arguments=_OLD,
-    facts=_facts("spacing (1.5 mm), patch and window of MONAI's tutorials", _MERGING, "that it saw CT in this window"),
+    facts=_facts("spacing (1.5 mm), patch and window of MONAI's tutorials", _MERGING, "its spacing and window"),
 )
 VOCO_SSL = Family(
     name="a Swin UNETR of VoCo",
@@ -167,6 +174,7 @@ SUPREM_SWIN = Family(
     arguments=_OLD,
     facts=_facts(
         "spacing (1.5 mm) and window of SuPreM's code; the file has no output layer of an ordinary kind",
+        "that its patch merging is MONAI's old one (its authors' copy of MONAI has it)",
         citations=(SUPREM,),
         supervised=True,
     ),
@@ -186,6 +194,39 @@ BRAINSEGFOUNDER = Family(
         citations=(BRAIN_SEG_FOUNDER,),
     ),
 )
+VOCO_10K = Family(
+    name="the first Swin UNETR of VoCo (VoCo_10k.pt)",
+    key_map=KeyMap(_ANY, _RULES),
+    named=r"(?i)voco_10k.*",
+    fits=_is_second_version,
+    arguments=_OLD,
+    facts=_facts(
+        "it is VoCo_10k by its name and layout: took the window of VoCo's code; its spacing is not known: choose -am median or "
+        "fixed",
+        _MERGING,
+        _CT_WINDOW,
+        spacing=None,
+        patch_size=(64, 64, 64),
+        citations=(VOCO,),
+    ),
+)
+BTCV = Family(
+    name="NVIDIA's Swin UNETR of BTCV (base_5000ep)",
+    key_map=KeyMap(_ANY, _RULES),
+    named=r"(?i)swin_unetr\.base_5000ep.*",
+    fits=lambda tensors: not _is_second_version(tensors) and _has_heads(tensors, len(BTCV_LABELS)),
+    arguments=_OLD,
+    facts=_facts(
+        "it is NVIDIA's base_5000ep by its name and layout: took spacing (1.5 × 1.5 × 2 mm), patch and window of its tutorial",
+        _MERGING,
+        "its spacing",
+        "its labels",
+        spacing=(1.5, 1.5, 2.0),
+        citations=(TANG,),
+        supervised=True,
+        labels=BTCV_LABELS,
+    ),
+)
 ANY_SWIN_UNETR = Family(
     name="a Swin UNETR",
     key_map=KeyMap(_ANY, _RULES),
@@ -197,4 +238,4 @@ ANY_SWIN_UNETR = Family(
     ),
 )
 
-SWIN_UNETRS = (NVIDIA, DISRUPTIVE, VOCO_SSL, VOCOMNI, SUPREM_SWIN, BRAINSEGFOUNDER, ANY_SWIN_UNETR)
+SWIN_UNETRS = (NVIDIA, DISRUPTIVE, VOCO_SSL, VOCOMNI, SUPREM_SWIN, BRAINSEGFOUNDER, VOCO_10K, BTCV, ANY_SWIN_UNETR)

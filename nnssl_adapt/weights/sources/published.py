@@ -135,6 +135,12 @@ class PublishedModel:
         lines = [f"  {key:<9} {value}" for key, value in rows.items() if value]
         return "\n".join([self.id, *lines, *(f"  second-hand, not checked: {fact}" for fact in self.unverified)])
 
+    def second_hand(self, origin: Origin) -> tuple[str, ...]:
+        """Facts that nobody here saw; also that another repository has the same files, for those that are from it."""
+        of_other = self.also_unverified and origin.repo_id in self.also
+        same = (f"that {origin.repo_id} holds the same files as {self.source}",) if of_other else ()
+        return (*self.unverified, *same)
+
     @property
     def needs(self) -> tuple[str, ...]:
         """What has to be installed or signed first."""
@@ -176,12 +182,12 @@ def known_name(name: str) -> PublishedModel:
 def published_at(origin: Origin) -> PublishedModel | None:
     """The published network that weights are, told by where they are from; None where that doesn't tell.
 
-    A repository of which it is the only network, the address of its file or zip, however it was typed; else a file of a name
-    that only it has.
+    Its short name, a repository of which it is the only network, the address of its file or zip, however it was typed; else a
+    file of a name that only it has.
     """
     models = published_models()
     typed = urldefrag(origin.source).url
-    exactly = [model for model in models if model.source and typed == model.source]
+    exactly = [model for model in models if typed == model.id or (model.source and typed == model.source)]
     whole = [model for model in models if origin.repo_id and origin.repo_id in (model.repo_id, *model.also)]
     in_it = [model for model in models if origin.repo_id and _repository(model) == origin.repo_id]
     if len(in_it) > 1:
