@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
+import textwrap
 
 from nnssl_adapt.cli.common import EXIT_OK, add_verbose
 
 _ALL = ""
+_NARROWEST = 30
+"""Columns that the text has at least, on the narrowest terminal."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +63,26 @@ def _show_published() -> None:
     width = max(len(model.id) for model in models)
     for model in models:
         where = model.repo_id or ("" if model.source else "to be downloaded by hand")
+        trained = f"{model.method} on {model.data}" if model.data else model.method
         facts = [
-            *(model.architecture, model.method, model.size, model.terms if model.licence else "licence: see its page"),
+            *(model.architecture, trained, model.size, model.terms if model.licence else "licence: see its page"),
             *(*model.needs, where, model.note),
         ]
-        print(f"  {model.id:<{width}}  {'; '.join(fact for fact in facts if fact)}")
+        _print_wrapped(f"  {model.id:<{width}}  {'; '.join(fact for fact in facts if fact)}", width + 4)
     print("Everything about one, with its citation and the command: nnssl-adapt models --published ID")
 
 
 def _show_one(name: str) -> None:
     from nnssl_adapt.weights.sources.published import known_name
 
-    print(known_name(name))
+    for line in str(known_name(name)).splitlines():
+        _print_wrapped(line, 12)
+
+
+def _print_wrapped(line: str, indent: int) -> None:
+    """On a terminal a long line goes on below where its text began; a command, and all for another program, stays one line."""
+    if not sys.stdout.isatty() or line.split(maxsplit=1)[0] == "command":
+        print(line)
+        return
+    width = max(shutil.get_terminal_size().columns, indent + _NARROWEST)
+    print(textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CATALOGUE = "published.json"
 
+_UNKNOWN = "not known here"
+
 
 @dataclass(frozen=True)
 class PublishedModel:
@@ -112,16 +114,17 @@ class PublishedModel:
         return f"nnssl-adapt finetune -d DATASET -pc {source} -n {self.id.replace('-', '_')}{turned}"
 
     def __str__(self) -> str:
-        """All that is known, a line each."""
+        """All that is known, a line each; what every network has and is not known here, is said to be so."""
         labels = self.labels if isinstance(self.labels, str) else ", ".join(self.labels)
         rows = {
-            "network": f"{self.architecture}" + (f", {self.size}" if self.size else ""),
+            "network": self.architecture,
+            "size": self.size or _UNKNOWN,
             "trained": f"{self.method}" + (f" on {self.data}" if self.data else ""),
-            "channels": ", ".join(self.channels),
-            "labels": labels,
-            "spacing": f"{dimensions(self.spacing)} mm" if self.spacing else "",
-            "patch": f"{dimensions(self.patch)} voxels" if self.patch else "",
-            "intensity": self.normalization,
+            "channels": ", ".join(self.channels) or _UNKNOWN,
+            "labels": labels or (_UNKNOWN if self.supervised else "none: it was not trained to segment"),
+            "spacing": f"{dimensions(self.spacing)} mm" if self.spacing else "not known here, or each image's own",
+            "patch": f"{dimensions(self.patch)} voxels" if self.patch else _UNKNOWN,
+            "intensity": self.normalization or _UNKNOWN,
             "axes": f"{self.axes}, orientation {self.orientation}" if self.orientation else self.axes,
             "licence": self.terms,
             "needs": "; ".join(self.needs),

@@ -171,6 +171,19 @@ def test_the_command_line_shows_all_and_one(capsys):
     assert "second-hand, not checked" in out
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_lines_fit_a_terminal_and_a_command_can_be_copied(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["models", "--published"]) == 0 and main(["models", "--published", "totalsegmentator-301"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    (place,) = [line for line in lines if line.startswith("  openmind-resencl-mae ")]
+    assert lines[lines.index(place) + 1].startswith("    " if columns == 80 else "  openmind")
+    assert main(["models", "--published", "suprem-swinunetr"]) == 0
+    assert known_name("suprem-swinunetr").command in capsys.readouterr().out
+
+
 # -- the script that refreshes it -----------------------------------------------------------------------------------------
 
 

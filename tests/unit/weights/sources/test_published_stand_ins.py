@@ -6,7 +6,6 @@ import pytest
 from support.hub_server import HubServer, Page, WebServer
 from support.published_files import files_of, zipped
 
-from nnssl_adapt.cli.main import main
 from nnssl_adapt.errors import AdaptationPlanError
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 from nnssl_adapt.weights.families.family import SECOND_HAND
@@ -26,6 +25,12 @@ def servers():
         yield hub, web
 
 
+@pytest.fixture(autouse=True)
+def hollow_files(monkeypatch):
+    """A tensor that claims more than its file holds is refused otherwise (test_malformed_tensors.py)."""
+    monkeypatch.setattr("nnssl_adapt.weights.checkpoint.state_dict._check_memory", lambda weights, path: None)
+
+
 @pytest.fixture
 def place(servers, tmp_path, monkeypatch):
     """``place(model)`` publishes its files where the catalogue says, or puts them where one does who downloaded them by hand."""
@@ -41,6 +46,8 @@ def place(servers, tmp_path, monkeypatch):
         files, source = files_of(model), model.source
         address = HubAddress.parse(source) if source else None
         if address is not None:
+            if address.filename and len(files) == 1:
+                files = {address.filename: next(iter(files.values()))}
             for repository in (address.repo_id, *model.also):
                 hub.add(repository, files)
         elif source:
@@ -69,6 +76,10 @@ def test_an_entry_is_opened_by_its_short_name_and_told_by_its_layout(place, tmp_
         assert shown.count(f"{SECOND_HAND}{fact}") == 1, fact
     assert shown.count(SECOND_HAND) == len({line for line in shown.splitlines() if SECOND_HAND in line})
     assert model.licence is None or model.terms in shown
+    if model.id == "nninteractive-v1":  # its folder tells, and prompts are left behind; a file alone has eight channels
+        (name,) = [name for name in files_of(model) if name.endswith(".pth")]
+        (tmp_path / "unknown.pth").write_bytes(files_of(model)[name])
+        checkpoint = open_checkpoint(tmp_path / "unknown.pth")
     assert bool(model.layout) == (model.id in {other.id for other in checkpoint.similar_published()})
     assert not model.supervised or checkpoint.plan.supervised
     assert checkpoint.plan.orientation in (model.orientation, None)
@@ -83,13 +94,12 @@ def _asked(model):
     return {"patch_merging": "old"} if any("--patch-merging" in fact for fact in model.unverified) else {}
 
 
-def test_a_copy_under_the_other_owner_is_told_where_nobody_compared_them(place, capsys):
+def test_a_copy_under_the_other_owner_is_told_where_nobody_compared_them(place):
     (model,) = [model for model in MODELS if model.id == "openmind-resencl-voco"]
     place(model)
-    assert model.also_unverified and main(["inspect", model.also[0]]) == 0
-    out = capsys.readouterr().out
-    assert out.count(f"{SECOND_HAND}that {model.also[0]} holds the same files as {model.source}") == 1
-    assert f"catalogue {model.id}: " in out
+    checkpoint = open_checkpoint(model.also[0])
+    same = f"{SECOND_HAND}that {model.also[0]} holds the same files as {model.source}"
+    assert model.also_unverified and checkpoint.notes.count(same) == 1 and checkpoint.published.id == model.id
 
 
 @pytest.mark.parametrize("name", ["voco-10k", "nvidia-swinunetr-btcv"])
