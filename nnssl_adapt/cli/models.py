@@ -69,7 +69,7 @@ def _show_published() -> None:
             *(*model.needs, where, model.note),
         ]
         _print_wrapped(f"  {model.id:<{width}}  {'; '.join(fact for fact in facts if fact)}", width + 4)
-    print("Everything about one, with its citation and the command: nnssl-adapt models --published ID")
+    print("Everything about one, with its command: nnssl-adapt models --published ID")
 
 
 def _show_one(name: str) -> None:
