@@ -1,4 +1,7 @@
-"""The whole road in one go: plan, preprocess, fine-tune and validate one fold. Running it again goes on where it stopped."""
+"""The whole road in one go: plan, preprocess, fine-tune and validate one fold. Running it again goes on where it stopped.
+
+Before a cascade (-c 3d_cascade_fullres), 3d_lowres is trained on all folds.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,31 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_adapt.cli.common import (
+    EXIT_OK,
     add_source,
     add_verbose,
     checked_workers,
-    open_source,
     source_options,
     stop_in_order,
 )
 from nnssl_adapt.cli.nnunet_words import add_preprocess_words, say_ignored_variables
-from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_from
+from nnssl_adapt.cli.planning_flags import add_planning_flags, open_source_if_any, plan_from
 from nnssl_adapt.cli.train import add_run_flags, carry_out, deadline_of, parse_fold
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
     from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.planning.plan import FinetunePlan
     from nnssl_adapt.training.request import TrainingRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_planning_flags(parser, several=False)
+    add_planning_flags(parser, source_required=False, several=False)
     parser.add_argument(
         "-n",
         "--pretraining_name",
@@ -61,10 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     fold = _fold(arguments.fold, dataset)
     require_device(arguments.device)  # what was typed about the data is judged first
     check_processes(arguments.num_gpus, arguments.device)
-    checkpoint = open_source(arguments)
-    recipe = recipe_from(arguments, checkpoint.architecture, dataset.labels)
+    checkpoint = open_source_if_any(arguments)
+    if checkpoint is not None:  # mistakes are told before anything is read
+        recipe = recipe_from(arguments, checkpoint.architecture, dataset.labels)
     processes = checked_workers(arguments.processes or arguments.fingerprint_processes)
     plan = plan_from(arguments, dataset, checkpoint, processes)
+    if checkpoint is None:
+        recipe = recipe_from(arguments, plan.architecture, dataset.labels)
     check_processes(arguments.num_gpus, arguments.device, recipe.batch_size or plan.batch_size)
     print(plan)
     na.preprocess_dataset(plan, workers=processes, progress=not arguments.no_pbar)
@@ -85,9 +93,26 @@ def run(arguments: argparse.Namespace) -> int:
         accept_changed=tuple(arguments.accept_changed),
         stage=arguments.stage,
     )
-    if arguments.num_gpus > 1:
-        return _train_in_processes(request, arguments.num_gpus, arguments.verbose)
-    return carry_out(request, plan, checkpoint)
+    for one in (*_first_stages(request, plan, dataset), request):
+        if arguments.num_gpus > 1:
+            code = _train_in_processes(one, arguments.num_gpus, arguments.verbose)
+        else:
+            code = carry_out(one, plan.seen_through(one.configuration), checkpoint)
+        if code != EXIT_OK:
+            break
+    return code
+
+
+def _first_stages(request: TrainingRequest, plan: FinetunePlan, dataset: RawDataset) -> list[TrainingRequest]:
+    """Of a cascade, the trainings of its first stage, on all folds; what is finished of them is kept."""
+    from nnssl_adapt.data.splits import count_folds
+
+    if plan.previous_stage is None:
+        return []
+    identifiers = [case.identifier for case in dataset.cases]
+    folds = range(count_folds(plan.dataset_folder, identifiers, dataset.folder))
+    first = replace(request, configuration=plan.previous_stage, resume="auto")
+    return [replace(first, fold=fold) for fold in folds]
 
 
 def _fold(text: str | None, dataset: RawDataset) -> int | str:

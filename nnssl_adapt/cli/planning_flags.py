@@ -127,6 +127,23 @@ def add_planning_flags(
     add_transfer_flags(parser)
 
 
+def open_source_if_any(arguments: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint of ``-pc``. None for ``2d`` without one, which is then trained from random weights (``from_scratch``).
+
+    Raises ConfigurationError for other configurations without one.
+    """
+    from nnssl_adapt.cli.common import open_source
+    from nnssl_adapt.errors import ConfigurationError
+    from nnssl_adapt.planning.plan import PLANAR
+
+    if arguments.source is not None:
+        return open_source(arguments)
+    if PLANAR not in arguments.configurations:
+        raise ConfigurationError(f"-pc is missing: which weights to fine-tune (only -c {PLANAR} is trained without)")
+    arguments.from_scratch = True
+    return None
+
+
 def plan_from(
     arguments: argparse.Namespace,
     dataset: RawDataset,

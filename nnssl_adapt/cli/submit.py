@@ -17,12 +17,11 @@ from nnssl_adapt.cli.common import (
     EXIT_OK,
     add_source,
     add_verbose,
-    open_source,
     source_options,
     stop_in_order,
 )
 from nnssl_adapt.cli.job_flags import add_job_flags, resources_from, settings_from, stage_words
-from nnssl_adapt.cli.planning_flags import add_planning_flags, plan_options_from
+from nnssl_adapt.cli.planning_flags import add_planning_flags, open_source_if_any, plan_options_from
 from nnssl_adapt.cli.training_flags import add_training_flags, recipe_from
 
 if TYPE_CHECKING:
@@ -61,33 +60,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nnssl_adapt.errors import ConfigurationError
-
     if arguments.status or arguments.watch:
         return _show_status(arguments)
     if arguments.cancel:
         return _cancel(arguments)
-    if arguments.source is None:
-        raise ConfigurationError(
-            "-pc is missing: which pre-trained weights? (only --status, --watch and --cancel go without)"
-        )
     return _submit(arguments)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.cluster.submit import submit
     from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.weights.network.architectures import Architecture
 
     arguments.name = arguments.name or "pretrained"
     dataset = RawDataset.open(arguments.dataset)
-    checkpoint = open_source(arguments)
+    checkpoint = open_source_if_any(arguments)
+    # Without weights the network is known once it is planned, which submit() does; then it judges the recipe again.
+    architecture = Architecture.named("ResEncL") if checkpoint is None else checkpoint.architecture
     submitted = submit(
         dataset.name,
         arguments.source,
         arguments.name,
         folds=parse_folds(arguments.folds),
         shards=arguments.shards,
-        recipe=recipe_from(arguments, checkpoint.architecture, dataset.labels),
+        recipe=recipe_from(arguments, architecture, dataset.labels),
         device=arguments.device,
         resources=resources_from(arguments, arguments.device),
         throttle=arguments.throttle,

@@ -41,7 +41,7 @@ _MEMORY_OF = {  # GB of the smallest card of that name, as clusters call them
 
 
 def planned(
-    raw: RawDataset, checkpoint: Checkpoint, name: str, options: Mapping[str, Any]
+    raw: RawDataset, checkpoint: Checkpoint | None, name: str, options: Mapping[str, Any]
 ) -> tuple[FinetunePlan, bool]:
     """The plan that the jobs will make, and whether it is only preliminary: then its names hold, its numbers need not.
 
@@ -67,7 +67,7 @@ def planned(
 
 def _of_headers(raw: RawDataset) -> DatasetFingerprint:
     """What headers tell of a dataset; of intensities nothing but that there are some."""
-    geometries = [read_geometry(case.images[0]) for case in raw.cases]
+    geometries = [read_geometry(case.images[0], case.reader) for case in raw.cases]
     names = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
     return DatasetFingerprint(
         spacings=tuple(geometry.spacing for geometry in geometries),

@@ -26,7 +26,7 @@ class Finetuning:
 
     Attributes:
         plan: as it will be; only its names and folders are used.
-        source: the weights, as ``-pc`` takes them.
+        source: the weights, as ``-pc`` takes them; None: random ones.
         name: short name of the pre-training.
         model: the model folder.
         trainer: name of the trainer, as the model folder has it.
@@ -40,7 +40,7 @@ class Finetuning:
     """
 
     plan: FinetunePlan
-    source: str
+    source: str | None
     name: str
     model: Path
     trainer: str
@@ -110,7 +110,8 @@ class Finetuning:
         )
 
     def _preprocess(self, *more: str) -> tuple[str, ...]:
-        words = ("preprocess", "-d", self.plan.dataset_name, "-pc", self.source, "-n", self.name)
+        weights = () if self.source is None else ("-pc", self.source)
+        words = ("preprocess", "-d", self.plan.dataset_name, *weights, "-n", self.name)
         return (*words, *self.planning, *self.opening, *more)
 
     def _prepare(self) -> Step:
@@ -140,7 +141,7 @@ class Finetuning:
         folder = self._model_of(configuration) / f"fold_{fold}"
         words: tuple[str, ...] = ("train", "-d", self.plan.dataset_name, "-c", configuration, "-f", str(fold))
         words += ("-p", self.plan.plans_name, "--recipe", str(self.recipe), "-device", self.device, "--c", "auto")
-        words += ("-pc", self.source, *self.opening) if self.pretrained else ()
+        words += ("-pc", self.source, *self.opening) if self.pretrained and self.source is not None else ()
         words += resources.rank_words(by_slurm)
         return Step(
             f"fold_{fold}" if len(self.trained) == 1 else f"{configuration}_fold_{fold}",

@@ -80,7 +80,7 @@ class Submitted:
 
 def submit(
     dataset: int | str,
-    checkpoint: str | Path,
+    checkpoint: str | Path | None,
     name: str = "pretrained",
     *,
     folds: Sequence[int] = (0, 1, 2, 3, 4),
@@ -105,7 +105,7 @@ def submit(
 
     Args:
         dataset: id or name of a raw dataset.
-        checkpoint: anything that :func:`open_checkpoint` takes.
+        checkpoint: anything that :func:`open_checkpoint` takes; None, for ``2d`` only: random weights.
         name: short name of the pre-training.
         folds: numbers.
         shards: jobs that preprocess, each a part of the cases.
@@ -136,11 +136,11 @@ def submit(
     count = check_folds(raw, folds)
     check_results_folder(for_cluster=cluster == SLURM)
     check_setup(settings.setup)
-    opened = open_checkpoint(checkpoint, **dict(source_options or {}))
+    opened = None if checkpoint is None else open_checkpoint(checkpoint, **dict(source_options or {}))
     finetuning, recipe = _finetuning(
         raw,
         opened,
-        str(checkpoint),
+        None if checkpoint is None else str(checkpoint),
         name,
         recipe,
         device,
@@ -188,8 +188,8 @@ def _check_request(shards: int, resources: Resources, throttle: int, cluster: st
 
 def _finetuning(
     raw: RawDataset,
-    opened: Checkpoint,
-    source: str,
+    opened: Checkpoint | None,
+    source: str | None,
     name: str,
     recipe: Recipe | None,
     device: str,
@@ -200,11 +200,12 @@ def _finetuning(
     """What the steps will be told, and the recipe as it will be trained with."""
     plan, preliminary = planned(raw, opened, name, options)
     recipe = recipe or Recipe.load(plan.architecture.kind.recipe)
-    recipe = without_pretraining(recipe) if recipe.from_scratch else recipe
+    recipe = without_pretraining(recipe) if recipe.from_scratch or opened is None else recipe
     recipe.check_against(plan.architecture, device)
     raise_if_any(list(loss_mistakes(recipe, raw.labels)), f"recipe {recipe.name!r} for {raw.name}")
     model = RunFolder.of(plan, recipe.trainer_name, 0).model
-    source = str(Path(source).resolve()) if Path(source).exists() else source  # jobs start in another folder
+    if source is not None and Path(source).exists():
+        source = str(Path(source).resolve())  # jobs start in another folder
     return (
         Finetuning(
             plan=plan,

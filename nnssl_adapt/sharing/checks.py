@@ -61,7 +61,7 @@ def _of_images(raw: RawDataset | None) -> Counter[str]:
     found: Counter[str] = Counter()
     for case in raw.cases[:_LOOKED_AT] if raw is not None else ():
         try:
-            found[orientation_code(read_geometry(case.images[0]).direction)] += 1
+            found[orientation_code(read_geometry(case.images[0], case.reader).direction)] += 1
         except NnsslAdaptError:
             continue  # verify's business
     return found

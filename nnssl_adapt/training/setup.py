@@ -176,7 +176,7 @@ def layout_of_run(
         autocast_dtype=autocast_dtype,
         build=lambda: new_network(identity),
         loss=loss,
-        image=torch.randn(samples, plan.num_channels, *plan.patch_size),
+        image=torch.randn(samples, plan.num_channels + len(plan.stage_channels(plan.labels)), *plan.patch_size),
         target=torch.zeros((samples, rule.channels, *plan.patch_size), dtype=rule.dtype),
     )
     key = {

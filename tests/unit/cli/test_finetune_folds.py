@@ -1,14 +1,17 @@
 """Which fold finetune trains, and that one the dataset does not have is refused before anything is read or written."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.synthetic import make_dataset
 
-from nnssl_adapt.cli.finetune import _fold
+from nnssl_adapt.cli.finetune import _first_stages, _fold
 from nnssl_adapt.cli.main import main
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.errors import ConfigurationError
+from nnssl_adapt.training.recipe.recipe import Recipe
+from nnssl_adapt.training.request import TrainingRequest
 
 
 @pytest.fixture
@@ -53,3 +56,15 @@ def test_a_plan_without_the_configuration_is_told_before_the_device(folders, cap
     dataset(folders, 902, 3)
     assert main(["train", "-d", "902", "-c", "2d", "-f", "0", "-p", "nnUNetPlans", "-device", "cuda"]) == 1
     assert "nnUNetPlans" in capsys.readouterr().err
+
+
+def test_before_a_cascade_its_first_stage_is_trained_on_all_folds(folders):
+    few = dataset(folders, 902, 3)
+    request = TrainingRequest(
+        few.name, "plans", "3d_cascade_fullres", 1, Recipe(), "cpu", source="weights", resume=False
+    )
+    plan = SimpleNamespace(previous_stage="3d_lowres", dataset_folder=folders / "preprocessed" / few.name)
+    firsts = _first_stages(request, plan, few)
+    assert [(one.configuration, one.fold, one.resume) for one in firsts] == [("3d_lowres", n, "auto") for n in range(3)]
+    assert all(one.source == "weights" for one in firsts)
+    assert _first_stages(request, SimpleNamespace(previous_stage=None), few) == []

@@ -100,3 +100,19 @@ def test_folds():
     assert parse_folds("0,2-4") == [0, 2, 3, 4]
     with pytest.raises(ConfigurationError, match="--folds 0-: expected"):
         parse_folds("0-")
+
+
+def test_slices_are_submitted_without_weights_and_volumes_are_not(nnunet_folders, tmp_path, capsys):
+    """Of pictures, whose headers stand in for the fingerprint that isn't there yet."""
+    pytest.importorskip("PIL")
+    from support.pictures import write_picture_dataset
+
+    write_picture_dataset(nnunet_folders / "nnUNet_raw" / "Dataset702_Cells")
+    words = ["submit", "-d", "702", "-n", "scratch", "--dry-run", "--cluster", "local", "-device", "cpu"]
+    assert main.main(words) == 1
+    assert "-pc" in capsys.readouterr().err
+    assert main.main([*words, "-c", "2d", "--folds", "0"]) == 0
+    shown = capsys.readouterr().out
+    (train,) = [line for line in shown.splitlines() if "train -d" in line]
+    assert "-c 2d" in train and "-pc" not in shown and "_from_scratch__ptPlans_dynamic__scratch__2d" in shown
+    assert not written(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from support.tiny_plans import CNN, PATCH
 from support.training_runs import trainer_of
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.training import setup
 from nnssl_adapt.training import trainer as trainer_module
 from nnssl_adapt.training.device.layout import LayoutTrial, faster_layout
+from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.optimise.losses import build_loss
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
@@ -91,3 +94,20 @@ def test_a_trial_on_a_gpu(plan, recipe, tmp_path, own_cache, package_log):
     trainer = trainer_module.PretrainedTrainer(plan, recipe=recipe, device="cuda", workers=0, progress=False)
     trainer.run()
     assert (own_cache / "layouts.json").is_file() and "memory layout: channels" in package_log.text
+
+
+def test_a_cascade_is_measured_with_the_channels_of_its_first_stage(monkeypatch):
+    """The network that is tried has them; without them the measurement fails, and with it the training on a GPU."""
+    tried = []
+    monkeypatch.setattr(
+        setup, "LayoutTrial", lambda **parts: tried.append(parts["image"]) or SimpleNamespace(seconds=0)
+    )
+    monkeypatch.setattr(setup, "faster_layout", lambda *arguments: False)
+    monkeypatch.setattr(setup.torch.cuda, "get_device_name", lambda device: "card")
+    plan = SimpleNamespace(
+        labels=LABELS,
+        num_channels=2, patch_size=(8, 12, 16), batch_size=3, stage_channels=lambda labels: labels.foreground_labels,
+    )  # fmt: skip
+    identity = SimpleNamespace(plan=plan, recipe=Recipe(), network="tiny")
+    setup.layout_of_run(identity, torch.device("cuda"), None, None, Ranks())
+    assert [tuple(image.shape) for image in tried] == [(3, 2 + 2, 8, 12, 16)]
