@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,13 @@ from nnssl_adapt.errors import ConfigurationError, PlanError
 from nnssl_adapt.geometry.spacing import median_spacing
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.entries import (
+    PLANNER,
     BasePlans,
     configuration_entries,
     dataset_entries,
-    name_stores,
     pretrain_info,
     resampled_median_shape,
+    with_record,
 )
 from nnssl_adapt.planning.low_resolution import refusal, stages
 from nnssl_adapt.planning.memory import by
@@ -33,6 +34,7 @@ from nnssl_adapt.planning.plans_file import NNUNET_PLANS, plans_beside, refuse_i
 from nnssl_adapt.planning.preflight import check_transfer
 from nnssl_adapt.planning.provenance import KEY, Provenance, package_version
 from nnssl_adapt.planning.request import PlanRequest
+from nnssl_adapt.planning.task import PlanningTask
 from nnssl_adapt.planning.topology import NNUNET_PRESETS, check_preset, low_resolution, plan_network
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
@@ -59,43 +61,28 @@ _PRESET_OF_PLANS = dict(zip(NNUNET_PLANS, ("default", "ResEncM", "ResEncL", "Res
 """Which preset nnU-Net's planners of these names are."""
 
 
-def plan_dynamic(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    orient: Callable[[RawDataset], RawDataset],
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
-    """Plan to train the network of the dataset's nnU-Net plans.
-
-    The arguments and what is raised are those of :func:`~nnssl_adapt.planning.like_pretrained.plan_like_pretrained`.
-    """
+def plan_dynamic(task: PlanningTask) -> FinetunePlan:
+    """Plan to train the network of the dataset's nnU-Net plans. Raises what :func:`make_plan` raises."""
+    request = task.request
     refuse_spacing(request)
-    raw = orient(raw)  # a plan knows the order of its images' axes, so it must be the oriented dataset's
-    topology = _topology(raw, checkpoint, request, know)
+    task = task.oriented()  # a plan knows the order of its images' axes, so it must be the oriented dataset's
+    topology = _topology(task)
     for name in (CONFIGURATION, LOW_RESOLUTION) if request.wants_stages else (CONFIGURATION,):
         seen = topology.seen_through(name)
-        check_transfer(raw, checkpoint, seen.architecture, seen.patch_size, request.settings)
-    _compare_axes(topology, checkpoint)
-    know(raw)
-    plans_name = request.plans_name or f"ptPlans_dynamic__{request.name}"
-    content = dynamic_content(raw, checkpoint, topology, plans_name, request)
-    return FinetunePlan(content, request.configurations[0])
+        check_transfer(task.raw, task.checkpoint, seen.architecture, seen.patch_size, request.settings)
+    _compare_axes(topology, task.checkpoint)
+    return FinetunePlan(dynamic_content(task, topology), request.configurations[0])
 
 
-def _topology(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
+def _topology(task: PlanningTask) -> FinetunePlan:
     """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is asked for."""
+    raw, request = task.raw, task.request
     preset = request.preset
     if preset is None and (found := find_topology(raw.name, request.base_plans)) is not None:
         _require_stages(found, request)
         return found
-    chosen = preset or preset_for(checkpoint.architecture)
-    topology = nnunet_plan(raw, know(raw), chosen, request.wants_stages)
+    chosen = preset or preset_for(task.network)
+    topology = nnunet_plan(raw, task.fingerprint, chosen, request.wants_stages)
     logger.info(
         "network planned here by nnU-Net's rules, preset %s%s: %s, patch %s, batch %d",
         chosen,
@@ -223,9 +210,7 @@ def preset_for(architecture: Architecture) -> str:
     )
 
 
-def dynamic_content(
-    raw: RawDataset, checkpoint: Checkpoint | None, base: FinetunePlan, plans_name: str, request: PlanRequest
-) -> dict[str, Any]:
+def dynamic_content(task: PlanningTask, base: FinetunePlan) -> dict[str, Any]:
     """The plans file: the base plan's configurations that are requested as they are, plus where the weights come from, if any.
 
     ``base`` is a file that nnU-Net wrote, or what :func:`nnunet_plan` made by its rules, which is said in the result.
@@ -235,6 +220,7 @@ def dynamic_content(
 
     Raises PlanError where the base plan does not fit the dataset, or resamples in a way that is not supported.
     """
+    raw, checkpoint, request = task.raw, task.given, task.request
     chosen = base.settings_of_configuration
     where = base.path or base.plans_name
     if base.num_channels != raw.num_channels:
@@ -244,26 +230,25 @@ def dynamic_content(
     for key in ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"):
         if chosen.get(key, RESAMPLE) not in (RESAMPLE, KEEP):
             raise PlanError(f"{where}: {key} is {chosen[key]}, not supported yet; supported are {RESAMPLE} and {KEEP}")
+    _ = task.fingerprint  # preprocessing needs its file, and images that can't be read should show now
     content = {key: copy.deepcopy(value) for key, value in base.content.items() if key not in _REPLACED}
     content.update(
-        plans_name=plans_name,
+        plans_name=request.plans_name or f"ptPlans_dynamic__{request.name}",
         configurations=_kept(base, request),
-        experiment_planner_used="nnssl_adapt",
+        experiment_planner_used=PLANNER,
         **({} if checkpoint is None else {"pretrain_info": pretrain_info(checkpoint)}),
     )
     lies = common_orientation(raw)
     content.update({} if lies is None else {ORIENTATION_KEY: lies})
-    digest = name_stores(content)
     planned_here = base.plans_name == PLANNED_HERE  # such a plan exists in no file and has no name
     provenance = replace(
         Provenance(package_version()) if checkpoint is None else Provenance.of(checkpoint, request.settings),
         spacing_mode=SPACING_MODE,
         base_plans=None if planned_here else base.plans_name,
-        topology={"planned_by": "nnssl_adapt", "preset": base.provenance.preset} if planned_here else None,
+        topology={"planned_by": PLANNER, "preset": base.provenance.preset} if planned_here else None,
         architecture_preset=base.provenance.architecture_preset,
-        preprocessing_digest=digest,
     )
-    return {**content, KEY: provenance.to_dict()}
+    return with_record(content, provenance)
 
 
 def _kept(base: FinetunePlan, request: PlanRequest) -> dict[str, dict[str, Any]]:

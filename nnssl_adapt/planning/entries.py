@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import PlanError
 from nnssl_adapt.geometry.spacing import Spacing, resampled_shape
 from nnssl_adapt.paths import preprocessed_folder
-from nnssl_adapt.planning.normalization import Normalization
+from nnssl_adapt.planning.normalization import Normalization, intensity_statistics
 from nnssl_adapt.planning.plan import CONFIGURATION, KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.planning.plans_file import NNUNET_PLANS, describe_settings, plans_beside
+from nnssl_adapt.planning.provenance import KEY, Provenance
+from nnssl_adapt.planning.task import PlanningTask
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.resolved import Origin
 
 logger = logging.getLogger(__name__)
+
+PLANNER = "nnssl_adapt"
+"""``experiment_planner_used`` of the plans that are made here."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,57 @@ def resampled_median_shape(
     return [float(n) for n in np.median(np.asarray(shapes, dtype=float), axis=0)[list(forward)]]
 
 
-def name_stores(content: dict[str, Any]) -> str:
+def entries_for_weights(
+    task: PlanningTask,
+    base: BasePlans,
+    forward: Sequence[int],
+    spacing: Sequence[float] | None,
+    configurations: dict[str, dict[str, Any]],
+    spacing_mode: str,
+) -> dict[str, Any]:
+    """The plans file that trains the network of the weights.
+
+    Args:
+        task: the dataset, oriented, the weights and the request.
+        base: what is taken over from nnU-Net's plans.
+        forward: order of the axes (``transpose_forward``).
+        spacing: mm that images are resampled to; None: they keep their own.
+        configurations: name → entries, all with the same normalisation; their stores are named here.
+        spacing_mode: that took effect.
+    """
+    raw, checkpoint, request, fingerprint = task.raw, task.checkpoint, task.request, task.fingerprint
+    schemes = next(iter(configurations.values()))["normalization_schemes"]
+    content = {
+        **dataset_entries(raw, fingerprint, raw.image_reader or base.image_reader, forward),
+        "plans_name": request.plans_name or f"ptPlans__{request.name}____{describe_settings(spacing, schemes)}",
+        "configurations": configurations,
+        "experiment_planner_used": PLANNER,
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": intensity_statistics(
+            request.normalization,
+            schemes,
+            checkpoint.plan,
+            raw,
+            base.content.get("foreground_intensity_properties_per_channel", fingerprint.intensity),
+            request.settings,
+        ),
+        "pretrain_info": pretrain_info(checkpoint),
+    }
+    provenance = replace(
+        Provenance.of(checkpoint, request.settings),
+        spacing_mode=spacing_mode,
+        architecture_preset=checkpoint.architecture.preset,
+    )
+    return with_record(content, provenance)
+
+
+def with_record(content: dict[str, Any], provenance: Provenance) -> dict[str, Any]:
+    """The plans file with the names of its stores, and at its end the record of how it was made, with their digest."""
+    digest = _name_stores(content)
+    return {**content, KEY: replace(provenance, preprocessing_digest=digest).to_dict()}
+
+
+def _name_stores(content: dict[str, Any]) -> str:
     """Give each configuration the folder of its preprocessed cases; returns the digest of the full resolution's settings.
 
     One that inherits from another has its folder, too.

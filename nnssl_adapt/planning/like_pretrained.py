@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import (
@@ -24,27 +22,22 @@ from nnssl_adapt.planning.advice import AUTO, SpacingAdvice, advise_spacing
 from nnssl_adapt.planning.entries import (
     BasePlans,
     configuration_entries,
-    dataset_entries,
+    entries_for_weights,
     keep_own_spacing,
-    name_stores,
-    pretrain_info,
     resampled_median_shape,
 )
 from nnssl_adapt.planning.fit_gpu import usual_step
 from nnssl_adapt.planning.low_resolution import coarser_images, refusal, stages
 from nnssl_adapt.planning.memory import MIN_BATCH, estimate_memory
 from nnssl_adapt.planning.normalization import (
-    Normalization,
     choose_normalization,
-    intensity_statistics,
     parse_normalization,
 )
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, LOW_RESOLUTION, FinetunePlan
-from nnssl_adapt.planning.plans_file import describe_settings
 from nnssl_adapt.planning.preflight import check_transfer
-from nnssl_adapt.planning.provenance import KEY, Provenance
 from nnssl_adapt.planning.request import PlanRequest
+from nnssl_adapt.planning.task import PlanningTask
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import nearest_patch
@@ -60,33 +53,17 @@ _SPACING_UNKNOWN = (
 )
 
 
-def plan_like_pretrained(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    orient: Callable[[RawDataset], RawDataset],
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
-    """Plan to train the network of the weights.
-
-    Args:
-        raw: the dataset, as it is.
-        checkpoint: the weights.
-        request: how to plan.
-        orient: returns the dataset in the orientation requested.
-        know: returns the fingerprint of a dataset.
-
-    Raises what :func:`make_plan` raises.
-    """
+def plan_like_pretrained(task: PlanningTask) -> FinetunePlan:
+    """Plan to train the network of the weights. Raises what :func:`make_plan` raises."""
+    request, network = task.request, task.network
     check_fixed(request.mode, request.spacing)
-    parse_normalization(request.normalization, raw)
-    patch = nearest_patch(checkpoint.architecture, checkpoint.plan.patch_size)
-    check_transfer(raw, checkpoint, checkpoint.architecture, patch, request.settings)
-    raw = orient(raw)
-    base = BasePlans.find(raw.name, request.base_plans)
-    fingerprint = know(raw)
-    choice = _choose_spacing(checkpoint, fingerprint, request)
-    return FinetunePlan(_content(raw, checkpoint, fingerprint, base, choice, request), request.configurations[0])
+    parse_normalization(request.normalization, task.raw)
+    patch = nearest_patch(network, task.checkpoint.plan.patch_size)
+    check_transfer(task.raw, task.checkpoint, network, patch, request.settings)
+    task = task.oriented()
+    base = BasePlans.find(task.raw.name, request.base_plans)
+    choice = _choose_spacing(task.checkpoint, task.fingerprint, request)
+    return FinetunePlan(_content(task, base, choice), request.configurations[0])
 
 
 def _choose_spacing(checkpoint: Checkpoint, fingerprint: DatasetFingerprint, request: PlanRequest) -> SpacingChoice:
@@ -107,88 +84,51 @@ def _choose_spacing(checkpoint: Checkpoint, fingerprint: DatasetFingerprint, req
     return choice
 
 
-def _content(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    fingerprint: DatasetFingerprint,
-    base: BasePlans,
-    choice: SpacingChoice,
-    request: PlanRequest,
-) -> dict[str, Any]:
+def _content(task: PlanningTask, base: BasePlans, choice: SpacingChoice) -> dict[str, Any]:
     """The plans file."""
-    reference_spacing = choice.spacing or median_spacing(fingerprint.spacings, fingerprint.shapes_after_crop)
-    forward = _axis_order(choice, reference_spacing, checkpoint.plan)
-    normalization = choose_normalization(request.normalization, checkpoint.plan, raw, fingerprint, request.settings)
-    schemes, _ = normalization
-    full = _full_resolution(checkpoint, fingerprint, choice, reference_spacing, forward, normalization, base.batch_dice)
-    content: dict[str, Any] = {
-        **dataset_entries(raw, fingerprint, raw.image_reader or base.image_reader, forward),
-        "plans_name": request.plans_name or f"ptPlans__{request.name}____{describe_settings(choice.spacing, schemes)}",
-        "configurations": _configurations(raw, checkpoint, request, full, choice),
-        "experiment_planner_used": "nnssl_adapt",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": intensity_statistics(
-            request.normalization,
-            schemes,
-            checkpoint.plan,
-            raw,
-            base.content.get("foreground_intensity_properties_per_channel", fingerprint.intensity),
-            request.settings,
-        ),
-        "pretrain_info": pretrain_info(checkpoint),
-    }
-    provenance = replace(
-        Provenance.of(checkpoint, request.settings),
-        spacing_mode=choice.mode,
-        architecture_preset=checkpoint.architecture.preset,
-        preprocessing_digest=name_stores(content),
-    )
-    return {**content, KEY: provenance.to_dict()}
+    spacing = choice.spacing or median_spacing(task.fingerprint.spacings, task.fingerprint.shapes_after_crop)
+    forward = _axis_order(choice, spacing, task.checkpoint.plan)
+    full = _full_resolution(task, choice, spacing, forward, base.batch_dice)
+    return entries_for_weights(task, base, forward, choice.spacing, _configurations(task, full, choice), choice.mode)
 
 
 def _full_resolution(
-    checkpoint: Checkpoint,
-    fingerprint: DatasetFingerprint,
-    choice: SpacingChoice,
-    reference_spacing: Spacing,
-    forward: Sequence[int],
-    normalization: Normalization,
-    batch_dice: bool,
+    task: PlanningTask, choice: SpacingChoice, reference_spacing: Spacing, forward: Sequence[int], batch_dice: bool
 ) -> dict[str, Any]:
     """The configuration ``3d_fullres``."""
+    request, network = task.request, task.network
     spacing = [float(reference_spacing[axis]) for axis in forward]
-    median_shape = resampled_median_shape(fingerprint, choice.spacing, forward)
-    architecture = checkpoint.architecture
-    wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
-    patch = fit_patch(wanted, architecture.total_stride, median_shape)
-    if message := describe_fit(wanted, patch, median_shape):
+    median_shape = resampled_median_shape(task.fingerprint, choice.spacing, forward)
+    normalization = choose_normalization(
+        request.normalization, task.checkpoint.plan, task.raw, task.fingerprint, request.settings
+    )
+    patch = fit_patch(task.wanted_patch, network.total_stride, median_shape)
+    if message := describe_fit(task.wanted_patch, patch, median_shape):
         logger.info(message)
     configuration = configuration_entries(
-        architecture, patch, DEFAULT_BATCH_SIZE, spacing, median_shape, normalization, batch_dice
+        network, patch, DEFAULT_BATCH_SIZE, spacing, median_shape, normalization, batch_dice
     )
     if choice.spacing is None:
         keep_own_spacing(configuration)
     return configuration
 
 
-def _configurations(
-    raw: RawDataset, checkpoint: Checkpoint, request: PlanRequest, full: dict[str, Any], choice: SpacingChoice
-) -> dict[str, dict[str, Any]]:
+def _configurations(task: PlanningTask, full: dict[str, Any], choice: SpacingChoice) -> dict[str, dict[str, Any]]:
     """The full resolution, and where they are requested the low one and the cascade."""
-    if not request.wants_stages:
+    if not task.request.wants_stages:
         return {CONFIGURATION: full}
     if choice.spacing is None:
         raise ConfigurationError(
             f"-am no_resample keeps the spacing of each image, and {LOW_RESOLUTION} is another spacing: choose another mode, or "
             f"-c {CONFIGURATION}"
         )
-    spacing, shape, network = full["spacing"], full["median_image_size_in_voxels"], checkpoint.architecture
-    wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
+    spacing, shape, network = full["spacing"], full["median_image_size_in_voxels"], task.network
+    wanted = task.wanted_patch
     found = coarser_images(
         spacing, shape, full["patch_size"], lambda _, coarse: fit_patch(wanted, network.total_stride, coarse)
     )
     if not found.is_worth_it:
-        raise refusal(raw.name, full["patch_size"], shape, found)
+        raise refusal(task.raw.name, full["patch_size"], shape, found)
     patch = fit_patch(wanted, network.total_stride, found.rounded_shape)
     normalization = full["normalization_schemes"], full["use_mask_for_norm"]
     low = configuration_entries(

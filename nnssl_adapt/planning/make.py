@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.data.dataset import RawDataset
-from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.geometry.spacing import canonical_mode
-from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.advice import AUTO
-from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
 from nnssl_adapt.planning.dynamic import check_preset_use, plan_dynamic
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget
 from nnssl_adapt.planning.like_pretrained import plan_like_pretrained
 from nnssl_adapt.planning.plan import PLANAR, FinetunePlan
 from nnssl_adapt.planning.planar import plan_planar, refuse_other_sources, refuse_volumes_of_pictures
-from nnssl_adapt.planning.plans_file import check_name, check_plans_name, refuse_to_replace_stranger
-from nnssl_adapt.planning.preflight import check_orientation, find_other_orientations
+from nnssl_adapt.planning.plans_file import check_name, check_plans_name
 from nnssl_adapt.planning.request import PlanRequest
+from nnssl_adapt.planning.task import PlanningTask
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from nnssl_adapt.weights.transfer.by_name import pair_by_name
 from nnssl_adapt.weights.transfer.settings import TransferSettings
@@ -89,12 +85,10 @@ def make_plan(
         check_preset_use(request, from_scratch=checkpoint is None)
     if request.fit_gpu is not None:
         memory_budget(request.fit_gpu)  # a mistake in it should not wait for the images
-    orient = partial(_oriented, checkpoint, request, workers, progress)
-    know = partial(_known_fingerprint, fingerprint, workers, progress)
+    task = PlanningTask(raw, checkpoint, request, workers, progress, fingerprint)
     if checkpoint is None or PLANAR in request.configurations:
-        return plan_planar(raw, checkpoint, request, orient, know)
-    plan_it = plan_dynamic if request.keep_topology else plan_like_pretrained
-    plan = plan_it(raw, checkpoint, request, orient, know)
+        return plan_planar(task)
+    plan = plan_dynamic(task) if request.keep_topology else plan_like_pretrained(task)
     return plan if request.fit_gpu is None else _fitted(plan, raw, request.fit_gpu)
 
 
@@ -121,30 +115,3 @@ def _channels_by_name(transfer: TransferSettings, raw: RawDataset, checkpoint: C
     for warning in pairing.warnings:
         logger.warning("%s", warning)
     return replace(transfer, channels=pairing.rule)
-
-
-def _known_fingerprint(
-    known: DatasetFingerprint | None, workers: int, progress: bool, raw: RawDataset
-) -> DatasetFingerprint:
-    return known if known is not None else load_or_make_fingerprint(raw, workers=workers, progress=progress)
-
-
-def _oriented(
-    checkpoint: Checkpoint | None, request: PlanRequest, workers: int, progress: bool, raw: RawDataset
-) -> RawDataset:
-    """The dataset in the orientation asked for, known to be the one that the weights want unless that is ignored.
-
-    Nobody else has a plan of the requested name for it.
-    """
-    code = request.reorient
-    if code is not None:
-        if find_other_orientations(raw, code):
-            raw = reorient_dataset(raw, code, workers=workers, progress=progress)
-        else:
-            logger.info("all images of %s are %s already: no copies are needed", raw.name, code.upper())
-    wanted = None if checkpoint is None else checkpoint.plan.orientation
-    if wanted is not None and not request.ignore_orientation:
-        check_orientation(raw, wanted)
-    if request.plans_name is not None:
-        refuse_to_replace_stranger(preprocessed_folder() / raw.name / f"{request.plans_name}.json")
-    return raw

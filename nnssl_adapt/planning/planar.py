@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,25 +24,23 @@ from nnssl_adapt.planning.entries import (
     BasePlans,
     configuration_entries,
     dataset_entries,
+    entries_for_weights,
     keep_own_spacing,
-    name_stores,
-    pretrain_info,
     resampled_median_shape,
 )
 from nnssl_adapt.planning.memory import by
 from nnssl_adapt.planning.normalization import (
     FROM_PRETRAINING,
     choose_normalization,
-    intensity_statistics,
     normalization_of_data,
     parse_normalization,
 )
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import CONFIGURATION, PLANAR, FinetunePlan
-from nnssl_adapt.planning.plans_file import describe_settings
 from nnssl_adapt.planning.preflight import check_transfer
-from nnssl_adapt.planning.provenance import KEY, Provenance
+from nnssl_adapt.planning.provenance import KEY
 from nnssl_adapt.planning.request import PlanRequest
+from nnssl_adapt.planning.task import PlanningTask
 from nnssl_adapt.planning.topology import PLANAR_BATCH, plan_network
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
@@ -56,18 +53,13 @@ _ABOVE = (1,)
 """What a slice has along the first axis."""
 
 
-def plan_planar(
-    raw: RawDataset,
-    checkpoint: Checkpoint | None,
-    request: PlanRequest,
-    orient: Callable[[RawDataset], RawDataset],
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
+def plan_planar(task: PlanningTask) -> FinetunePlan:
     """Plan to train a 2D network.
 
-    The arguments and what is raised are those of :func:`~nnssl_adapt.planning.like_pretrained.plan_like_pretrained`. Without
-    weights (None), the network is that of the dataset's nnU-Net plans, or of nnU-Net's rules.
+    Without weights, the network is that of the dataset's nnU-Net plans, or of nnU-Net's rules. Raises what :func:`make_plan`
+    raises.
     """
+    request, checkpoint = task.request, task.given
     if request.fit_gpu is not None:
         raise ConfigurationError(f"--fit-gpu chooses 3D patches: leave it out with -c {PLANAR}")
     if request.preset in PRIMUS_TRAINERS:
@@ -75,19 +67,17 @@ def plan_planar(
             f"--preset {request.preset} is a 3D transformer, and -c {PLANAR} trains a network of slices"
         )
     if checkpoint is not None and not request.keep_topology:
-        return _plan_network_of_weights(raw, checkpoint, request, orient, know)
+        return _plan_network_of_weights(task)
     refuse_spacing(request)
     if request.normalization != FROM_PRETRAINING:
         raise ConfigurationError(
             "from scratch, normalisation is nnU-Net's, by channel names: leave --normalization out"
         )
-    raw = orient(raw)
-    topology = _topology(raw, checkpoint, request, know)
+    task = task.oriented()
+    topology = _topology(task)
     if checkpoint is not None:
-        check_transfer(raw, checkpoint, topology.architecture, topology.patch_size, request.settings)
-    know(raw)
-    plans_name = request.plans_name or f"ptPlans_dynamic__{request.name}"
-    return FinetunePlan(dynamic_content(raw, checkpoint, topology, plans_name, request), PLANAR)
+        check_transfer(task.raw, checkpoint, topology.architecture, topology.patch_size, request.settings)
+    return FinetunePlan(dynamic_content(task, topology), PLANAR)
 
 
 def refuse_volumes_of_pictures(raw: RawDataset, configurations: Sequence[str]) -> None:
@@ -120,16 +110,12 @@ def refuse_other_sources(architecture: Architecture, configurations: Sequence[st
 # -- the network of nnU-Net's plans ------------------------------------------------------------------------------------
 
 
-def _topology(
-    raw: RawDataset,
-    checkpoint: Checkpoint | None,
-    request: PlanRequest,
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
+def _topology(task: PlanningTask) -> FinetunePlan:
+    raw, request, checkpoint = task.raw, task.request, task.given
     if request.preset is None and (found := find_topology(raw.name, request.base_plans, PLANAR)) is not None:
         return found
     preset = request.preset or (_USUAL_PRESET if checkpoint is None else preset_for(checkpoint.architecture))
-    topology = nnunet_planar_plan(raw, know(raw), preset)
+    topology = nnunet_planar_plan(raw, task.fingerprint, preset)
     logger.info(
         "network planned here by nnU-Net's rules, preset %s: %s, patch %s, batch %d",
         preset,
@@ -182,61 +168,36 @@ def _axes(fingerprint: DatasetFingerprint) -> tuple[Spacing, list[int]]:
 # -- the network of the weights ----------------------------------------------------------------------------------------
 
 
-def _plan_network_of_weights(
-    raw: RawDataset,
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    orient: Callable[[RawDataset], RawDataset],
-    know: Callable[[RawDataset], DatasetFingerprint],
-) -> FinetunePlan:
+def _plan_network_of_weights(task: PlanningTask) -> FinetunePlan:
+    request, network, checkpoint = task.request, task.network, task.checkpoint
     if request.mode == "auto":
         raise ConfigurationError(
             f"-am auto compares 3D spacings: with -c {PLANAR} choose like_pretrained, median or fixed"
         )
     check_fixed(request.mode, request.spacing)
-    parse_normalization(request.normalization, raw)
-    network = checkpoint.architecture
-    check_transfer(raw, checkpoint, network, nearest_patch(network, checkpoint.plan.patch_size), request.settings)
-    raw = orient(raw)
-    base = BasePlans.find(raw.name, request.base_plans, PLANAR)
-    fingerprint = know(raw)
+    parse_normalization(request.normalization, task.raw)
+    own_patch = nearest_patch(network, checkpoint.plan.patch_size)
+    check_transfer(task.raw, checkpoint, network, own_patch, request.settings)
+    task = task.oriented()
+    base = BasePlans.find(task.raw.name, request.base_plans, PLANAR)
+    fingerprint = task.fingerprint
     target, forward = _axes(fingerprint)
     chosen = _spacing_of_slices(checkpoint, request, target, forward)
     in_plane = chosen or tuple(target[axis] for axis in forward[1:])
     shape = _median_slice(fingerprint, chosen, target, forward)
-    wanted = checkpoint.plan.recommended_patch_size or checkpoint.plan.patch_size
-    patch = fit_patch(wanted, network.total_stride, (*_ABOVE, *shape))
-    if message := describe_fit(wanted, patch, (*_ABOVE, *shape)):
+    patch = fit_patch(task.wanted_patch, network.total_stride, (*_ABOVE, *shape))
+    if message := describe_fit(task.wanted_patch, patch, (*_ABOVE, *shape)):
         logger.info(message)
-    normalization = choose_normalization(request.normalization, checkpoint.plan, raw, fingerprint, request.settings)
+    normalization = choose_normalization(
+        request.normalization, checkpoint.plan, task.raw, fingerprint, request.settings
+    )
     configuration = configuration_entries(
         network, patch[1:], _batch_of(checkpoint), in_plane, shape, normalization, batch_dice=True
     )
     if chosen is None:
         keep_own_spacing(configuration)
-    content: dict[str, Any] = {
-        **dataset_entries(raw, fingerprint, raw.image_reader or base.image_reader, forward),
-        "plans_name": request.plans_name or f"ptPlans__{request.name}____{describe_settings(chosen, normalization[0])}",
-        "configurations": {PLANAR: configuration},
-        "experiment_planner_used": "nnssl_adapt",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": intensity_statistics(
-            request.normalization,
-            normalization[0],
-            checkpoint.plan,
-            raw,
-            base.content.get("foreground_intensity_properties_per_channel", fingerprint.intensity),
-            request.settings,
-        ),
-        "pretrain_info": pretrain_info(checkpoint),
-    }
-    provenance = replace(
-        Provenance.of(checkpoint, request.settings),
-        spacing_mode=request.mode,
-        architecture_preset=network.preset,
-        preprocessing_digest=name_stores(content),
-    )
-    return FinetunePlan({**content, KEY: provenance.to_dict()}, PLANAR)
+    content = entries_for_weights(task, base, forward, chosen, {PLANAR: configuration}, request.mode)
+    return FinetunePlan(content, PLANAR)
 
 
 def _spacing_of_slices(
