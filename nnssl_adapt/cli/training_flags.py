@@ -86,6 +86,7 @@ _GROUPS: dict[str, tuple[FieldFlag, ...]] = {
         FieldFlag("--precision", "precision", "auto|bf16|fp16|fp32", "of the network's arithmetic"),
         FieldFlag("--compile", "compile", "auto|on|off", "torch.compile (default auto: on GPUs)", "on"),
         FieldFlag("--channels-last", "channels_last", None, "channels last in the network's memory", "true"),
+        FieldFlag("--fused-norm", "fused_norm", "auto|on|off", "normalisation and activation in one operation", "on"),
         FieldFlag("--activation-checkpointing", "activation_checkpointing", None, "less memory, more time", "true"),
         FieldFlag("--seed", "seed", "N", "of everything random"),
     ),

@@ -27,6 +27,7 @@ from nnssl_adapt.inference.convolutions import exact_float32
 from nnssl_adapt.inference.sliding_window import sliding_window_logits
 from nnssl_adapt.machine.resources import Resources
 from nnssl_adapt.text import size_text
+from nnssl_adapt.training.fused.check import norm_error
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.losses import build_loss
 from nnssl_adapt.training.optimise.network_options import CompiledForward, to_device, training_forward
@@ -127,6 +128,7 @@ def _parts(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     for precision in ("fp32", "bf16", *(("fp16",) if on_cuda else ())):
         yield f"gradients in {precision}", lambda precision=precision: _gradients(device, precision)  # type: ignore[misc]
     yield "loss in one pass", lambda: _one_pass(device)
+    yield "fused norms", lambda: _fused_norms(device)
     if on_cuda:
         yield "torch.compile", lambda: _compiled(device)
     yield "training steps", lambda: _steps(device)
@@ -269,6 +271,13 @@ def _one_pass(device: torch.device) -> str:
     if error > 1e-4:
         raise Problem(f"value or gradient off by {error:.1e}")
     return f"off by {error:.1e} of float64"
+
+
+def _fused_norms(device: torch.device) -> str:
+    single, half = (norm_error(device, kind) for kind in (torch.float32, torch.bfloat16))
+    if single > 1e-4 or half > 2e-2:
+        raise Problem(f"off by {max(single, half):.1e} of float64; --fused-norm off avoids them")
+    return f"off by {single:.1e} of float64"
 
 
 def _compiled(device: torch.device) -> str:

@@ -29,7 +29,8 @@ from nnssl_adapt.training.batches.patches import (
     annotated_key,
     iterate_batches,
 )
-from nnssl_adapt.training.device.layout import LayoutTrial, faster_layout
+from nnssl_adapt.training.device.layout import Layout, LayoutTrial, faster_layout, possible_layouts
+from nnssl_adapt.training.fused.norm import has_kernels
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, Prepare, moved
 from nnssl_adapt.training.optimise.network_options import wants_compiling
@@ -164,10 +165,11 @@ def layout_of_run(
     autocast_dtype: torch.dtype | None,
     loss: Callable[[Any, Tensor], Tensor],
     ranks: Ranks,
-) -> bool:
-    """Whether a run whose recipe leaves it open has channels last: measured on CUDA, no elsewhere."""
-    if device.type != "cuda":
-        return False
+) -> Layout:
+    """The memory layout of a run: of those that its recipe leaves open the fastest, measured on CUDA."""
+    possible = possible_layouts(identity.recipe, device)
+    if len(possible) == 1:
+        return possible[0]
     plan, recipe, rule = identity.plan, identity.recipe, Target(identity.plan.labels)
     samples = len(ranks.samples(plan.batch_size))
     trial = LayoutTrial(
@@ -186,11 +188,12 @@ def layout_of_run(
         "patch": list(plan.patch_size),
         "samples": samples,
         "precision": str(autocast_dtype),
+        "asked": [recipe.channels_last, recipe.fused_norm, has_kernels()],
         "compile": wants_compiling(recipe, device),
         "deep_supervision": recipe.deep_supervision,
         "activation_checkpointing": recipe.activation_checkpointing,
     }
-    return faster_layout(trial.seconds, downloads_folder() / "layouts.json", key)
+    return faster_layout(possible, trial.seconds, downloads_folder() / "layouts.json", key)
 
 
 @contextmanager

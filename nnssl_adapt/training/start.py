@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from nnssl_adapt.errors import NothingToResume, SourceError
 from nnssl_adapt.training.batches.patches import seeds_for
+from nnssl_adapt.training.device.layout import Layout
 from nnssl_adapt.training.optimise.adapters import add_adapters
 from nnssl_adapt.training.optimise.ema import WeightAverage
 from nnssl_adapt.training.optimise.network_options import to_device
@@ -72,7 +73,7 @@ class RunStart:
         accept_changed: what may have changed since an earlier run stopped.
         checkpointing: whether the run writes checkpoints.
         is_main: whether this process writes files.
-        channels_last: the memory layout that was chosen.
+        layout: the memory layout that was chosen.
     """
 
     folder: RunFolder
@@ -83,7 +84,7 @@ class RunStart:
     accept_changed: Collection[str] = ()
     checkpointing: bool = True
     is_main: bool = True
-    channels_last: bool = False
+    layout: Layout = field(default_factory=Layout)
 
     def begin(self, identity: RunIdentity, resume: bool) -> Begun | None:
         """Begin, or go on with ``resume``. None: there is nothing left to train."""
@@ -179,7 +180,7 @@ class RunStart:
         recipe = identity.recipe
         torch.manual_seed(seeds_for(recipe.seed, _INITIAL_WEIGHTS, 1)[0])
         add_adapters(network, recipe)
-        network = to_device(network, recipe.override(channels_last=self.channels_last), self.device)
+        network = to_device(network, self.layout.of(recipe), self.device)
         scaler = grad_scaler() if self.autocast_dtype is torch.float16 else None
         average = None if recipe.ema_decay is None else WeightAverage(network, recipe.ema_decay)
         return TrainingState(network, build_optimizer(network, recipe, self.device), scaler, average)

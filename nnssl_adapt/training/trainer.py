@@ -28,6 +28,7 @@ from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.batches.patches import explained_worker_death
 from nnssl_adapt.training.batches.staging import staged
 from nnssl_adapt.training.batches.store_check import store_compared
+from nnssl_adapt.training.device.layout import Layout
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
 from nnssl_adapt.training.optimise.loss_choice import choose_loss, loss_mistakes
@@ -234,11 +235,10 @@ class PretrainedTrainer:
 
     def _train_if_needed(self, resume: bool, stop: StopRequest) -> nn.Module | None:
         """The trained network if it is nowhere on disk, else None."""
-        if self.recipe.channels_last is None:
-            found = layout_of_run(self.identity, self.device, self.autocast_dtype, self.loss, self.ranks)
-            channels_last = self.ranks.from_main(found)
-            self.recipe = self.recipe.override(channels_last=channels_last)
-        begun = self._start().begin(self.identity, resume)
+        found = layout_of_run(self.identity, self.device, self.autocast_dtype, self.loss, self.ranks)
+        layout = self.ranks.from_main(found)
+        self.recipe = layout.of(self.recipe)
+        begun = self._start(layout).begin(self.identity, resume)
         if begun is None:
             return None
         state, self.identity = begun.state, begun.identity
@@ -302,7 +302,7 @@ class PretrainedTrainer:
 
     # -- before it ---------------------------------------------------------------------------------------------------
 
-    def _start(self) -> RunStart:
+    def _start(self, layout: Layout) -> RunStart:
         return RunStart(
             folder=self.folder,
             device=self.device,
@@ -312,7 +312,7 @@ class PretrainedTrainer:
             accept_changed=self.accept_changed,
             checkpointing=self.checkpointing,
             is_main=self.ranks.is_main,
-            channels_last=bool(self.recipe.channels_last),
+            layout=layout,
         )
 
     def _batches_from(self, state: TrainingState, copies: Path | None) -> Generator[Batch]:

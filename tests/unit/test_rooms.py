@@ -32,7 +32,7 @@ ROOMS = [
 ]
 INNER_ROOMS = {
     "weights": ["sources", "modules", "network", "families", "checkpoint", "transfer", "proof"],
-    "training": ["recipe", "progress", "optimise", "device", "run", "launch", "batches"],
+    "training": ["recipe", "progress", "fused", "optimise", "device", "run", "launch", "batches"],
 }
 # Inner rooms that stand below the files of their room instead: they build on them, and none of these imports them.
 BELOW = {"data": ["verifying", "convert"], "evaluation": ["report"]}

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.traced_step import is_recomputed
+from nnssl_adapt.training.fused.modules import fuse_norms
 from nnssl_adapt.training.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,16 @@ _YES = ("true", "1", "t")
 def to_device(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     """Prepare ``network`` for training as the recipe says, and move it. Changes it, and returns it.
 
-    Sets whether it gives an output at every resolution, which of its activations are kept, the memory layout and the device.
+    Sets whether it gives an output at every resolution, what is computed in one operation, which of its activations are kept,
+    the memory layout and the device.
     Build the optimiser after this: it keeps the layout of the weights that it meets.
 
     Raises ConfigurationError when the recipe wants what this network does not have.
     """
     if recipe.deep_supervision:
         set_deep_supervision(network, True)
+    if recipe.fused_norm == "on":  # before blocks are wrapped, which keeps what they did until then
+        fuse_norms(network)
     if recipe.activation_checkpointing:
         recompute_activations(network)
     network = network.to(device)
@@ -182,7 +186,7 @@ class CompiledForward:
                     torch.autograd.grad(ends, weights, allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
-            except _BACKEND_FAILURES as error:
+            except BACKEND_FAILURES as error:
                 failure = error
         self._backward_works = True
         if failure is not None:
@@ -199,7 +203,7 @@ class CompiledForward:
         self._compiled = None
 
 
-_BACKEND_FAILURES = (
+BACKEND_FAILURES = (
     RuntimeError,
     LookupError,
     TypeError,

@@ -85,6 +85,8 @@ class Recipe:
         compile: torch.compile of the network: ``auto`` is on for CUDA devices, as in nnU-Net.
         channels_last: whether the network's memory has channels last; None: on CUDA devices the faster layout, by a few steps
             in each before the training, elsewhere no.
+        fused_norm: instance normalisation, sum and activation in one operation, which wants channels last: ``auto`` tries it
+            along with the layouts, on CUDA devices with Triton, and keeps what is fastest; ``on`` or ``off``.
         activation_checkpointing: whether activations are computed again in the backward pass instead of being kept.
         checkpoint_every: epochs between two writings of ``checkpoint_latest.pth``.
         checkpoint_minutes: minutes after which it is written in any case.
@@ -138,6 +140,7 @@ class Recipe:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     channels_last: bool | None = None
+    fused_norm: Literal["auto", "on", "off"] = "auto"
     activation_checkpointing: bool = False
     # keeping
     checkpoint_every: int = 50

@@ -98,6 +98,8 @@ def contradictions(recipe: Any) -> Iterable[str]:
         if recipe.decoder_warmup_epochs:
             name, also = "warmup_epochs + decoder_warmup_epochs", " or --decoder-warmup"
         yield f"{name}: expected fewer than epochs ({recipe.epochs}), got {warmup} (change it with --warmup{also})"
+    if recipe.fused_norm == "on" and recipe.channels_last is False:
+        yield "fused_norm on and channels_last false: it is made for channels last; drop one of them"
     if recipe.decoder_warmup_learning_rate is not None and recipe.decoder_warmup_epochs == 0:
         yield "decoder_warmup_learning_rate: means nothing without decoder_warmup_epochs (--decoder-warmup)"
     if recipe.lora_alpha is not None and recipe.lora_rank == 0:

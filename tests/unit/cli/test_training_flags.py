@@ -49,6 +49,7 @@ EXAMPLES = {  # flag: (what is typed after it, the field's value)
     "--precision": (["bf16"], "bf16"),
     "--compile": (["off"], "off"),
     "--channels-last": ([], True),
+    "--fused-norm": (["on"], "on"),
     "--activation-checkpointing": ([], True),
     "--seed": (["17"], 17),
 }
