@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +28,10 @@ from nnssl_adapt.inference.trained_with import other_order, trained_with
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
 from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
-from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer, training_ended
+from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
+from nnssl_adapt.weights.transfer.token_order import flatten_as_before, order_of_nnunet
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class FoldWeights:
         channels: names of the channels that it was trained with, in order; empty where the checkpoint does not say.
         labels: ``labels`` of the dataset.json that it was trained with; empty likewise.
         precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``: of the network in training.
+        trained_until: day of the last epoch, where nnU-Net noted it.
     """
 
     network_weights: dict[str, Tensor]
@@ -63,6 +67,7 @@ class FoldWeights:
     channels: tuple[str, ...] = ()
     labels: Mapping[str, Any] = field(default_factory=dict)
     precision: str = OF_NNUNET
+    trained_until: date | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ class ModelFolder:
         """
         path = self.checkpoint_path(fold, which)
         content = read_weight_file(path)
-        weights = strip_wrappers(tensors_of(content, path), path)
+        weights, _, _ = in_our_names(strip_wrappers(tensors_of(content, path), path), str(path))
         arguments = content.get("init_args")
         configuration = arguments.get("configuration") if isinstance(arguments, dict) else None
         configuration = configuration or self._configuration_from_name()
@@ -272,18 +277,36 @@ class ModelFolder:
             precision=trained_precision(content),
             channels=channels,
             labels=outputs,
+            trained_until=training_ended(content, path.parent),
         )
 
     # -- the network -----------------------------------------------------------------------------------------------
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the network that was trained: the plan's, unless nnU-Net's trainer built a Primus of its own."""
+        """Of the network that was trained: the plan's, unless the trainer built one of its own (Primus, STU-Net)."""
         planned = self.plan.architecture
         for fold in self.folds if not planned.is_transformer else ():
             trainer = self.load_weights(fold, self._checkpoints(fold)[0]).trainer_name
-            return architecture_of_trainer(trainer) or planned
+            return architecture_of_trainer(trainer, lambda: planned) or planned
         return planned
+
+    @cached_property
+    def _has_old_token_order(self) -> bool:
+        """Whether it is a Primus that nnU-Net trained with another order of tokens than it has today."""
+        if self.architecture.class_name != "Primus" or self.plan.architecture.is_transformer:
+            return False  # plans of our own models describe the Primus; nnU-Net's speak of a U-Net
+        weights = self.load_weights(self.folds[0], self._checkpoints(self.folds[0])[0])
+        z, y, x = (n // s for n, s in zip(self.plan.patch_size, self.architecture.total_stride, strict=True))
+        order, reason = order_of_nnunet(weights.trained_until, weights.network_weights, (z, y, x))
+        if order == "hwd":
+            logger.warning(
+                "%s: its tokens are flattened (h w d), as when it was trained (%s). nnU-Net with today's "
+                "dynamic-network-architectures predicts something else with it",
+                self.path,
+                reason,
+            )
+        return order == "hwd"
 
     def build_network(self, empty: bool = False) -> nn.Module:
         """The network, with random weights, for this dataset's channels and labels.
@@ -292,6 +315,10 @@ class ModelFolder:
         """
         channels = len(self.channel_names) + len(self.plan.stage_channels(self.labels))
         arguments = self.architecture, channels, self.labels.num_heads, self.plan.patch_size
+        if self._has_old_token_order:
+            network = build_network(*arguments)
+            flatten_as_before(network)
+            return network
         if not empty:
             return build_network(*arguments)
         with without_memory(self.architecture):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from support import nnunet_v1
+from support.nnssl_networks import nnunet_plans
 from torch import nn
 
 POOLS = [[1, 2, 2], [2, 2, 2], [1, 1, 2]]
@@ -74,3 +79,26 @@ class PublishedSTUNet(nn.Module):
 
     def forward(self, image):
         return self.outputs(image)[0]
+
+
+def stu_net_folder(folder: Path, dims: list[int], trainer: str = "STUNetTrainer_small") -> tuple[Path, PublishedSTUNet]:
+    """A model folder of its trainer for nnU-Net 2, and the network: the strides are the plans', made five."""
+    model = folder / f"{trainer}__nnUNetPlans__3d_fullres"
+    (model / "fold_0").mkdir(parents=True)
+    plans = nnunet_plans("PlainConvUNet", 1)
+    settings = plans["configurations"]["3d_fullres"]
+    settings["patch_size"] = list(PATCH)
+    strides = settings["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    pools = [*strides[1:], *([[1, 1, 1]] * 3)]
+    labels = {"background": 0, "core": 1, "rim": 2}
+    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "numTraining": 1}
+    (model / "plans.json").write_text(json.dumps(plans))
+    (model / "dataset.json").write_text(json.dumps(dataset))
+    network = nnunet_v1.random_numbers(PublishedSTUNet(1, 3, [1] * 6, dims, pools, [[3, 3, 3]] * 6))
+    content = {
+        "network_weights": network.state_dict(),
+        "trainer_name": trainer,
+        "init_args": {"configuration": "3d_fullres"},
+    }
+    torch.save(content, model / "fold_0" / "checkpoint_final.pth")
+    return model, network

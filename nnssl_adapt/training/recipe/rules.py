@@ -12,11 +12,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
 from nnssl_adapt.weights.network.architectures import CLASSES, Architecture
 from nnssl_adapt.weights.network.presets import PRESETS
-
-_SIZES = ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size")
-"""What the letter in a Primus's name stands for."""
 
 
 def range_mistakes(recipe: Any) -> Iterable[str]:
@@ -131,7 +129,8 @@ def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str |
     if recipe.network is not None and not is_network(architecture, recipe.network):
         yield (
             f"trainer name {recipe.trainer_name}: it stands for a {recipe.network}, and this network is {architecture}; take a "
-            "trainer name for any network (PretrainedTrainer, nnUNetTrainer), or a plan with that network"
+            "trainer name for any network (PretrainedTrainer, nnUNetTrainer), or a plan with that network: one of such weights "
+            f"(-pc){_how_planned(recipe.network)}"
         )
     stages = kind.stages(architecture.kwargs)
     if (frozen_stages(recipe.freeze) or 0) > stages:
@@ -157,6 +156,10 @@ def machine_mistakes(architecture: Architecture, recipe: Any, device_type: str |
         yield "compile: not on mps; use auto or off"
 
 
+def _how_planned(network: str) -> str:
+    return f", or of --keep-topology --preset {network}" if network in PRIMUS_TRAINERS else ""
+
+
 def frozen_stages(freeze: str) -> int | None:
     """K of ``stages:K``; None for another way to freeze."""
     match = re.fullmatch(r"stages:(\d+)", freeze)
@@ -168,7 +171,7 @@ def is_network(architecture: Architecture, name: str) -> bool:
     if name == architecture.class_name or name not in PRESETS:
         return name == architecture.class_name or (name == "Primus" and architecture.is_transformer)
     named = Architecture.named(name)
-    what = _SIZES if named.is_transformer else ("features_per_stage", "n_blocks_per_stage", "strides")
+    what = named.kind.named_sizes
     return named.class_name == architecture.class_name and all(
         json.dumps(named.kwargs.get(key)) == json.dumps(architecture.kwargs.get(key)) for key in what
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.text import did_you_mean
-from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS, STU_NET_TRAINERS
 
 Entry = tuple[str, dict[str, Any]]
 
@@ -84,8 +84,8 @@ TRAINER_ALIASES: dict[str, Entry] = {
 """Fine-tuning: the recipe, and the fields that differ. The model folder has the trainer's name."""
 
 
-def _primus_scratch(preset: str) -> Entry:
-    return "primus", {"learning_rate": 3e-4, "network": preset}
+def _primus_scratch(preset: str, **changes: Any) -> Entry:
+    return "primus", {"learning_rate": 3e-4, "network": preset, **changes}
 
 
 STOCK_ALIASES: dict[str, Entry] = {
@@ -106,6 +106,20 @@ STOCK_ALIASES: dict[str, Entry] = {
         {"deep_supervision": True, "optimizer": "adam", "betas": (0.9, 0.999)},
     ),
     **{trainer: _primus_scratch(preset) for preset, trainer in PRIMUS_TRAINERS.items()},
+    "nnUNet_Primus_M_Trainer_BS8": _primus_scratch("PrimusM", batch_size=8),
+    "nnUNet_Primus_M_Trainer_BS8_2e4": _primus_scratch("PrimusM", batch_size=8, learning_rate=2e-4),
+    # Of STU-Net's authors; those for fine-tuning (_ft) have a tenth of the learning rate.
+    **{
+        trainer: (
+            "from_scratch",
+            {
+                "deep_supervision": True,
+                "network": preset,
+                **({"learning_rate": 1e-3} if trainer.endswith("_ft") else {}),
+            },
+        )
+        for trainer, preset in STU_NET_TRAINERS.items()
+    },
 }
 """nnU-Net's own trainers: random weights, or the schedule that ``-pretrained_weights`` are fine-tuned on.
 

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, state_dict_
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.checkpoint.weight_file import read_contents
 from nnssl_adapt.weights.families.family import SECOND_HAND
+from nnssl_adapt.weights.families.nnunet import training_ended
 from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, published_at
@@ -46,6 +48,7 @@ class Checkpoint:
         choices: the arguments of :func:`open_checkpoint` (``filename``, ``fold``, ``stem``, ``axes``, ``patch_merging``) that
             were not left at their defaults; opening with them gives these weights again.
         published: the entry of the catalogue that they are, told by where they are from.
+        trained_until: day of the last epoch, where nnU-Net's file says it or a log beside it.
     """
 
     tensors: dict[str, Tensor]
@@ -56,6 +59,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
     published: PublishedModel | None = None
+    trained_until: date | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -209,6 +213,7 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         notes=tuple(notes),
         choices=options.choices,
         published=published,
+        trained_until=training_ended(content, resolved.weights.parent),
     )
     for note in checkpoint.notes:
         logger.warning("%s: %s", resolved.origin, note)

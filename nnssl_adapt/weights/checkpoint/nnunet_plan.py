@@ -72,7 +72,7 @@ def plan_from_nnunet(
     """
     name, settings = _configuration(plans, configuration, where)
     try:
-        architecture = architecture_of_trainer(trainer_name) or _architecture(settings)
+        architecture = architecture_of_trainer(trainer_name, lambda: _architecture(settings)) or _architecture(settings)
     except (ArchitectureError, TypeError, ValueError, KeyError) as error:
         raise AdaptationPlanError(f"{where}, configuration {name}: {in_one_line(error)}") from error
     fields: dict[str, Any] = {

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import date, datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from nnssl_adapt.weights.network.architectures import Architecture
+from nnssl_adapt.weights.network.stu_net import steps_of_plans
 
 NNUNET_CITATION: dict[str, Any] = {
     "type": "Framework",
@@ -24,13 +31,32 @@ PRIMUS_TRAINERS = {
 longer name (``nnUNet_Primus_M_Trainer_BS8``)."""
 
 
-def architecture_of_trainer(trainer_name: object) -> Architecture | None:
-    """The Primus that a trainer of nnU-Net's builds whatever its plans say; None for all that follow the plans."""
+STU_NET_TRAINERS = {
+    "STUNetTrainer": "STUNetB",
+    **{
+        f"STUNetTrainer_{word}{end}": f"STUNet{word[0].upper()}"
+        for word in ("small", "base", "large", "huge")
+        for end in ("", "_ft")
+    },
+}
+"""Trainers of STU-Net's authors for nnU-Net 2 → preset. Of the plans they take the steps between the resolutions."""
+
+
+def architecture_of_trainer(
+    trainer_name: object, planned: Callable[[], Architecture] | None = None
+) -> Architecture | None:
+    """The network that a trainer builds whatever its plans say (a Primus, a STU-Net); None for all that follow the plans.
+
+    ``planned`` gives the plans' own network, whose strides a STU-Net has; without it a STU-Net is None.
+    """
     if not isinstance(trainer_name, str):
         return None
     for preset, trainer in PRIMUS_TRAINERS.items():
         if trainer_name == trainer or trainer_name.startswith(f"{trainer}_"):
             return architecture_of_preset(preset)
+    if trainer_name in STU_NET_TRAINERS and planned is not None:
+        network = architecture_of_preset(STU_NET_TRAINERS[trainer_name])
+        return replace(network, kwargs={**network.kwargs, "strides": steps_of_plans(planned().strides)})
     return None
 
 
@@ -41,4 +67,46 @@ def architecture_of_preset(preset: str) -> Architecture:
 
 def trained_by_nnunet(trainer_name: object) -> bool:
     """Whether a trainer of this name is one of nnU-Net's."""
-    return isinstance(trainer_name, str) and trainer_name.startswith(("nnUNetTrainer", "nnUNet_"))
+    return isinstance(trainer_name, str) and (
+        trainer_name.startswith(("nnUNetTrainer", "nnUNet_")) or trainer_name in STU_NET_TRAINERS
+    )
+
+
+# -- when it was trained -----------------------------------------------------------------------------------------------
+
+FIRST_WHD, WHD_RELEASED = date(2025, 10, 29), date(2026, 1, 23)
+"""Since when dynamic-network-architectures flattens a Primus's tokens (w h d) instead of (h w d): in its repository, and as
+a release (0.4.3). Read off the files of its releases: 0.4.1 and 0.4.2 (June 2025) have (h w d), 0.4.3 and 0.4.4 (w h d)."""
+
+_LOG = re.compile(r"training_log_(\d{4})_(\d{1,2})_(\d{1,2})_.*\.txt")
+
+
+def training_ended(content: Mapping[str, Any], fold_folder: Path | None = None) -> date | None:
+    """The day (UTC) of the last epoch that a checkpoint of nnU-Net's notes; else that of the last log beside it; else None."""
+    logged = content.get("logging")
+    times = logged.get("epoch_end_timestamps") if isinstance(logged, Mapping) else None
+    last = times[-1] if isinstance(times, (list, tuple)) and times else None
+    # Plausible seconds only: a damaged file may hold anything.
+    if isinstance(last, (int, float)) and not isinstance(last, bool) and math.isfinite(last) and 1e9 < last < 1e10:
+        return datetime.fromtimestamp(last, timezone.utc).date()
+    found = map(_LOG.fullmatch, (path.name for path in fold_folder.glob("training_log_*.txt")) if fold_folder else ())
+    return max(filter(None, (_day(match) for match in found if match)), default=None)
+
+
+def _day(match: re.Match[str]) -> date | None:
+    try:
+        return date(int(match[1]), int(match[2]), int(match[3]))
+    except ValueError:
+        return None
+
+
+def token_order_by_date(ended: date | None) -> tuple[str, str, bool]:
+    """Token order of a Primus V1 that nnU-Net trained until a day, the reason, and whether that is certain."""
+    what = "dynamic-network-architectures"
+    if ended is None:
+        return "whd", f"nnU-Net trained it, with {what} 0.4.3 (January 2026) or later", False
+    if ended < FIRST_WHD:
+        return "hwd", f"nnU-Net trained it until {ended}, when {what} had no other order", True
+    if ended < WHD_RELEASED:
+        return "hwd", f"nnU-Net trained it until {ended}, when all releases of {what} had this order", False
+    return "whd", f"nnU-Net trained it until {ended}, and {what} has this order since {WHD_RELEASED}", False

@@ -10,14 +10,14 @@ from torch import Tensor
 from nnssl_adapt.errors import UnreadableCheckpoint
 from nnssl_adapt.weights.families.contrast_agnostic import CONTRAST_AGNOSTIC
 from nnssl_adapt.weights.families.family import Family
-from nnssl_adapt.weights.families.fomo import FOMO_AMAES
+from nnssl_adapt.weights.families.fomo import FOMO25_BASELINE, FOMO_AMAES
 from nnssl_adapt.weights.families.nninteractive import NNINTERACTIVE
 from nnssl_adapt.weights.families.nnunet_v1 import NNUNET_V1
-from nnssl_adapt.weights.families.not_supported import NOT_SUPPORTED
 from nnssl_adapt.weights.families.segresnet import SEG_RES_NETS
 from nnssl_adapt.weights.families.stu_net import STU_NET
 from nnssl_adapt.weights.families.swin_unetr import SWIN_UNETRS
 from nnssl_adapt.weights.families.triad import TRIAD_PLAIN
+from nnssl_adapt.weights.families.unet3d import UNET3DS
 from nnssl_adapt.weights.families.vocomni_nnunet import VOCOMNI_NNUNET
 from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import Topology
@@ -28,11 +28,12 @@ FAMILIES: tuple[Family, ...] = (
     CONTRAST_AGNOSTIC,
     NNINTERACTIVE,
     FOMO_AMAES,
+    FOMO25_BASELINE,
     NNUNET_V1,
     STU_NET,
     *SWIN_UNETRS,
     *SEG_RES_NETS,
-    *NOT_SUPPORTED,
+    *UNET3DS,
 )
 
 

@@ -1,7 +1,8 @@
 """STU-Net (uni-medical/STU-Net): S, B, L and H, supervised on TotalSegmentator's 104 classes with nnU-Net version 1.
 
-Files of nnU-Net version 1 (``base_ep4k.model`` with ``base_ep4k.model.pkl`` beside it). Names, network, labels and the plan's
-numbers are those of the published code and files; no weight file was seen.
+Files of nnU-Net version 1 (``base_ep4k.model`` with ``base_ep4k.model.pkl`` beside it), and model folders of nnU-Net version 2,
+whose trainers (``STUNetTrainer_small``, …) keep the network's names. Names, network, labels and the plan's numbers are those of
+the published code and files; no weight file was seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from nnssl_adapt.weights.families import nnunet_v1
 from nnssl_adapt.weights.families.family import Facts, Family, KeyMap
 from nnssl_adapt.weights.families.nnunet import NNUNET_CITATION
-from nnssl_adapt.weights.network.stu_net import STRIDES
+from nnssl_adapt.weights.network.stu_net import STRIDES, steps_of_plans
 
 _LAYER = r"(weight|bias)"
 _BLOCK = r"(\d+)\.(\d+)\.(conv[123]|norm[12])"
@@ -66,12 +67,8 @@ LABELS = (
 def trained_as(content: Any, where: str, folder: str) -> dict[str, Any]:
     """As :func:`nnunet_v1.trained_as`, with the strides, which the network's tensors don't tell."""
     found = nnunet_v1.trained_as(content, where, folder)
-    return {**found, "arguments": {"strides": [[1, 1, 1], *_five(nnunet_v1.pooling(content, where, folder))]}}
-
-
-def _five(steps: list[list[int]]) -> list[list[int]]:
-    """Its trainers make five steps of whatever version 1 planned."""
-    return [*steps[:5], *([[1, 1, 1]] * (5 - len(steps)))]
+    planned = [[1, 1, 1], *nnunet_v1.pooling(content, where, folder)]
+    return {**found, "arguments": {"strides": steps_of_plans(planned)}}
 
 
 STU_NET = Family(

@@ -64,6 +64,7 @@ _PRIMUS = NetworkKind(
     has_attention=True,
     has_deep_supervision=False,
     has_symmetric_axes=False,
+    named_sizes=("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size"),
 )
 
 KINDS: dict[str, NetworkKind] = {

@@ -55,6 +55,7 @@ class NetworkKind:
         may_lack: (pattern of names below the encoder, reason): parts that some files don't have at all.
         needs_pretraining: why it can't be trained from random weights; empty where it can.
         needs: (package, what to install) where it is built with more than the package itself needs.
+        named_sizes: arguments that the name of a preset stands for; others follow the dataset.
         untold: arguments that leave no trace in the tensors and change what they compute.
         read: finds it among tensors that have our names, with hints for what they don't tell; None: they are another network's.
             Raises ArchitectureError for one that is damaged or can't be used.
@@ -75,5 +76,6 @@ class NetworkKind:
     may_lack: tuple[tuple[str, str], ...] = field(default=())
     needs_pretraining: Callable[[Arguments], str] = lambda kwargs: ""
     needs: tuple[str, str] | None = None
+    named_sizes: tuple[str, ...] = ("features_per_stage", "n_blocks_per_stage", "strides")
     untold: tuple[str, ...] = ()
     read: Callable[[Tensors, Arguments], Reading | None] = lambda tensors, hints: None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnssl_adapt.weights.network import segresnet, stu_net, swin_unetr
+from nnssl_adapt.weights.network import max_pool_unet, segresnet, stu_net, swin_unetr
 from nnssl_adapt.weights.network.kinds import NetworkKind
 
 OTHER_KINDS: dict[str, NetworkKind] = {
@@ -10,4 +10,5 @@ OTHER_KINDS: dict[str, NetworkKind] = {
     stu_net.CLASS_NAME: stu_net.STU_NET,
     swin_unetr.CLASS_NAME: swin_unetr.SWIN_UNETR,
     segresnet.CLASS_NAME: segresnet.SEG_RES_NET,
+    max_pool_unet.CLASS_NAME: max_pool_unet.MAX_POOL_UNET,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl_adapt.errors import ArchitectureError
@@ -33,6 +33,12 @@ def published(letter: str) -> dict[str, Any]:
         "kernel_sizes": [[3, 3, 3]] * 6,
         "strides": STRIDES,
     }
+
+
+def steps_of_plans(strides: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Its strides on plans of nnU-Net: its trainers make five steps of whatever was planned."""
+    steps = [list(step) for step in strides[1:6]]
+    return [[1, 1, 1], *steps, *([[1, 1, 1]] * (5 - len(steps)))]
 
 
 def spell_out(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -100,5 +106,6 @@ STU_NET = NetworkKind(
     blocks=lambda kwargs: dict(enumerate(kwargs["n_blocks_per_stage"])),
     stages=lambda kwargs: len(kwargs["strides"]),
     is_resizable=False,
+    named_sizes=("features_per_stage", "n_blocks_per_stage"),
     read=read,
 )

@@ -109,10 +109,11 @@ class EncoderFit:
         file, reason = file_order(self.checkpoint, self.settings.token_order)
         self.order = TokenOrder(file, network_order(network), reason)
         self.notes.append(str(self.order))
-        if BY_NNUNET in reason:
+        if reason.startswith(ASSUMED) and BY_NNUNET in reason:
+            other = "hwd" if file == "whd" else "whd"
             self.warnings.append(
-                "nnU-Net's Primus flattened its tokens in hwd order when its dynamic-network-architectures was older than 0.4.3 "
-                "(June 2025), in whd order since: whd is taken. If this model was trained before, say --token-order hwd"
+                "nnU-Net's Primus flattens its tokens in hwd order with dynamic-network-architectures up to 0.4.2, in whd order "
+                f"since 0.4.3 (January 2026): {file} is taken. If it was trained with the other, say --token-order {other}"
             )
         elif reason.startswith(ASSUMED):
             self.warnings.append(

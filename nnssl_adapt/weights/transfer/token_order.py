@@ -3,22 +3,31 @@
 nnssl's masked-autoencoder networks (``EvaMAE``, under every Primus method but SimMIM) flatten (h w d). The Primus of
 dynamic_network_architectures did so up to 0.4.2 and flattens (w h d) since 0.4.3. Positions in such a file then arrive
 with their first two axes exchanged: nothing fails, but the encoder no longer computes what it was trained to (nnUNet
-issue 2962). The network's order is probed, since versions can't be trusted; the file's is known by its family, and measured
-where it can be.
+issue 2962). The network's order is probed, since versions can't be trusted; the file's is known by its family or by the day
+of its training, and measured where it can be.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
-from nnssl_adapt.weights.transfer.token_order_measured import measure_order
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer, token_order_by_date
+from nnssl_adapt.weights.network.network_parts import Tensors, join_name
+from nnssl_adapt.weights.network.tensor_ops import Grid
+from nnssl_adapt.weights.transfer.token_order_measured import (
+    Measurement,
+    Smoothness,
+    measure_order,
+    measure_smoothness,
+)
 
 _PROBE_GRID = (2, 3, 4)
 
@@ -47,6 +56,19 @@ class TokenOrder:
     def __str__(self) -> str:
         action = "exchanged exactly" if self.differs else "nothing to exchange"
         return f"token order: file {self.file} ({self.reason}), network {self.network}: {action}"
+
+
+def flatten_as_before(network: nn.Module) -> None:
+    """Let a Primus flatten its tokens (h w d), as dynamic_network_architectures did up to 0.4.2. Changes the network.
+
+    Exact on any grid, rotary positions included, which went by the token's number. Tensors and their names stay.
+    """
+    eva: Any = network.get_submodule("eva")
+    w, h, d = eva.rope.feat_shape
+    index = torch.arange(w * h * d).reshape(w, h, d).transpose(0, 1).flatten()
+    back = torch.argsort(index)
+    eva.register_forward_pre_hook(lambda _module, inputs: (inputs[0][:, index.to(inputs[0].device)], *inputs[1:]))
+    eva.register_forward_hook(lambda _module, _inputs, output: (output[0][:, back.to(output[0].device)], *output[1:]))
 
 
 class _Probed(Exception):
@@ -103,30 +125,53 @@ def file_order(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
     """Token order that a checkpoint was trained with, and the reason.
 
     In this order: what is asked for; what is known of the repository or the trainer; what the tensors' names say; what the
-    folder is called. Where the file holds the whole masked autoencoder, its order is measured too, and a clear measurement has
-    the last word: tables tell how networks of a kind were trained, it tells how this one was.
+    folder is called; of nnU-Net's models the day of their training. Where the file holds the whole masked autoencoder, its
+    order is measured too, and a clear measurement has the last word: tables tell how networks of a kind were trained, it tells
+    how this one was. Where nothing is certain, the smoothness of learned positions is looked at, which a grid tells that is
+    not square in its first two axes.
     """
     if asked in ("hwd", "whd"):
         return asked, "as requested"
     if asked != "auto":
         raise TransferError(f"unknown token order {asked!r}: auto, hwd or whd")
     known, reason = _known_order(checkpoint)
-    measured = measure_order(checkpoint)
+    measured: Measurement | Smoothness | None = measure_order(checkpoint)
+    if measured is None and reason.startswith(ASSUMED):
+        positions = checkpoint.tensors.get(join_name(checkpoint.plan.key_to_encoder or "", "pos_embed"))
+        measured = measure_smoothness(positions, checkpoint.plan.token_grid)
     if measured is None:
         return known, reason
-    if measured.order is None or measured.order == known:
+    if measured.order is None:
+        return known, f"{reason}; {measured}"
+    if reason.startswith(ASSUMED):
+        return measured.order, str(measured)
+    if measured.order == known:
         return known, f"{reason}; {measured}"
     return measured.order, f"{measured}, which outweighs that {reason} and would be {known}"
 
 
-BY_NNUNET = "it was trained by nnU-Net"
+BY_NNUNET = "nnU-Net trained it"
 ASSUMED = "assumed"
 """What the reason begins with where nothing in the file or its name tells."""
 
 
+def order_of_nnunet(ended: date | None, tensors: Tensors, grid: Grid | None) -> tuple[str, str]:
+    """Token order of a Primus V1 of nnU-Net's, and the reason: by the day of its training, or by its learned positions.
+
+    ``tensors`` under nnU-Net's names; ``grid``: tokens (Z, Y, X) of its patch.
+    """
+    order, reason, certain = token_order_by_date(ended)
+    measured = None if certain else measure_smoothness(tensors.get("eva.pos_embed"), grid)
+    if measured is not None and measured.order is not None:
+        return measured.order, str(measured)
+    return order, reason if certain else f"{ASSUMED}: {reason}"
+
+
 def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
+    if "nnssl_adapt" in (checkpoint.plan.raw.get("nnunet_plans") or {}):
+        return "whd", "this package trained it"
     for name in filter(None, [checkpoint.origin.repo_id, checkpoint.trainer_name]):
-        known = _order_of_name(name)
+        known = _order_of_name(name, checkpoint.trained_until)
         if known is not None:
             return known
     if any(name.startswith("decoder.blocks.") for name in checkpoint.tensors):
@@ -141,13 +186,14 @@ def _known_order(checkpoint: Checkpoint) -> tuple[str, str]:
     return "whd", f"{ASSUMED}: no trainer is named and its tensors look like SimMIM's; MG and VF would be hwd"
 
 
-def _order_of_name(name: str) -> tuple[str, str] | None:
+def _order_of_name(name: str, trained_until: date | None = None) -> tuple[str, str] | None:
     """Of a trainer or a repository."""
     known = architecture_of_trainer(name)
     if known is not None and known.class_name != "Primus":
         return "whd", f"{name} trains a {known.class_name}, which is younger than the other order"
     if known is not None:
-        return "whd", f"{ASSUMED}: {BY_NNUNET}, with dynamic-network-architectures 0.4.3 (June 2025) or later"
+        order, reason, certain = token_order_by_date(trained_until)
+        return order, reason if certain else f"{ASSUMED}: {reason}"
     if _SIMMIM.search(name):
         return "whd", f"{name} is SimMIM"
     return ("hwd", f"{name} trains nnssl's EvaMAE") if _EVA_MAE.search(name) else None

@@ -6,6 +6,9 @@ A wrong order exchanges the first two axes of all positions alike, so that neigh
 average is, both get about as well. But inside of a patch the axes are as they were, and only in the right order does a
 slope that runs from patch to patch run on inside of the hidden one. So that is what is compared: the hidden patches' content
 without their averages.
+
+Other networks have learned positions. Those of neighbours are alike: read in the wrong order, a grid that is not square in its
+first two axes puts tokens side by side that are none. On a square one both readings have the same neighbours, and tell nothing.
 """
 
 from __future__ import annotations
@@ -59,6 +62,49 @@ class Measurement:
     def __str__(self) -> str:
         errors = f"reconstruction error {self.hwd:.3f} as hwd, {self.whd:.3f} as whd (1: flat patches)"
         return f"measured: {errors}" if self.order else f"not told by measuring: {errors}"
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """How much positions of neighbours along the first two axes differ, relative to any two positions, in both orders.
+
+    Attributes:
+        order: the one that is clearly smoother, None if neither is.
+    """
+
+    hwd: float
+    whd: float
+    order: str | None
+
+    def __str__(self) -> str:
+        found = f"neighbours' positions differ by {self.hwd:.2f} as hwd, {self.whd:.2f} as whd (1: as any two)"
+        return f"measured: {found}" if self.order else f"not told by measuring: {found}"
+
+
+def measure_smoothness(positions: Tensor | None, grid: Shape | None) -> Smoothness | None:
+    """In which order learned positions (1, tokens, width) on a grid (Z, Y, X) are smoother.
+
+    None where it can't show: no positions, other tokens beside them, or a grid that is square in its first two axes.
+    """
+    if positions is None or grid is None or grid[0] == grid[1] or min(grid[:2]) < 2:
+        return None
+    if positions.ndim != 3 or positions.shape[1] != math.prod(grid):
+        return None
+    values = positions[0].float()
+    values = values - values.mean(dim=0)
+    w, h, d = grid
+    found = {order: _roughness(values.reshape(*shape, -1)) for order, shape in (("hwd", (h, w, d)), ("whd", (w, h, d)))}
+    if not all(math.isfinite(value) for value in found.values()):
+        return None
+    better, worse = sorted(found, key=lambda order: found[order])
+    is_clear = found[better] < LEARNED and found[worse] > found[better] * (1 + DIFFERENCE)
+    return Smoothness(found["hwd"], found["whd"], better if is_clear else None)
+
+
+def _roughness(places: Tensor) -> float:
+    """Mean squared difference of neighbours along the first two of (A, B, C, width), relative to that of any two places."""
+    differences = [places.diff(dim=axis).square().sum(dim=-1).flatten() for axis in (0, 1)]
+    return float(torch.cat(differences).mean() / (2 * places.square().sum(dim=-1).mean()))
 
 
 def measure_order(checkpoint: Checkpoint) -> Measurement | None:

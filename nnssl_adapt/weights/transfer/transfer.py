@@ -332,6 +332,8 @@ _PRETRAINING_PARTS = (
 
 def _pretraining_part(name: str, supervised: bool) -> str:
     words = name.split(".")
+    if words[-1] in ("running_mean", "running_var", "num_batches_tracked"):
+        return "statistics that its normalisation does not use"
     for markers, reason in _PRETRAINING_PARTS:
         if any(word in markers for word in words):
             return "decoder (the scope is the encoder)" if supervised and reason == "pre-training decoder" else reason

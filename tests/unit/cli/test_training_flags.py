@@ -136,6 +136,10 @@ def test_what_does_not_go_together(words, architecture, message):
         (("-tr", "nnUNet_Primus_S_Trainer"), CNN, False),
         (("-tr", "nnUNet_Primus_S_Trainer"), Architecture.named("PrimusM"), False),
         (("-tr", "nnUNet_Primus_S_Trainer"), Architecture.named("PrimusS", drop_path_rate=0.1), True),
+        (("-tr", "nnUNet_PrimusV3S_Trainer"), Architecture.named("PrimusV2S"), False),
+        (("-tr", "STUNetTrainer_small_ft"), CNN, False),
+        (("-tr", "STUNetTrainer_base"), Architecture.named("STUNetS"), False),
+        (("-tr", "STUNetTrainer_small"), Architecture.named("STUNetS", strides=[[1, 1, 1], *[[1, 2, 2]] * 5]), True),
         (("-tr", "PretrainedTrainer_Primus_150ep"), CNN, False),
         (("-tr", "PretrainedTrainer_Primus_frozenEnc_lr_7e5_wd_3e5"), CNN, False),
         (("-tr", "PretrainedTrainer_Primusx"), TRANSFORMER, True),
@@ -150,7 +154,7 @@ def test_a_name_that_stands_for_a_network_gets_it_or_is_refused(words, architect
     with pytest.raises(ConfigurationError) as refused:
         asked(*words, architecture=architecture)
     (mistake,) = refused.value.mistakes
-    assert "Primus" in mistake and str(architecture) in mistake
+    assert ("STUNet" if "STUNet" in words[1] else "Primus") in mistake and str(architecture) in mistake
 
 
 @pytest.mark.parametrize(

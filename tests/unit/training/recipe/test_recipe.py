@@ -11,7 +11,7 @@ from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.training.recipe import recipe as recipes
 from nnssl_adapt.training.recipe.recipe import Recipe, recipe_names
 from nnssl_adapt.training.recipe.trainer_names import STOCK_ALIASES, TRAINER_ALIASES
-from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS
+from nnssl_adapt.weights.families.nnunet import PRIMUS_TRAINERS, STU_NET_TRAINERS
 
 
 def test_the_published_figures():
@@ -103,6 +103,9 @@ PUBLISHED = {
     "nnUNetTrainerDiceCELoss_noSmooth_4000epochs": ("sgd", 1e-2, 3e-5, 12.0, 4000, 0),
     "nnUNetTrainerVanillaAdam": ("adam", 1e-2, 3e-5, 12.0, 1000, 0),
     **dict.fromkeys(PRIMUS_TRAINERS.values(), ("adamw", 3e-4, 5e-2, 1.0, 1000, 50)),
+    "nnUNet_Primus_M_Trainer_BS8": ("adamw", 3e-4, 5e-2, 1.0, 1000, 50),
+    "nnUNet_Primus_M_Trainer_BS8_2e4": ("adamw", 2e-4, 5e-2, 1.0, 1000, 50),
+    **{name: ("sgd", 1e-3 if name.endswith("_ft") else 1e-2, 3e-5, 12.0, 1000, 0) for name in STU_NET_TRAINERS},
 }
 
 
@@ -131,6 +134,8 @@ def test_what_else_names_stand_for():
     assert Recipe.for_trainer_name("nnUNetTrainerCosAnneal").schedule == "cosine"
     assert Recipe.for_trainer_name("nnUNetTrainerNoDA").augmentation == "none"
     assert Recipe.for_trainer_name("nnUNetTrainerDiceCELoss_noSmooth_4000epochs").dice_smooth == 0
+    assert Recipe.for_trainer_name("nnUNet_Primus_M_Trainer_BS8").batch_size == 8
+    assert Recipe.for_trainer_name("STUNetTrainer_large_ft").network == "STUNetL"
     assert Recipe.for_trainer_name("nnUNetTrainerCELoss").loss == "ce"
     assert Recipe.for_trainer_name("nnUNetTrainerDiceTopK10Loss").loss == "dice_topk"
     for name in ("nnUNetTrainerDA5", "nnUNetTrainerDiceCELoss_noSmooth_4000epochs_DA5"):
@@ -143,7 +148,7 @@ def test_every_name_has_a_folder_of_its_own_that_nnunet_does_not_take_for_its(na
     recipe = Recipe.for_trainer_name(name)
     if name.startswith("PretrainedTrainer_adam__"):
         assert recipe.trainer_name == "PretrainedTrainer_adam_nomirroring"  # two underscores separate it from the plan
-    elif name.startswith("nnUNet"):
+    elif name.startswith(("nnUNet", "STUNet")):
         assert recipe.from_scratch and recipe.trainer_name == f"PretrainedTrainer_as_{name}_from_scratch"
     else:
         assert recipe.trainer_name == name

@@ -66,19 +66,6 @@ def test_the_network_computes_what_version_1_computed(trained, levels):
         torch.testing.assert_close(ours.decoder(features), network.decoder(theirs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("module.down_tr64.ops.0.conv1.weight", "Genesis"),
-        ("encoder.in_conv.conv1.conv.weight", "max pooling"),
-    ],
-)
-def test_networks_that_are_not_supported_are_called_what_they_are(tmp_path, name, word):
-    torch.save({"state_dict": {name: torch.zeros(4, 1, 3, 3, 3)}}, tmp_path / "weights.pt")
-    with pytest.raises(UnreadableCheckpoint, match=word):
-        open_checkpoint(tmp_path)
-
-
 def test_a_name_that_version_1_does_not_have_is_refused(tmp_path):
     tensors = {"conv_blocks_context.0.blocks.0.conv.weight": torch.zeros(8, 1, 3, 3, 3), "what.weight": torch.zeros(1)}
     torch.save({"state_dict": tensors}, tmp_path / "model_best.model")

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from support import nnunet_v1 as v1
-from support.stu_net_files import DIMS, PATCH, POOLS, PublishedSTUNet
+from support.stu_net_files import DIMS, PATCH, POOLS, PublishedSTUNet, stu_net_folder
 
 from nnssl_adapt.errors import ArchitectureError
+from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
+from nnssl_adapt.weights.families import nnunet
 from nnssl_adapt.weights.families.stu_net import LABELS
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.proof.prove import prove_transfer
@@ -86,6 +88,35 @@ def test_with_its_pickle_the_strides_are_its_own(published):
         for one, other in zip(ours.encoder(image), network.skips(image), strict=True):
             closest(one, other)
     assert prove_transfer(checkpoint, ours).passed
+
+
+SMALL = {"features_per_stage": [4, 6, 8, 8, 8, 8], "n_blocks_per_stage": [1] * 6}
+
+
+@pytest.fixture
+def version_2(tmp_path, monkeypatch):
+    """A model folder of STU-Net's trainer for nnU-Net 2, whose plans speak of a PlainConvUNet with three stages."""
+    monkeypatch.setattr(nnunet, "architecture_of_preset", lambda preset: Architecture.named(preset, **SMALL))
+    return stu_net_folder(tmp_path, SMALL["features_per_stage"])
+
+
+def test_a_folder_of_version_2_is_read_and_predicted_with(version_2, tmp_path):
+    model, original = version_2
+    checkpoint = open_checkpoint(model)
+    kwargs = checkpoint.architecture.kwargs
+    assert checkpoint.architecture.preset == "STUNetS" and kwargs["features_per_stage"] == SMALL["features_per_stage"]
+    assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], *([[1, 1, 1]] * 3)]
+    assert checkpoint.plan.supervised and checkpoint.plan.head_names == ("background", "core", "rim")
+    opened = ModelFolder.open(model)
+    ours = opened.build_network(empty=True).eval()
+    opened.load_into(ours, opened.load_weights(0), model)
+    again = build_network(checkpoint.architecture, 1, 3, PATCH).eval()
+    report = transfer_weights(checkpoint, again, head_names=("background", "core", "rim"))
+    assert report.coverage == report.decoder_coverage == 1
+    image = torch.randn(1, 1, *PATCH)
+    with torch.no_grad():
+        closest(ours(image), original(image))
+        closest(again(image), original(image))
 
 
 @pytest.mark.parametrize(
