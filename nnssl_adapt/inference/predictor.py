@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,36 +15,28 @@ from torch import Tensor
 
 from nnssl_adapt.data.images import ImageGeometry
 from nnssl_adapt.data.preprocess_cases import WHOLE, Shard
-from nnssl_adapt.errors import ConfigurationError, ModelFolderError, PredictionError
+from nnssl_adapt.errors import ConfigurationError, PredictionError
 from nnssl_adapt.files import sha256_of
-from nnssl_adapt.inference.export import can_decide_on_device, decided_on_device
 from nnssl_adapt.inference.first_stage import first_predictor, with_first_stage
+from nnssl_adapt.inference.fold_networks import FoldNetworks
 from nnssl_adapt.inference.inputs import (
     Images,
     expected_channels,
     gather_inputs,
     is_image_file,
     is_in_memory,
-    tell_doubts,
-    tell_orientation,
     to_simpleitk,
 )
-from nnssl_adapt.inference.model_folder import Fold, FoldWeights, ModelFolder, Which
-from nnssl_adapt.inference.pipeline import Pipeline, Result
+from nnssl_adapt.inference.model_folder import ModelFolder, Which
 from nnssl_adapt.inference.postprocess import Postprocessing, opened_postprocessing
-from nnssl_adapt.inference.precision import OF_NNUNET, PRECISIONS, Precision, predicting_precision
+from nnssl_adapt.inference.precision import OF_NNUNET, Precision, predicting_precision
 from nnssl_adapt.inference.published import find_published
-from nnssl_adapt.inference.record import PredictionRecord, complaint, failure_report, remove_unfinished, unfinished
-from nnssl_adapt.inference.sliding_window import (
-    Allocate,
-    Progress,
-    finish,
-    logits_by_tiles,
-    with_float32_as_fallback,
-)
-from nnssl_adapt.inference.steps import PreparedImage, Steps
-from nnssl_adapt.inference.sums import Tiles, part_of, sum_of
-from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee
+from nnssl_adapt.inference.record import PredictionRecord, failure_report, unfinished
+from nnssl_adapt.inference.run_tasks import run_tasks
+from nnssl_adapt.inference.sliding_window import Allocate, Progress, finish
+from nnssl_adapt.inference.steps import Steps
+from nnssl_adapt.inference.sums import Tiles
+from nnssl_adapt.inference.task import ImageTask
 from nnssl_adapt.inference.tile_bar import TileBar
 from nnssl_adapt.machine.device import check_device
 
@@ -110,12 +101,19 @@ class Predictor:
         self.batch_size = batch_size
         self.keep_orientation = keep_orientation
         self.postprocessing = opened_postprocessing(postprocessing, self.model.labels)
-        self._network = self.model.build_network(empty=True)
-        self._weights = [self._load(fold, checkpoint) for fold in self.folds]
-        self._loaded = len(self._weights) - 1
-        self.precision = predicting_precision(precision, self._weights[0].precision, self.device)
-        self.plan = replace(self.model.plan, configuration=self._weights[0].configuration)
-        self.mirror_axes = self.plan.mirrored_in_volume(self._weights[0].mirror_axes) if tta else ()
+        self.networks = FoldNetworks(
+            self.model,
+            self.folds,
+            checkpoint,
+            self.device,
+            step=step,
+            tta=tta,
+            accumulation_dtype=accumulation_dtype,
+            precision=precision,
+            batch_size=batch_size,
+        )
+        self.plan, self.precision = self.networks.plan, self.networks.precision
+        self.mirror_axes = self.networks.mirror_axes
 
     @classmethod
     def from_pretrained(
@@ -144,17 +142,6 @@ class Predictor:
         path = find_published(source, folds, checkpoint, revision, cache_dir, local_files_only)
         return cls(path, **options)
 
-    def _load(self, fold: Fold, checkpoint: Which) -> FoldWeights:
-        weights = self.model.load_weights(fold, checkpoint)
-        where = self.model.checkpoint_path(fold, checkpoint)
-        if weights.configuration != self.model.configuration:
-            raise ModelFolderError(
-                f"{where} was trained in configuration {weights.configuration}, other folds of {self.model.path} in "
-                f"{self.model.configuration}: they can't be averaged"
-            )
-        self.model.load_into(self._network, weights, where)
-        return weights
-
     # -- arrays --------------------------------------------------------------------------------------------------
 
     def predict_logits(
@@ -173,43 +160,7 @@ class Predictor:
 
         ``keep``: leave the logits on the device, if they have room there.
         """
-        tensor = torch.as_tensor(image)
-        total: Tensor | None = None
-        folds = len(self._weights)
-        for index, weights in enumerate(self._weights):
-            if index != self._loaded:
-                self._network.load_state_dict(weights.network_weights)
-                self._loaded = index
-            logits = yield from part_of(self._fold_logits(tensor, allocate, keep), index, folds)
-            total, allocate = sum_of(total, logits), None
-        assert total is not None
-        return total.div_(folds) if folds > 1 else total
-
-    def _fold_logits(self, image: Tensor, allocate: Allocate | None, keep: bool) -> Tiles:
-        def run(precision: torch.dtype | None) -> Tiles:
-            return logits_by_tiles(
-                self._network,
-                image,
-                self.plan.patch_size,
-                self.model.labels.num_heads,
-                step=self.step,
-                mirror_axes=self.mirror_axes,
-                device=self.device,
-                autocast_dtype=precision,
-                accumulation_dtype=self.accumulation_dtype,
-                batch_size=self.batch_size,
-                allocate=allocate,
-                keep=keep,
-                copies=min(2, len(self._weights)) if keep else 1,
-            )
-
-        try:
-            return (yield from with_float32_as_fallback(run, PRECISIONS[self.precision], self.device))
-        except NotImplementedError as error:
-            raise PredictionError(
-                f"PyTorch can't run a part of this network on {self.device.type}: use -device cpu"
-                + (", or export PYTORCH_ENABLE_MPS_FALLBACK=1" if self.device.type == "mps" else "")
-            ) from error
+        return self.networks.logits_by_tiles(image, allocate, keep)
 
     def predict_array(
         self,
@@ -239,8 +190,8 @@ class Predictor:
             raise failed[task.identifier]
         steps = self._steps(False)
         prepared = steps.prepare(task)
-        tiles = self.logits_by_tiles(prepared.data, None, self._decides_on_device)
-        return steps.export(task, self._decided(finish(tiles, progress), prepared), prepared)
+        tiles = self.logits_by_tiles(prepared.data, None, self.networks.decides_on_device)
+        return steps.export(task, self.networks.decided(finish(tiles, progress), prepared), prepared)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -341,62 +292,7 @@ class Predictor:
         workers: int,
     ) -> tuple[dict[str, np.ndarray], dict[str, Exception]]:
         """Predict; return label maps of tasks without a target, and what went wrong, both by identifier."""
-        results: dict[str, np.ndarray] = {}
-        failures: dict[str, Exception] = {}
-        bytes_per_logit = self.accumulation_dtype.itemsize
-        foreseen = {
-            task.identifier: foresee(
-                task,
-                self.plan,
-                self.model.labels,
-                self.step,
-                bytes_per_logit,
-                with_probabilities=save_probabilities,
-                with_postprocessing=bool(self.postprocessing.steps),
-            )
-            for task in tasks
-        }
-        tell_orientation(self.model, tasks, [foresight.lies for foresight in foreseen.values()])
-        tell_doubts([doubt for foresight in foreseen.values() for doubt in foresight.doubts])
-        bar.expect({name: foresight.tiles * len(self.folds) for name, foresight in foreseen.items()})
-
-        keep = self._decides_on_device and not save_probabilities
-        decide = self._decided if keep else _left
-
-        def predict(task: ImageTask, image: np.ndarray, allocate: Allocate) -> Tiles:
-            bar.start(task.identifier, count_tiles(image.shape[1:], self.plan.patch_size, self.step) * len(self.folds))
-            return self.logits_by_tiles(image, allocate, keep)
-
-        def settle(result: Result) -> None:
-            name = result.task.identifier
-            if result.error is not None:
-                failures[name] = result.error
-                logger.error("%s: %s", name, complaint(result.error))
-                logger.debug("%s failed", name, exc_info=result.error)
-            elif result.labels is not None and result.task.target is None:
-                results[name] = result.labels
-            elif record is not None:
-                record.add(result.task, save_probabilities)
-            bar.finish(name)
-
-        for task in tasks:
-            remove_unfinished(task, save_probabilities)
-        memory = {name: foresight.memory for name, foresight in foreseen.items()}
-        steps = self._steps(save_probabilities)
-        for _ in Pipeline(steps, predict, workers, memory, settle, bar.advance, decide).run(tasks):
-            pass
-        return {task.identifier: results[task.identifier] for task in tasks if task.identifier in results}, failures
-
-    @property
-    def _decides_on_device(self) -> bool:
-        """Whether labels are made where the logits are, so that they need not leave a GPU."""
-        return self.device.type == "cuda" and can_decide_on_device(self.plan, self.model.labels)
-
-    def _decided(self, logits: Tensor, prepared: PreparedImage) -> Tensor:
-        """Labels of logits that stayed on the device, made there; others as they are."""
-        if not self._decides_on_device or logits.device.type != self.device.type:
-            return logits
-        return decided_on_device(logits, prepared.properties, self.plan)
+        return run_tasks(self.networks, self._steps(save_probabilities), tasks, record, bar, workers)
 
     def _steps(self, save_probabilities: bool) -> Steps:
         return Steps(
@@ -427,7 +323,3 @@ class Predictor:
             "precision": self.precision,
             **({} if self.keep_orientation or not turned else {"orientation": turned}),
         }
-
-
-def _left(logits: Tensor, prepared: PreparedImage) -> Tensor:
-    return logits

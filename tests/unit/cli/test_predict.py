@@ -7,8 +7,8 @@ from support.model_folders import write_model_folder
 from support.synthetic import make_case, write_image
 
 from nnssl_adapt.cli.main import main
+from nnssl_adapt.inference.fold_networks import FoldNetworks
 from nnssl_adapt.inference.postprocess import Postprocessing, keep_largest_component
-from nnssl_adapt.inference.predictor import Predictor
 
 SPACING = (3.0, 1.2, 0.8)
 
@@ -113,7 +113,7 @@ def test_interrupted_it_says_how_to_go_on(model, images, tmp_path, capsys, monke
     def stop(self, image, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Predictor, "logits_by_tiles", stop)
+    monkeypatch.setattr(FoldNetworks, "logits_by_tiles", stop)
     assert predict("-i", images, "-o", tmp_path / "out", "-m", model) == 130
     assert "run the same command with --continue to go on" in capsys.readouterr().err
 

@@ -19,6 +19,7 @@ from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import Shard
 from nnssl_adapt.errors import CaseError, OutputError, PredictionError
 from nnssl_adapt.inference import pipeline
+from nnssl_adapt.inference.fold_networks import FoldNetworks
 from nnssl_adapt.inference.pipeline import Pipeline
 from nnssl_adapt.inference.predictor import Predictor
 from nnssl_adapt.inference.record import PredictionRecord
@@ -86,7 +87,7 @@ def test_a_killed_worker_is_a_clear_error_and_finished_images_stay(predictor, im
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=needs_processes)])
 def test_what_is_done_is_on_record_while_the_next_image_is_at_work(predictor, images, tmp_path, monkeypatch, workers):
     """Images take hours on a CPU: a run that is killed then must not have forgotten the ones before."""
-    out, calls, real = tmp_path / "out", [], Predictor.logits_by_tiles
+    out, calls, real = tmp_path / "out", [], FoldNetworks.logits_by_tiles
 
     def killed_in_the_second(self, image, allocate, keep):
         calls.append(image.shape)
@@ -99,7 +100,7 @@ def test_what_is_done_is_on_record_while_the_next_image_is_at_work(predictor, im
             time.sleep(0.05)
         raise AssertionError("not on record")
 
-    monkeypatch.setattr(Predictor, "logits_by_tiles", killed_in_the_second)
+    monkeypatch.setattr(FoldNetworks, "logits_by_tiles", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         predictor.predict(images, out, workers=workers)
     assert read(out / "a.nii.gz").shape == (14, 30, 40) and not (out / "b.nii.gz").exists()

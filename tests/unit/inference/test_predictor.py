@@ -19,8 +19,8 @@ from nnssl_adapt.errors import (
     OutputError,
     PredictionError,
 )
-from nnssl_adapt.inference import predictor as predictor_module
-from nnssl_adapt.inference import steps, task
+from nnssl_adapt.inference import fold_networks, steps, task
+from nnssl_adapt.inference.fold_networks import FoldNetworks
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.inference.precision import predicting_precision, trained_precision
 from nnssl_adapt.inference.predictor import Predictor
@@ -255,7 +255,7 @@ def test_a_full_disk_stops_the_work_at_once(model, images, tmp_path, monkeypatch
 
 def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkeypatch):
     second_is_read = threading.Event()
-    read_image, logits_by_tiles = task.read_image, Predictor.logits_by_tiles
+    read_image, logits_by_tiles = task.read_image, FoldNetworks.logits_by_tiles
 
     def reading(paths, *arguments):
         if paths[0].name.startswith("b"):
@@ -267,7 +267,7 @@ def test_the_next_image_is_prepared_while_one_is_predicted(model, images, monkey
         return logits_by_tiles(self, *arguments)
 
     monkeypatch.setattr(task, "read_image", reading)
-    monkeypatch.setattr(Predictor, "logits_by_tiles", predicting)
+    monkeypatch.setattr(FoldNetworks, "logits_by_tiles", predicting)
     assert len(Predictor(model, device="cpu", tta=False).predict(images)) == 2
 
 
@@ -293,12 +293,12 @@ def test_labels_made_where_the_logits_are(make_model, images, monkeypatch, folds
     expected = predictor.predict(images)
     decided = []
 
-    def watched(logits, *arguments, original=predictor_module.decided_on_device):
+    def watched(logits, *arguments, original=fold_networks.decided_on_device):
         decided.append(original(logits, *arguments))
         return decided[-1]
 
-    monkeypatch.setattr(Predictor, "_decides_on_device", True)
-    monkeypatch.setattr(predictor_module, "decided_on_device", watched)
+    monkeypatch.setattr(FoldNetworks, "decides_on_device", True)
+    monkeypatch.setattr(fold_networks, "decided_on_device", watched)
     found = predictor.predict(images)
     assert found.keys() == expected.keys() and len(decided) == 2
     assert all(labels.dtype == torch.uint8 and labels.ndim == 3 for labels in decided)
@@ -307,7 +307,7 @@ def test_labels_made_where_the_logits_are(make_model, images, monkeypatch, folds
     image = np.random.default_rng(0).normal(size=(1, 14, 30, 40)).astype(np.float32)
     in_memory = predictor.predict_array(image, spacing=SPACING)
     assert len(decided) == 3
-    monkeypatch.setattr(Predictor, "_decides_on_device", False)
+    monkeypatch.setattr(FoldNetworks, "decides_on_device", False)
     assert np.array_equal(predictor.predict_array(image, spacing=SPACING), in_memory)
 
 
@@ -317,7 +317,7 @@ def test_labels_are_made_on_the_cpu_where_a_gpu_is_too_small(make_model, images,
 
     predictor = Predictor(make_model(), device="cpu", tta=False)
     expected = predictor.predict(images)
-    monkeypatch.setattr(Predictor, "_decides_on_device", True)
+    monkeypatch.setattr(FoldNetworks, "decides_on_device", True)
     monkeypatch.setattr("nnssl_adapt.inference.export.labels_on_device", too_large)
     found = predictor.predict(images)
     assert all(np.array_equal(found[name], labels) for name, labels in expected.items())
