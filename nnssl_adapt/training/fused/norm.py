@@ -74,7 +74,6 @@ def _as_before(rows: Tensor, like: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float slope, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
 )
 def _norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: float, eps: float
@@ -100,7 +99,6 @@ def _(x: Tensor, weight: Any, bias: Any, residual: Any, slope: float, eps: float
     mutates_args=(),
     schema="(Tensor gradient, Tensor x, Tensor? y, Tensor mean, Tensor scale, Tensor? weight, Tensor? bias, float slope)"
     " -> Tensor[]",
-    tags=(torch.Tag.needs_fixed_stride_order,),
 )
 def _norm_act_backward(
     gradient: Tensor,

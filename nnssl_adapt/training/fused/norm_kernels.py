@@ -322,7 +322,8 @@ class _Grid:
         self.few = min(16, self.columns)
 
 
-def _on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
+def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton starts kernels on the current device, wherever their tensors lie."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -340,7 +341,7 @@ def forward(
     mean, scale = (x.new_empty((grid.samples, grid.channels), dtype=kind) for _ in range(2))
     y = torch.empty_like(x)
     sizes = grid.voxels, grid.channels
-    with _on_its_device(x):
+    with on_its_device(x):
         _chunk_moments[grid.of_chunks](x, means, squares, *sizes, grid.per_chunk, ACC=acc, **grid.tile)
         few = triton.cdiv(grid.channels, grid.few), grid.samples
         _joined_moments[few](
@@ -377,7 +378,7 @@ def backward(
     known = gradient, x, _or(y, x), mean, scale, _or(weight, x), _or(bias, x)
     sizes = grid.voxels, grid.channels
     flags = {"AFFINE": weight is not None, "RESIDUAL": y is not None, "ACC": acc}
-    with _on_its_device(x):
+    with on_its_device(x):
         _chunk_gradients[grid.of_chunks](*known, plain, levelled, *sizes, grid.per_chunk, slope, **flags, **grid.tile)
         _joined_gradients[(triton.cdiv(grid.channels, grid.few),)](
             *(plain, levelled, total, product, _or(of_weight, x), _or(of_bias, x)),

@@ -1,5 +1,6 @@
 """Run by test_kernels.py: each kernel is compiled for a GPU, down to its machine code, as far as Triton brings what it takes."""
 
+import inspect
 import sys
 
 import triton
@@ -20,8 +21,12 @@ def compiled(kernel, half="*bf16", **constants):
     for name in names:
         kind = "i32" if name in SIZES else "fp32" if name in NUMBERS else half if name in HALF else "*fp32"
         signature[name] = "constexpr" if name in constants else kind
-    places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    else:  # Triton 3.2 to 3.3
+        kinds = {name: kind for name, kind in signature.items() if name not in constants}
+        source = ASTSource(fn=kernel, signature=kinds, constants=constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 
