@@ -22,6 +22,8 @@ from nnssl_adapt.inference.model_folder import ModelFolder
 BY_NNUNET_TOO = ("vocomni", "ctfm")
 """One of each network of ours: the others have the same trainer class."""
 
+SWIN = ("vocomni", "nvidia")
+
 TESTS = Path(__file__).parents[1]
 TINY = """epochs: 2
 iterations_per_epoch: 1
@@ -42,7 +44,7 @@ def world(tmp_path_factory):
         for name in ("raw", "preprocessed", "results"):
             (root / name).mkdir()
             patched.setenv(f"nnUNet_{name}", str(root / name))
-        make_dataset(root / "raw", "Dataset931_Few", cases=3, shape=(30, 40, 36), spacing=(2.0, 1.0, 1.3))
+        make_dataset(root / "raw", "Dataset931_Few", cases=3, shape=(22, 30, 26), spacing=(2.0, 1.0, 1.3))
         images = root / "images"
         images.mkdir()
         source = root / "raw" / "Dataset931_Few" / "imagesTr" / "case_01_0000.nii.gz"
@@ -51,7 +53,7 @@ def world(tmp_path_factory):
 
 
 def content_of(family):
-    if family in ("nvidia", "vocomni"):
+    if family in SWIN:
         return swin_file(family, swin_unetr(1, 21, 2 if family == "vocomni" else 1))
     return seg_res_net(family)[1]
 
@@ -74,9 +76,7 @@ def test_fine_tuned_and_predicted_with(world, family, more):
         "no_resample",
         "--ignore-orientation",
         "--patch",
-        "64",
-        "32",
-        "32",
+        *(("64", "32", "32") if family in SWIN else ("16", "16", "16")),
         "--batch",
         "2",
         "-f",
@@ -92,7 +92,7 @@ def test_fine_tuned_and_predicted_with(world, family, more):
     (model,) = (world / "results" / "Dataset931_Few").glob(f"*ptPlans__{family}__*")
     folder = ModelFolder.open(model)
     assert (model / "trainer_class.py").is_file()
-    assert folder.plan.content["transpose_forward"] == ([2, 1, 0] if family in ("vocomni", "nvidia") else [0, 1, 2])
+    assert folder.plan.content["transpose_forward"] == ([2, 1, 0] if family in SWIN else [0, 1, 2])
     ours = world / f"{family}_ours"
     na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world / "images", ours)
     assert (ours / "case_01.nii.gz").is_file()
