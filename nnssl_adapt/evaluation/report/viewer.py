@@ -1,6 +1,7 @@
 """The real volumes in a report, shown in 3D by NiiVue (BSD 2-Clause, https://github.com/niivue/niivue), without a network.
 
-NiiVue's bundle is no part of the repository: it is put into the wheel when that is built (``setup.py``), with its licence.
+NiiVue's bundle is no part of the repository: it is put into the wheel when that is built (``assets/vendor_niivue.py``), with its
+licence and those of the libraries in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nnssl_adapt.text import size_text
 DEFAULT_MEGABYTES = 100
 """Of all volumes in a page. Browsers open several hundred, slowly."""
 BUNDLE = "niivue.umd.js"
-LICENCE = "LICENSE"
+LICENCES = ("LICENSE", "NOTICES")
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,11 @@ def viewer_context() -> dict[str, Markup]:
     if not (folder / BUNDLE).is_file():
         raise ConfigurationError(
             "this installation has no NiiVue, which is fetched when the package is built: install it again where the npm "
-            "registry can be reached (pip install --force-reinstall --no-deps), or run 'python setup.py vendor_niivue' in a "
-            "clone of the repository"
+            "registry can be reached (pip install --force-reinstall --no-deps), or 'pip install --no-deps -e .' in a clone"
         )
     bundle = (folder / BUNDLE).read_text(encoding="utf-8").replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    licence = (folder / LICENCE).read_text(encoding="utf-8").replace("*/", "")
-    return {"bundle": Markup(f"/*! NiiVue\n{licence}*/\n{bundle}"), "script": asset("viewer.js")}
+    licences = "\n".join((folder / name).read_text(encoding="utf-8") for name in LICENCES).replace("*/", "")
+    return {"bundle": Markup(f"/*! NiiVue\n{licences}*/\n{bundle}"), "script": asset("viewer.js")}
 
 
 def embed(arrays: Iterable[tuple[str, np.ndarray]], geometry: ImageGeometry) -> Volume:

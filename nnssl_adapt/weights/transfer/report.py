@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import re
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from nnssl_adapt.errors import TransferError
@@ -135,8 +135,9 @@ class TransferReport:
         stream = io.BytesIO()
         self.plot().savefig(stream, format="png", dpi=100)
         data = base64.b64encode(stream.getvalue()).decode("ascii")
-        picture = f'<img src="data:image/png;base64,{data}" style="max-width:100%" alt="transfer of weights">'
-        return f"{picture}<details><summary>the table</summary><pre>{html.escape(str(self))}</pre></details>"
+        page = '<img src="data:image/png;base64,{}" style="max-width:100%" alt="transfer of weights">'
+        page += "<details><summary>the table</summary><pre>{}</pre></details>"
+        return str(Markup(page).format(data, str(self)))  # which escapes both
 
     def __str__(self) -> str:
         lines = [self.title] if self.title else []

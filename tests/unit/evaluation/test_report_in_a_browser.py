@@ -189,7 +189,7 @@ def test_a_page_can_be_shown_in_a_frame_of_a_notebook(page, tmp_path):
 def test_the_volumes_in_3d(tmp_path, monkeypatch):
     """The real NiiVue, where it was put into the package; what does not fit is left out and said."""
     if not (files("nnssl_adapt.assets") / "niivue" / BUNDLE).is_file():
-        pytest.skip("needs NiiVue: python setup.py vendor_niivue")
+        pytest.skip("needs NiiVue: pip install --no-deps -e . where the npm registry can be reached")
     for name in ("raw", "results", "preprocessed"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / f"nnUNet_{name}"))
     model = write_validated_model(tmp_path, NAMES, CLASSES, second_class=True)

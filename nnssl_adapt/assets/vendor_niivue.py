@@ -1,8 +1,8 @@
-"""What pyproject.toml can't say: NiiVue, for ``report --viewer``, is put into the wheel when that is built.
+"""A step of the build: NiiVue, for ``report --viewer``, is put into the wheel. pyproject.toml names it for setuptools.
 
 It is one file of a pinned version of its npm package, checked by the digest that the registry publishes. Without a network
 the wheel is built without it, and the viewer says so. ``NNSSL_ADAPT_NIIVUE=FILE.tgz`` names a copy of the package;
-``npm_config_registry`` another registry. ``python setup.py vendor_niivue`` puts it into a clone.
+``npm_config_registry`` another registry. An editable installation puts it into the clone. The package never imports this file.
 """
 
 import base64
@@ -14,13 +14,13 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command
 from setuptools.command.build import build
 
 VERSION = "0.69.0"
 INTEGRITY = "YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="  # SHA-512
 MEMBER, TARGET = "package/dist/niivue.umd.js", "nnssl_adapt/assets/niivue/niivue.umd.js"
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[2]
 
 
 class VendorNiivue(Command):
@@ -79,6 +79,3 @@ class Build(build):
     """setuptools' steps, and ours."""
 
     sub_commands = [*build.sub_commands, ("vendor_niivue", None)]
-
-
-setup(cmdclass={"build": Build, "vendor_niivue": VendorNiivue})
