@@ -108,10 +108,16 @@ def _cases(folder: Path, fold: str, labels: LabelScheme, ending: str) -> Iterabl
         yield CaseResult(
             name=stem_of(prediction.name, ending) or prediction.name,
             fold=fold,
-            metrics={names.get(entry, entry): metrics for entry, metrics in case["metrics"].items()},
+            metrics=_by_name(case["metrics"], names),
             reference=Path(case["reference_file"]),
             prediction=moved if moved.is_file() else prediction,
         )
+
+
+def _by_name(metrics: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Mapping[str, float]]:
+    """In the order of the classes: JSON keeps label 10 before label 2. What is no class of the model comes last."""
+    ordered = [*(entry for entry in names if entry in metrics), *(entry for entry in metrics if entry not in names)]
+    return {names.get(entry, entry): metrics[entry] for entry in ordered}
 
 
 def mean(values: Iterable[float]) -> float:

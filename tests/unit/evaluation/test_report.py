@@ -14,7 +14,7 @@ from support.reports import write_validated_model
 
 from nnssl_adapt.errors import ModelFolderError
 from nnssl_adapt.evaluation.lesions import LesionRule
-from nnssl_adapt.evaluation.report.content import CaseResult, worst_median_best
+from nnssl_adapt.evaluation.report.content import CaseResult, gather_folds, worst_median_best
 from nnssl_adapt.evaluation.report.report import make_report, write_report
 from nnssl_adapt.inference.model_folder import ModelFolder
 from nnssl_adapt.weights.network.architectures import build_network
@@ -154,3 +154,16 @@ def test_lesions_of_the_validation_cases_are_counted_by_the_rule_that_was_asked_
     assert "6-connected parts" in page.html and "intersection over union is at least 0.3" in page.html
     assert "lesion-wise Dice" in page.html
     assert "Lesions" not in make_report(trained, overlays=False).html
+
+
+def test_the_classes_of_a_case_stand_in_the_order_of_their_labels(tmp_path, trained):
+    labels = {"background": 0, **{f"part {value}": value for value in range(1, 12)}}
+    path = trained / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
+    summary = trained / "fold_0" / "validation" / "summary.json"
+    content = json.loads(summary.read_text())
+    for case in content["metric_per_case"]:
+        case["metrics"] = dict.fromkeys(sorted(map(str, range(1, 13))), case["metrics"]["1"])
+    summary.write_text(json.dumps(content))
+    (fold,) = gather_folds(ModelFolder.open(trained))
+    assert list(fold.cases[0].metrics) == [*(f"part {value}" for value in range(1, 12)), "12"]
