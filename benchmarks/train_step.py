@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ SHAPES = ((224, 256, 212), (208, 240, 232))
 # -- cases ---------------------------------------------------------------------------------------------------------------
 
 
-def write_cases(folder: Path, patch: int, labels: int) -> list[str]:
+def write_cases(folder: Path, patch: int, labels: int, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> list[str]:
     """Smooth images with regions of ``labels`` labels, background included, where tissue meets as in a head."""
     from scipy.ndimage import gaussian_filter, zoom
     from scipy.spatial import cKDTree
@@ -55,7 +56,7 @@ def write_cases(folder: Path, patch: int, labels: int) -> list[str]:
 
     store, random = CaseStore(folder), np.random.RandomState(labels)
     store.begin({"digest": "benchmark"})
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(shapes):
         coarse = [n // 4 for n in shape]
         grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in coarse], indexing="ij"), -1)
         bent = grid + np.moveaxis(gaussian_filter(random.randn(3, *coarse), (0, 3, 3, 3)), 0, -1)
@@ -68,7 +69,7 @@ def write_cases(folder: Path, patch: int, labels: int) -> list[str]:
         where = {label: np.argwhere(seg[None] == label)[:10000] for label in range(1, labels)}
         case = PreprocessedCase(data, seg[None], {"class_locations": where})
         store.write(f"case_{number}", case, (patch,) * 3, digest="benchmark")
-    return [f"case_{number}" for number in range(len(SHAPES))]
+    return [f"case_{number}" for number in range(len(shapes))]
 
 
 def dataset_json(labels: int) -> dict[str, Any]:
@@ -207,8 +208,11 @@ def network_of(tiny: bool) -> Any:
     return Architecture.named("ResEncL", **(TINY if tiny else {}))
 
 
-def our_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int, augmentation: str) -> Any:
-    """Our loop's seconds for each step, as a run has it: deep supervision as nnU-Net, batches from worker processes."""
+@contextlib.contextmanager
+def our_training(
+    folder: Path, patch: int, labels: int, device: str, workers: int, augmentation: str, network: Any, recipe: Any
+) -> Iterator[Callable[[], Any]]:
+    """Our loop, as a run has it: deep supervision as nnU-Net, batches from worker processes. Gives what takes a step."""
     from nnssl_adapt.data.labels import LabelScheme
     from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
     from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
@@ -221,50 +225,78 @@ def our_steps(folder: Path, patch: int, labels: int, device: str, steps: int, wo
         iterate_batches,
     )
     from nnssl_adapt.training.loop import TrainingLoop
-    from nnssl_adapt.training.optimise.losses import build_loss
+    from nnssl_adapt.training.optimise.loss_choice import choose_loss
     from nnssl_adapt.training.optimise.network_options import to_device, training_forward
     from nnssl_adapt.training.optimise.optimizer import autocast_dtype, build_optimizer, grad_scaler
-    from nnssl_adapt.training.recipe.recipe import Recipe
     from nnssl_adapt.training.run.checkpointing import TrainingState
     from nnssl_adapt.weights.network.architectures import build_network
 
-    recipe = Recipe.load("default").override(deep_supervision=True)
     where, size, scheme = torch.device(device), (patch,) * 3, LabelScheme.from_dataset_json(dataset_json(labels))
     torch.backends.cudnn.benchmark = where.type == "cuda"
-    architecture = network_of(where.type == "cpu")
-    network = to_device(build_network(architecture, 1, scheme.num_heads, size), recipe, where)
+    built = to_device(build_network(network, 1, scheme.num_heads, size), recipe, where).train()
     dtype = autocast_dtype(recipe.precision, where)
     scaler = grad_scaler() if dtype is torch.float16 else None
-    loss = build_loss(scheme, False, architecture.kwargs["strides"])
+    loss = choose_loss(recipe, scheme, False, network.strides)
     options = {"prepare": DeviceAugmentation(scheme, (False,))} if augmentation == "gpu" else {}
     loop = TrainingLoop(recipe, loss, scheme, batch_size=2, device=where, autocast_dtype=dtype, **options)
-    state = TrainingState(network, build_optimizer(network, recipe, where), scaler)
+    state = TrainingState(built, build_optimizer(built, recipe, where), scaler)
     spatial = SpatialRange.of(size)
     chain: Any = training_transforms(size, spatial, (0, 1, 2), (False,), scheme)
     if augmentation == "gpu":
         chain = device_transforms(spatial, (0, 1, 2), scheme)
-    cases = tuple(f"case_{number}" for number in range(len(SHAPES)))
+    cases = tuple(sorted(path.stem for path in folder.glob("*.pkl")))
     phase = PhaseData(cases, PatchSampler(spatial.read_size, size), chain)
     batches = Batches(folder, {TRAINING: phase}, 2, recipe.foreground_fraction, 0)
-    forward = training_forward(network, recipe, where)
+    forward = training_forward(built, recipe, where)
     with contextlib.closing(
         iterate_batches(batches, BatchSchedule(1, 10**6, 0), workers, where.type == "cuda")
     ) as stream:
-        return timed(lambda: loop.step(state, [next(stream)], forward), steps, where)
+        yield lambda: loop.step(state, [next(stream)], forward)
 
 
-def their_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int) -> Any:
-    """The same of nnU-Net's trainer, which finds its files by three variables."""
+def our_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int, augmentation: str) -> Any:
+    """Our loop's seconds for each step."""
+    from nnssl_adapt.training.recipe.recipe import Recipe
+
+    recipe, network = Recipe.load("default").override(deep_supervision=True), network_of(device == "cpu")
+    with our_training(folder, patch, labels, device, workers, augmentation, network, recipe) as step:
+        return timed(step, steps, torch.device(device))
+
+
+def their_training(patch: int, labels: int, device: str, network: Any) -> Callable[[], Any]:
+    """nnU-Net's trainer, which finds its files by three variables, and the number of its processes by another. Returns what
+    takes a step."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     where = torch.device(device)
-    plans = their_plans(network_of(where.type == "cpu"), patch)
+    plans = their_plans(network, patch)
     trainer = nnUNetTrainer(plans, "3d_fullres", 0, {**dataset_json(labels), "numTraining": len(SHAPES)}, device=where)
     trainer.initialize()
     torch.backends.cudnn.benchmark = where.type == "cuda"
     stream, _ = trainer.get_dataloaders()
     trainer.network.train()
-    return timed(lambda: trainer.train_step(next(stream)), steps, where)
+    return lambda: trainer.train_step(next(stream))
+
+
+def their_steps(folder: Path, patch: int, labels: int, device: str, steps: int, workers: int) -> Any:
+    """Its seconds for each step."""
+    step = their_training(patch, labels, device, network_of(device == "cpu"))
+    return timed(step, steps, torch.device(device))
+
+
+def tell_peer(folder: str, workers: int) -> None:
+    """Where nnU-Net finds its files, and how many processes make its batches."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[variable] = folder
+    os.environ["nnUNet_n_proc_DA"] = str(workers)
+
+
+def write_store(folder: Path, patch: int, labels: int, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Path:
+    """Cases where both find them, below ``folder``; returns the store."""
+    store = folder / DATASET / "nnUNetPlans_3d_fullres"
+    cases = write_cases(store, patch, labels, shapes)
+    (store.parent / "splits_final.json").write_text(json.dumps([{"train": cases, "val": cases}] * 5))
+    return store
 
 
 def their_plans(architecture: Any, patch: int) -> dict[str, Any]:
@@ -333,12 +365,8 @@ def measure_steps(patch: int, labels: int, steps: int, workers: int) -> None:
     kinds = ["ours, augmentation default", "ours, augmentation gpu"] + (["nnU-Net"] if has_peer() else [])
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        store = Path(name) / DATASET / "nnUNetPlans_3d_fullres"
-        cases = write_cases(store, patch, labels)
-        (store.parent / "splits_final.json").write_text(json.dumps([{"train": cases, "val": cases}] * 5))
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            os.environ[variable] = name
-        os.environ["nnUNet_n_proc_DA"] = str(workers)
+        store = write_store(Path(name), patch, labels)
+        tell_peer(name, workers)
         medians = {}
         for kind in kinds:
             mine, theirs = context.Pipe(duplex=False)

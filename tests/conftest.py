@@ -149,10 +149,22 @@ def small_resenc() -> Path:
     return CHECKPOINTS / "small_resenc"
 
 
+REHEARSAL = "NNSSL_ADAPT_REHEARSE_CUDA"
+"""Environment variable: 1 runs the tests marked ``cuda`` on the CPU. It tells nothing of a card, but finds mistakes in them."""
+
+
+@pytest.fixture(scope="session")
+def cuda_device():
+    """The card that a test marked ``cuda`` runs on; in a rehearsal the CPU."""
+    import torch
+
+    return torch.device("cpu" if os.environ.get(REHEARSAL) == "1" else "cuda")
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get(REHEARSAL) == "1":
         return
     skip = pytest.mark.skip(reason="needs CUDA")
     for item in items:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import blosc2
 import numpy as np
 
 from nnssl_adapt.data.store import open_array, packed, piece_shapes
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, write_json
 from nnssl_adapt.text import read_record
+
+if TYPE_CHECKING:
+    import blosc2
 
 FOLDER = "predicted_next_stage"
 """Name, in the first stage's model folder, of the folder that has one for each next stage."""

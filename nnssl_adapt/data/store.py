@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import blosc2
 import numpy as np
 from isal import isal_zlib
 
@@ -29,6 +28,9 @@ from nnssl_adapt.errors import CaseError, DatasetNotFound
 from nnssl_adapt.files import explain_write_errors, make_folder, write_json
 from nnssl_adapt.machine.scratch import remove_abandoned, workplace
 from nnssl_adapt.text import read_record
+
+if TYPE_CHECKING:  # half a second, and a bare machine has none: loaded where arrays are packed and opened
+    import blosc2
 
 logger = logging.getLogger(__name__)
 
@@ -281,8 +283,8 @@ def _checksum(path: Path) -> int:
 @cache
 def _versions() -> dict[str, str]:
     """What decides the voxels of a case, beside its settings."""
-    versions = {"numpy": np.__version__, "blosc2": blosc2.__version__}
-    for package in ("nnssl-adapt", "scipy", "SimpleITK"):  # by their metadata: a bare machine has no SimpleITK
+    versions = {"numpy": np.__version__}
+    for package in ("blosc2", "nnssl-adapt", "scipy", "SimpleITK"):  # by their metadata: a bare machine has no SimpleITK
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from its sources
@@ -351,6 +353,8 @@ def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
 
 
 def packed(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int]) -> bytes:
+    import blosc2
+
     packed_array = blosc2.empty(
         array.shape,
         array.dtype,
@@ -366,6 +370,8 @@ def packed(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int]) -> b
 
 
 def open_array(path: Path) -> blosc2.NDArray:
+    import blosc2
+
     try:
         return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **_MMAP)
     except (RuntimeError, OSError, ValueError) as error:

@@ -12,9 +12,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import blosc2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +27,9 @@ from nnssl_adapt.machine.resources import memory_kills, why_a_worker_died
 from nnssl_adapt.training.batches.spatial import Box, Size
 from nnssl_adapt.training.batches.staging import open_nearest
 from nnssl_adapt.training.launch.distributed import Ranks
+
+if TYPE_CHECKING:
+    import blosc2
 
 logger = logging.getLogger(__name__)
 
