@@ -25,10 +25,13 @@ one ``pip install --no-index --no-deps --target SITE WHEELS/*.whl`` and ``PYTHON
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -37,10 +40,8 @@ for folder in (HERE, HERE.parent):  # the parts of this program; the package, wh
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import torch
 from gpu_program.plots import draw
 from gpu_program.results import RUN, TITLES, failures, figures_of, missed, publish, read_rows, tables
-from gpu_program.setting import Setting
 
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
 SECONDS = {0: 90, 1: 540, 2: 540, 3: 540, 4: 330}
@@ -48,30 +49,53 @@ STAGES = {0: "machine", 1: "correctness", 2: "step_time", 3: "peer", 4: "predict
 """Modules of gpu_program, each with ``run(setting)``."""
 
 
-def run_stage(folder: Path, stage: int, rehearse: bool) -> bool:
-    """Run a stage in a process of its own; whether it came to its end."""
+def run_stage(folder: Path, stage: int, options: Sequence[str] = ()) -> bool:
+    """Run a stage in a process of its own, with ``--rehearse`` or ``--commit``; whether it came to its end."""
     print(f"stage {stage}: {TITLES[stage]}", flush=True)
-    command = [
-        sys.executable,
-        __file__,
-        "-o",
-        str(folder),
-        "--child",
-        str(stage),
-        *(["--rehearse"] if rehearse else []),
-    ]
-    environment = {
-        **os.environ,
-        **({"OMP_NUM_THREADS": "1"} if rehearse else {}),
-    }  # tiny arrays gain nothing from threads
+    command = [sys.executable, __file__, "-o", str(folder), "--child", str(stage), *options]
+    environment = dict(os.environ)
+    if "--rehearse" in options:
+        environment["OMP_NUM_THREADS"] = "1"  # tiny arrays gain nothing from threads
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        ended = subprocess.run(command, timeout=SECONDS[stage], env=environment).returncode
+        ended = process.wait(timeout=SECONDS[stage])
         problem = None if ended == 0 else f"ended with {ended}"
     except subprocess.TimeoutExpired:
         problem = f"took more than {SECONDS[stage]} s"
+    finally:
+        end_with_all_below(process)
     if problem:
         print(f"stage {stage} {problem}; what it had measured is kept", flush=True)
     return problem is None
+
+
+def end_with_all_below(process: subprocess.Popen[bytes]) -> None:
+    """What a stage started must not use the card while the next one measures."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def run_here(folder: Path, stage: int, rehearse: bool, commit: str) -> int:
+    """A stage, in this process."""
+    from gpu_program.setting import Setting
+
+    setting = Setting(folder, stage, rehearse)
+    if not rehearse and not torch_cuda_is_available():
+        return 1
+    command = "python benchmarks/gpu.py -o FOLDER"
+    setting.write(RUN, stage, date=str(date.today()), commit=commit or head_commit(), command=command)
+    importlib.import_module(f"gpu_program.{STAGES[stage]}").run(setting)
+    return 0
+
+
+def torch_cuda_is_available() -> bool:
+    import torch  # not at the top: of a rehearsal only the stages need it
+
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here: --rehearse runs every stage on the CPU, and measures nothing")
+    return torch.cuda.is_available()
 
 
 def head_commit() -> str:
@@ -112,19 +136,14 @@ def main() -> int:
         refusal = publish(folder, DOCUMENT)
         print(f"not published: {refusal}" if refusal else f"{DOCUMENT} has the tables")
         return 1 if refusal else 0
-    if not arguments.rehearse and not torch.cuda.is_available():
-        print("there is no CUDA device here: --rehearse runs every stage on the CPU, and measures nothing")
-        return 1
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.child is not None:
-        module = importlib.import_module(f"gpu_program.{STAGES[arguments.child]}")
-        module.run(Setting(folder, arguments.child, arguments.rehearse))
-        return 0
+        return run_here(folder, arguments.child, arguments.rehearse, arguments.commit)
+    if not arguments.rehearse and not torch_cuda_is_available():
+        return 1
     stages = list(STAGES) if arguments.stage is None else [arguments.stage]
-    command = f"python benchmarks/gpu.py -o FOLDER{'' if arguments.stage is None else f' --stage {arguments.stage}'}"
-    told = {"date": str(date.today()), "commit": arguments.commit or head_commit(), "command": command}
-    Setting(folder, stages[0], arguments.rehearse).write(RUN, told["date"], **told)
-    ended = [run_stage(folder, stage, arguments.rehearse) for stage in stages]
+    options = ["--rehearse"] * arguments.rehearse + (["--commit", arguments.commit] if arguments.commit else [])
+    ended = [run_stage(folder, stage, options) for stage in stages]
     return 0 if summarise(folder) == 0 and all(ended) else 1
 
 

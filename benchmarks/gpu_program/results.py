@@ -10,7 +10,7 @@ from typing import Any
 TITLES = {0: "Machine", 1: "Correctness", 2: "Step time", 3: "Beside nnunetv2", 4: "Prediction"}
 BEGIN, END = "<!-- measured on a GPU: begin -->", "<!-- measured on a GPU: end -->"
 RUN = "run"
-"""Name of the row that a run begins with: its date, commit and command."""
+"""Name of the row that a stage begins with: its date, commit and command."""
 
 COLUMNS = {
     "least_ms": "least, ms",
@@ -100,8 +100,11 @@ def publish(folder: Path, document: Path) -> str | None:
     if len(cards) > 1:
         return f"figures of different cards don't go together: {', '.join(cards)}"
     runs = [row for row in rows if row["name"] == RUN]
-    if not runs or not runs[-1].get("commit"):
+    commits = sorted({row.get("commit", "") for row in runs})
+    if not runs or "" in commits:
         return "the commit that was measured is not known: measure with --commit where the copy has no .git"
+    if len(commits) > 1:
+        return f"figures of different commits don't go together: {', '.join(commits)}"
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         return f"{document} has no {BEGIN} … {END}"

@@ -1,57 +1,204 @@
-"""benchmarks/gpu.py: what it may publish, and that it runs. CI rehearses all of its stages."""
+"""benchmarks/gpu.py: what it may publish, what it makes of its figures, and that all of its stages run."""
 
-import importlib.util
+import importlib
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROGRAM = BENCHMARKS / "gpu.py"
 
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("gpu_program", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_program"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_program"]
+    """Its modules by name."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(BENCHMARKS))
+        names = {
+            "gpu": "gpu",
+            **{name: f"gpu_program.{name}" for name in ("results", "setting", "step_time", "correctness")},
+        }
+        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
 
 
-def row(on_gpu, name="5 classes", stage=2):
-    return {"stage": stage, "name": name, "value": 81.25, "unit": "ms a step", "device": "Card X", "on_gpu": on_gpu}
+def row(name="5 classes", on_gpu=True, stage=2, value=81.25, **more):
+    unit = "ms a step"
+    return {"stage": stage, "name": name, "value": value, "unit": unit, "device": "Card X", "on_gpu": on_gpu, **more}
 
 
-def test_only_what_a_gpu_measured_is_published(program, tmp_path):
-    document = tmp_path / "benchmarks.md"
-    text = f"before\n{program.BEGIN}\nold\n{program.END}\nafter\n"
-    document.write_text(text)
-    assert "not measured on a GPU: step b" in program.publish([row(True), row(False, "step b")], document)
-    assert "no figures" in program.publish([], document)
+RUN = row("run", stage=0, value="", date="2026-11-28", commit="abc123def", command="python benchmarks/gpu.py -o FOLDER")
+
+
+def write(folder, *rows):
+    (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+# -- what may be published -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def document(tmp_path, program):
+    path = tmp_path / "docs" / "benchmarks.md"
+    path.parent.mkdir()
+    path.write_text(f"before\n{program.results.BEGIN}\nold\n{program.results.END}\nafter\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([RUN], "no figures"),
+        ([RUN, row(), row("step b", on_gpu=False)], "not measured on a GPU: step b"),
+        ([RUN, row(), {**row("older"), "device": "Card Y"}], "different cards"),
+        ([{**RUN, "commit": ""}, row()], "commit"),
+        ([row()], "commit"),
+        ([RUN, {**RUN, "stage": 2, "commit": "another"}, row()], "different commits"),
+    ],
+)
+def test_what_is_not_published(rows, reason, program, tmp_path, document):
+    write(tmp_path, *rows)
+    text = document.read_text()
+    assert reason in program.results.publish(tmp_path, document)
     assert document.read_text() == text
-    assert program.publish([row(True)], document) is None
-    published = document.read_text()
-    assert published.startswith("before\n") and published.endswith("after\n") and "old" not in published
-    assert "| 5 classes | 81.25 | ms a step |" in published and "Card X" in published
-    assert program.publish([row(True, "again")], document) is None and "5 classes" not in document.read_text()
+
+
+def test_what_a_gpu_measured_is_published(program, tmp_path, document):
+    write(tmp_path, RUN, row(peak_gib=21.5, goal="at most 100", met=True), row("b", value="failed", error="no memory"))
+    (tmp_path / "steps.png").write_bytes(b"picture")
+    assert program.results.publish(tmp_path, document) is None
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert (
+        "| 5 classes | 81.25 | ms a step | 21.5 | at most 100: met |" in text and "| b | failed | no memory |" in text
+    )
+    assert "2026-11-28, commit `abc123def`, Card X: `python benchmarks/gpu.py -o FOLDER`" in text
+    assert "images/gpu_steps.png" in text and (document.parent / "images" / "gpu_steps.png").is_file()
+    write(tmp_path, RUN, row("again"))
+    assert program.results.publish(tmp_path, document) is None and "5 classes" not in document.read_text()
 
 
 def test_the_document_has_a_place_for_the_tables(program):
-    text = program.DOCUMENT.read_text(encoding="utf-8")
-    assert text.index(program.BEGIN) < text.index(program.END)
+    text = program.gpu.DOCUMENT.read_text(encoding="utf-8")
+    assert text.index(program.results.BEGIN) < text.index(program.results.END)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_stage_is_rehearsed_on_the_cpu(stage, tmp_path):
-    command = [sys.executable, str(PROGRAM), "-o", str(tmp_path), "--rehearse", "--stage", str(stage)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) >= 3 and {row["stage"] for row in rows} == {stage} and not any(row["on_gpu"] for row in rows)
-    refused = subprocess.run(
-        [sys.executable, str(PROGRAM), "-o", str(tmp_path), "--publish"], capture_output=True, text=True
+# -- figures -----------------------------------------------------------------------------------------------------------------
+
+
+def test_of_figures_that_were_measured_again_the_last_counts_and_a_torn_line_is_left_out(program, tmp_path):
+    write(tmp_path, row(value=1.0), row("b"), row(value=2.0))
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"stage": 2, "na')
+    found = program.results.read_rows(tmp_path)
+    assert [(each["name"], each["value"]) for each in found] == [("b", 81.25), ("5 classes", 2.0)]
+
+
+def test_goals_are_judged_and_failures_are_told(program, tmp_path, capsys):
+    setting = program.setting.Setting(tmp_path, 2, rehearse=True)
+    setting.judge("fast enough", 1.6, "times", at_least=1.5)
+    setting.judge("too large", 1.3, "of the logits", at_most=1.2)
+    setting.write("wrong labels", 0.99, passed=False)
+    with setting.surviving("breaks down"):
+        raise RuntimeError("CUDA error:\n  an illegal instruction")
+    rows = program.results.read_rows(tmp_path)
+    assert [each.get("met") for each in rows] == [True, False, None, None]
+    assert rows[-1]["value"] == "failed" and rows[-1]["error"] == "RuntimeError: CUDA error: an illegal instruction"
+    assert program.results.failures(rows) == ["wrong labels", "breaks down"]
+    assert program.results.missed(rows) == []  # a rehearsal measures nothing
+    (missed,) = program.results.missed([{**each, "on_gpu": True} for each in rows])
+    assert missed.startswith("too large 1.3") and program.gpu.summarise(tmp_path) == 2
+
+
+def test_waits_are_listed_by_where_they_are(program, tmp_path):
+    setting = program.setting.Setting(tmp_path, 2, rehearse=True)
+    with program.step_time.listed_waits(setting) as places:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert len(places) == 1 and places[0].startswith(f"{Path(__file__).name}:")
+
+
+def test_the_layout_of_stage_3_is_the_faster_one_of_stage_2(program):
+    name, faster = program.step_time.step_name, program.step_time.faster_layout
+    rows = [
+        row(name("ResEnc-L", 5, last, "on", "as trained"), value=value) for last, value in ((False, 90.0), (True, 80.0))
+    ]
+    assert faster(rows) is True and faster(rows[:1]) is None
+    assert faster([rows[0], {**rows[1], "value": "failed"}]) is None
+
+
+def test_a_stage_that_takes_too_long_is_ended_and_the_others_go_on(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(program.gpu.SECONDS, 0, 0.2)
+    assert program.gpu.run_stage(tmp_path, 0, ["--rehearse"]) is False
+    assert "took more than" in capsys.readouterr().out
+
+
+def test_tests_that_fail_are_rows(program, tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.cuda.test_steps" name="test_a" time="1.5"/>'
+        '<testcase classname="tests.cuda.test_steps" name="test_b" time="1"><failure message="off by 3"/></testcase>'
+        '<testcase classname="tests.cuda.test_runs" name="test_c" time="0"><skipped message="no peft"/></testcase>'
+        "</testsuite></testsuites>"
     )
-    assert refused.returncode == 1 and "not measured on a GPU" in refused.stdout
+    program.correctness.tell_tests(program.setting.Setting(tmp_path, 1, rehearse=True), report)
+    rows = {each["name"]: each for each in program.results.read_rows(tmp_path)}
+    assert rows["test_steps::test_b"]["error"] == "off by 3" and rows["test_runs::test_c"]["value"] == "skipped"
+    assert rows["pytest -m cuda"]["value"] == "1 passed, 1 failed, 1 skipped" and not rows["pytest -m cuda"]["passed"]
+
+
+# -- the rehearsal ---------------------------------------------------------------------------------------------------------------
+
+_IMAGES = ("SimpleITK", "nibabel", "nnunetv2", "batchgenerators", "batchgeneratorsv2")
+MISSING = {
+    0: (*_IMAGES, "blosc2", "isal", "pydantic", "dynamic_network_architectures"),
+    1: _IMAGES,
+    2: (*_IMAGES, "blosc2"),
+    3: (),
+    4: (),
+}
+"""What a bare machine lacks and a stage does without; the program's text says what has to be carried there."""
+
+FIGURES = {
+    0: ("memory", "bf16 products", "/dev/shm free"),
+    1: ("pytest -m cuda", "labels of a large case, resampled", "test_runs::test_workers_and_pinned_memory[gpu]"),
+    2: (
+        "loss as trained, 30 classes",
+        "waits of a step",
+        "ResEnc-L, 5 classes, NDHWC, compiled, loss reference compiled",
+        "Primus-M, 5 classes, NCDHW, compiled, loss as trained",
+        "ResEnc-L, 5 classes, NDHWC, max-autotune, loss as trained",
+    ),
+    3: ("ours, 2 cores", "ours, augmented on the GPU, 2 cores"),
+    4: ("tiles, mirrored", "labels made on the device, resampled", "logits to the CPU, same grid"),
+}
+PICTURES = {2: {"steps.png", "loss.png"}, 3: {"beside_nnunetv2.png"}, 4: {"prediction.png"}}
+
+
+@pytest.mark.parametrize("stage", FIGURES)
+def test_a_stage_is_rehearsed_on_the_cpu(stage, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {MISSING[stage]}: sys.modules[name] = None\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    folder = tmp_path / "figures"
+    command = [sys.executable, str(PROGRAM), "-o", str(folder)]
+    done = subprocess.run(
+        [*command, "--rehearse", "--stage", str(stage)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {each["stage"] for each in rows} == {stage} and not any(each["on_gpu"] for each in rows)
+    names = {each["name"] for each in rows}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    wanted = {name.replace("2 cores", f"{min(2, cores)} cores") for name in FIGURES[stage]}
+    assert wanted <= names, names
+    assert f"| {next(iter(wanted))} |" in (folder / "tables.md").read_text()
+    assert {path.name for path in folder.glob("*.png")} == PICTURES.get(stage, set())
+    if stage == 0:
+        refused = subprocess.run([*command, "--publish"], capture_output=True, text=True)
+        assert refused.returncode == 1 and "not measured on a GPU" in refused.stdout
