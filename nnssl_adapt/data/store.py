@@ -284,7 +284,7 @@ def _checksum(path: Path) -> int:
 def _versions() -> dict[str, str]:
     """What decides the voxels of a case, beside its settings."""
     versions = {"numpy": np.__version__}
-    for package in ("blosc2", "nnssl-adapt", "scipy", "SimpleITK"):  # by their metadata: a bare machine has no SimpleITK
+    for package in ("blosc2", "nnssl-adapt", "scipy", "SimpleITK"):  # by their metadata: a bare machine lacks some
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from its sources
