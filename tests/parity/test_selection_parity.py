@@ -243,17 +243,39 @@ WINNERS = {"an ensemble": "ensemble___", "the second": NAMES[1], "a tie": NAMES[
 @pytest.mark.parametrize("kind", SCHEMES)
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_same_model_is_chosen(kind, scene, peer_folders):
+    noises = dict(zip(NAMES, SCENES[scene], strict=True))
+    best = check_the_same_is_chosen(kind, noises, (["3d_fullres"], ["nnUNetPlans", "otherPlans"]), peer_folders)
+    assert best.name.startswith(WINNERS[scene])
+
+
+CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"]
+GOOD, BAD, FAIR = (0.01,) * 4, (8.0,) * 4, (4.0,) * 4
+SCENES_OF_CONFIGURATIONS = {  # noise of each, and what is the best
+    "the cascade": ((BAD, FAIR, BAD, GOOD), "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"),
+    "an ensemble": (((1, 1, 1, 1),) * 4, "ensemble___"),
+    "a tie": (((0.0,) * 4,) * 4, "nnUNetTrainer__nnUNetPlans__2d"),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES_OF_CONFIGURATIONS)
+def test_the_same_configuration_is_chosen(scene, peer_folders):
+    """All that nnU-Net has, slices and a cascade with its first stage, and their ensembles."""
+    noises, winner = SCENES_OF_CONFIGURATIONS[scene]
+    named = {f"nnUNetTrainer__nnUNetPlans__{name}": noise for name, noise in zip(CONFIGURATIONS, noises, strict=True)}
+    best = check_the_same_is_chosen("labels", named, (CONFIGURATIONS, ["nnUNetPlans"]), peer_folders)
+    assert best.name.startswith(winner)
+
+
+def check_the_same_is_chosen(kind, noises, configurations_and_plans, peer_folders):
     references = write_references(peer_folders)
     heads = 4 if kind == "labels" else 3
-    for seed, (name, noise) in enumerate(zip(NAMES, SCENES[scene], strict=True), start=1):
+    for seed, (name, noise) in enumerate(noises.items(), start=1):
         write_model(peer_folders, name, SCHEMES[kind], references, noise[:heads], seed, islands=(2,))
     results = peer_folders / "nnUNet_results" / DATASET
     theirs = quietly(
         peer_best.find_best_configuration,
         DATASET,
-        peer_best.dumb_trainer_config_plans_to_trained_models_dict(
-            ["nnUNetTrainer"], ["3d_fullres"], ["nnUNetPlans", "otherPlans"]
-        ),
+        peer_best.dumb_trainer_config_plans_to_trained_models_dict(["nnUNetTrainer"], *configurations_and_plans),
         num_processes=1,
         folds=(0, 1, 2),
     )
@@ -262,7 +284,6 @@ def test_the_same_model_is_chosen(kind, scene, peer_folders):
     for path in [*results.glob("*/crossval_results*"), results / "ensembles"]:
         shutil.rmtree(path)
     selection = find_best(991)
-    assert selection.best.name.startswith(WINNERS[scene])
     path = save_selection(selection, instructions_text(selection))
     ours = json.loads(path.read_text())
     assert ours == json.loads(json.dumps(information(selection)))
@@ -280,3 +301,4 @@ def test_the_same_model_is_chosen(kind, scene, peer_folders):
     same_labels(best / "postprocessed", peers_files / best.relative_to(results) / "postprocessed")
     # nnU-Net's own instructions can be printed from our file.
     quietly(peer_best.print_inference_instructions, ours)
+    return selection.best

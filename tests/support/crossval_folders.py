@@ -98,8 +98,10 @@ def write_model(root: Path, name: str, scheme_content, references, noise, seed=0
     _, plans_name, configuration = name.split("__")
     content = plans_content(transpose=(0, 1, 2))
     content["plans_name"] = plans_name
-    content["configurations"] = {configuration: content["configurations"]["3d_fullres"]}
-    for place in (model / "plans.json", root / "nnUNet_preprocessed" / DATASET / f"{plans_name}.json"):
+    planned = root / "nnUNet_preprocessed" / DATASET / f"{plans_name}.json"
+    others = json.loads(planned.read_text())["configurations"] if planned.is_file() else {}
+    content["configurations"] = {**others, configuration: content["configurations"]["3d_fullres"]}
+    for place in (model / "plans.json", planned):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(content))
     (model / "dataset.json").write_text(json.dumps(description(scheme_content)))
