@@ -1,19 +1,31 @@
-"""The augmentation of a cascade's segmentation channels, by nnU-Net's own classes on the same draws."""
+"""A cascade's segmentation channels: their augmentation, and a step of training, by nnU-Net's own classes on the same draws."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_plans import CNN
 
-pytest.importorskip("batchgeneratorsv2")
+pytest.importorskip("nnunetv2")
 
 from batchgeneratorsv2.transforms.nnunet import random_binary_operator as theirs
 from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
     RemoveRandomConnectedComponentFromOneHotEncodingTransform,
 )
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from skimage.morphology import ball as their_ball
 
+from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.training.batches.augment import plain_transforms
+from nnssl_adapt.training.batches.patches import Place
 from nnssl_adapt.training.batches.previous_stage import OPERATORS, StageSteps, ball, write_one_hot
+from nnssl_adapt.training.optimise.losses import build_loss
+from nnssl_adapt.training.optimise.network_options import set_deep_supervision
+from nnssl_adapt.weights.network.architectures import build_network
 
 SHAPE = (14, 18, 23)
 THEIR_OPERATORS = {
@@ -101,3 +113,72 @@ def test_probabilities_are_nnunets():
     assert {name for _, name, _ in operations} == set(OPERATORS)
     assert {channel for channel, _, _ in operations} == {0, 1, 2}
     assert StageSteps.draw(5, 3) == StageSteps.draw(5, 3)
+
+
+PLAIN = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
+REGIONS = {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3}, "regions_class_order": [1, 2, 3]}
+
+
+def sample(seed, shape):
+    """An image (2, Z, Y, X), labels (Z, Y, X) with voxels outside (-1), and the previous stage's labels."""
+    random = np.random.default_rng(seed)
+    image = random.normal(size=(2, *shape)).astype(np.float32)
+    labels = random.integers(-1, 4, shape).astype(np.int16)
+    return image, labels, np.where(random.random(shape) < 0.8, np.maximum(labels, 0), 1).astype(np.int16)
+
+
+def place_of(image, labels, previous):
+    case = SimpleNamespace(data=image, seg=labels[None], identifier="x")
+    return Place(case, (0, 0, 0), image.shape[1:], image.shape[1:], 0, previous)
+
+
+@pytest.mark.parametrize("content", [PLAIN, REGIONS], ids=["labels", "regions"])
+def test_loss_and_gradients_of_a_cascade(content):
+    """One step by nnU-Net's validation transforms, network and loss, with the weights that a cascade starts with here."""
+    scheme = LabelScheme.from_dataset_json(content)
+    manager = LabelManager(content["labels"], content.get("regions_class_order"))
+    shape, stage = (8, 16, 24), scheme.foreground_labels
+    assert list(stage) == list(manager.foreground_labels)
+    torch.manual_seed(1)
+    ours = build_network(CNN, 2 + len(stage), scheme.num_heads, shape)
+    with torch.no_grad():
+        ours.encoder.stem.convs[0].conv.weight[:, 2:] = 0  # silent
+    keys = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    theirs = get_network_from_plans(name, CNN.kwargs, keys, 2 + len(stage), manager.num_segmentation_heads, True, True)
+    set_deep_supervision(ours, True)
+    theirs.load_state_dict(ours.state_dict())
+
+    samples = [sample(seed, shape) for seed in (0, 1)]
+    plain = plain_transforms(scheme, stage)([place_of(*each) for each in samples])
+    strides = [tuple(stride) for stride in CNN.kwargs["strides"]]
+    trainer = SimpleNamespace(
+        label_manager=manager, configuration_manager=SimpleNamespace(batch_dice=False, pool_op_kernel_sizes=strides),
+        is_ddp=False, enable_deep_supervision=True, _do_i_compile=lambda: False,
+    )  # fmt: skip
+    trainer._get_deep_supervision_scales = lambda: nnUNetTrainer._get_deep_supervision_scales(trainer)
+    transforms = nnUNetTrainer.get_validation_transforms(
+        trainer._get_deep_supervision_scales(), True, manager.foreground_labels,
+        manager.foreground_regions if manager.has_regions else None,
+    )  # fmt: skip
+    both = [
+        transforms(image=torch.from_numpy(image), segmentation=torch.from_numpy(np.stack([seg, previous])))
+        for image, seg, previous in samples
+    ]
+    image = torch.stack([each["image"] for each in both])
+    target = [torch.stack(level) for level in zip(*(each["segmentation"] for each in both), strict=True)]
+    assert torch.equal(plain["image"], image) and torch.equal(plain["target"].float(), target[0].float())
+
+    value = build_loss(scheme, False, strides)(ours(plain["image"]), plain["target"])
+    value.backward()
+    expected = nnUNetTrainer._build_loss(trainer)(theirs(image), target)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    scale = max(gradient.abs().max().item() for gradient in wanted.values())
+    assert got.keys() == wanted.keys() and scale > 1e-3
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).abs().max().item() < 1e-5 * scale, name
+    stem = got["encoder.stem.convs.0.conv.weight"][:, 2:]
+    assert stem.abs().amax((0, 2, 3, 4)).min() > 0, "silent channels learn from the first step on"

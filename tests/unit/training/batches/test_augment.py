@@ -1,6 +1,7 @@
 """The augmentation chain on asymmetric patches, on the CPU and as it is on a device."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,3 +146,18 @@ def test_the_gpu_makes_what_the_cpu_makes():
     quiet = [i for i, work in enumerate(batch["work"]) if not any(isinstance(s, Noise) for s in work.drawn.steps)]
     assert torch.allclose(image.cpu()[quiet], expected["image"][quiet], atol=1e-3)
     assert (target.cpu() != expected["target"]).float().mean() < 1e-3
+
+
+def test_the_previous_stage_is_the_same_on_the_device():
+    """Turned, mirrored and augmented with the patch: the channels of a cascade's first network."""
+    patch, stage = (8, 12, 16), (1, 2)
+    case, spatial = Case(), SpatialRange.of((8, 12, 16))
+    previous = np.roll(np.maximum(case.seg[0], 0), 3, axis=2).astype(np.uint8)
+    samples = [replace(place, previous=previous) for place in places(patch, range(24), case)]
+    cpu = training_transforms(patch, spatial, (0, 1, 2), (False, False), PLAIN, stage)(samples)
+    batch = device_transforms(spatial, (0, 1, 2), PLAIN, stage)(samples)
+    image, target = DeviceAugmentation(PLAIN, (False, False), stage)(batch, "cpu")
+    assert torch.equal(image[:, 2:], cpu["image"][:, 2:]) and torch.equal(target, cpu["target"])
+    drawn = [work.drawn for work in batch["work"]]
+    assert any(each.stage.operations for each in drawn) and any(each.stage.removals for each in drawn)
+    assert any(each.matrix is not None for each in drawn) and set(image[:, 2:].unique().tolist()) == {0.0, 1.0}
