@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from support.peer_preprocessing import assert_same_store
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
@@ -137,6 +138,11 @@ def check_both_stages(model, world, tmp_path):
     predictor.predict(world.images, tmp_path / "given", previous=tmp_path / "first")
     assert agreement(tmp_path / "given", tmp_path / "theirs") >= 0.9999
     assert agreement(tmp_path / "ours", tmp_path / "theirs") >= 0.998
+
+
+@pytest.mark.parametrize("configuration", [LOW_RESOLUTION, CASCADE])
+def test_our_stores_are_nnunets(world, configuration):
+    assert_same_store(world.plan.seen_through(configuration))
 
 
 def test_nnunet_predicts_with_our_cascade(ours, world, tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.peer_preprocessing import assert_same_store
 from support.pictures import write_picture_dataset
 from support.synthetic import make_dataset
 
@@ -85,6 +86,31 @@ def agreement(one: Path, other: Path) -> float:
 @pytest.mark.parametrize("whose", ["theirs", "ours"])
 def test_both_predict_the_same(world: SimpleNamespace, ours: Path, tmp_path: Path, whose: str) -> None:
     model = world.peer if whose == "theirs" else ours
+    by_nnunet(model, world.images, tmp_path / "nnunet")
+    na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world.images, tmp_path / "na")
+    assert agreement(tmp_path / "na", tmp_path / "nnunet") >= 0.9999
+
+
+@pytest.fixture(scope="module")
+def own_plan(world: SimpleNamespace) -> na.FinetunePlan:
+    """Planned here by nnU-Net's rules, without weights, and preprocessed; with few features, for a CPU."""
+    plan = na.make_plan(world.dataset, None, name="own", workers=1, configurations=["2d"], preset="default")
+    content = plan.content
+    arguments = content["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = [4 + 2 * stage for stage in range(arguments["n_stages"])]
+    plan = na.FinetunePlan(content, "2d")
+    na.preprocess_dataset(plan, workers=1, progress=False)
+    return plan
+
+
+def test_our_store_of_slices_is_nnunets(own_plan: na.FinetunePlan) -> None:
+    assert_same_store(own_plan)
+
+
+def test_nnunet_predicts_with_our_own_plan(world: SimpleNamespace, own_plan: na.FinetunePlan, tmp_path: Path) -> None:
+    """From raw images to its labels: planned, preprocessed and trained here, without any weights."""
+    recipe = na.Recipe.load("from_scratch").override(**SHORT, learning_rate=0.05)
+    model = na.PretrainedTrainer(own_plan, fold=0, recipe=recipe, device="cpu", workers=0, progress=False).run().path
     by_nnunet(model, world.images, tmp_path / "nnunet")
     na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world.images, tmp_path / "na")
     assert agreement(tmp_path / "na", tmp_path / "nnunet") >= 0.9999

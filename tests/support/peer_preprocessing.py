@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 
+from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.preprocess import PreprocessSettings, ResamplingRule
+from nnssl_adapt.data.store import CaseStore
+from nnssl_adapt.planning.plan import FinetunePlan
 
 Z_SCORE = "ZScoreNormalization"
 STATISTICS = {
@@ -79,3 +83,25 @@ def assert_same_locations(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
         else:
             assert ours[key].dtype == expected.dtype == np.int64
             np.testing.assert_array_equal(ours[key], expected, err_msg=str(key))
+
+
+def assert_same_store(plan: FinetunePlan) -> None:
+    """The plan's store holds, case by case, what nnU-Net makes by the same plan: voxels, labels and class locations."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    raw, store, plans = RawDataset.open(plan.dataset_name), CaseStore(plan.store_folder), PlansManager(plan.content)
+    assert store.identifiers == [case.identifier for case in raw.cases]
+    for case in raw.cases:
+        data, seg, properties = DefaultPreprocessor(verbose=False).run_case(
+            [str(path) for path in case.images],
+            str(case.label),
+            plans,
+            plans.get_configuration(plan.configuration),
+            copy.deepcopy(raw.json.raw),
+        )
+        ours = store.open(case.identifier)
+        assert ours.data.shape == data.shape and ours.data.dtype == np.float32
+        np.testing.assert_allclose(ours.data[:], data, rtol=0, atol=2e-3)
+        np.testing.assert_array_equal(ours.seg[:], seg)
+        assert_same_locations(ours.properties["class_locations"], properties["class_locations"])
