@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from support import max_pool_files as max_pool
 from support import nnunet_v1 as v1
 from support.nnssl_networks import PLAIN, RES, nnunet_plans, randomised, raw_cnn
-from support.stu_net_files import DIMS, POOLS, PublishedSTUNet
+from support.stu_net_files import DIMS, POOLS, PublishedSTUNet, stu_net_folder
 from support.synthetic import make_dataset
 
 import nnssl_adapt as na
 from nnssl_adapt.cli import main
-from nnssl_adapt.weights.families import vocomni_nnunet
+from nnssl_adapt.weights.families import nnunet, vocomni_nnunet
+from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.sources import published
 
 TINY = [
@@ -103,8 +105,52 @@ def totalsegmentator(folder):
     return folder / f"{name}.zip"
 
 
-STAND_INS = {make.__name__: make for make in (version_1, stu_net, vocomni, triad, nninteractive, totalsegmentator)}
-TURNED = {"vocomni": ["--reorient", "LPI"]}
+def genesis(folder):
+    torch.save(max_pool.genesis(max_pool.randomised(max_pool.PublishedUNet3D())), folder / "Genesis_Chest_CT.pt")
+    return folder / "Genesis_Chest_CT.pt"
+
+
+def fomo25(folder):
+    torch.save(max_pool.fomo25(max_pool.randomised(max_pool.PublishedBaseline())), folder / "unet_b.ckpt")
+    return folder / "unet_b.ckpt"
+
+
+def stu_net_version_2(folder):
+    return stu_net_folder(folder, [4, 6, 8, 8, 8, 8])[0]
+
+
+def primus_version_2(folder):
+    """Of a trainer whose plans speak of a U-Net."""
+    trainer = "nnUNet_PrimusV2S_Trainer"
+    model = nnunet_folder(folder / f"{trainer}__nnUNetPlans__3d_fullres", 1, "Dataset001_Any", trainer)
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["patch_size"] = [16, 24, 16]
+    (model / "plans.json").write_text(json.dumps(plans))
+    path = model / "fold_0" / "checkpoint_final.pth"
+    network = build_network(tiny_preset("PrimusV2S"), 1, 2, (16, 24, 16))
+    torch.save({**torch.load(path), "network_weights": network.state_dict()}, path)
+    return model
+
+
+def tiny_preset(preset):
+    small = {"features_per_stage": [4, 6, 8, 8, 8, 8], "n_blocks_per_stage": [1] * 6}
+    primus = {"embed_dim": 24, "eva_depth": 2, "eva_numheads": 2}
+    return Architecture.named(preset, **(primus if preset.startswith("Primus") else small))
+
+
+STAND_INS = {
+    make.__name__: make
+    for make in (
+        *(version_1, stu_net, vocomni, triad, nninteractive, totalsegmentator),
+        *(genesis, fomo25, stu_net_version_2, primus_version_2),
+    )
+}
+MORE_FLAGS = {
+    "vocomni": ["--reorient", "LPI"],
+    "fomo25": ["--reorient", "LPI", "--patch", "16", "32", "16"],
+    "genesis": ["--scope", "encoder+decoder"],
+    "primus_version_2": ["--llrd", "0.8", "--freeze", "stages:1"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +167,20 @@ def folders(world, monkeypatch):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(world / name))
     monkeypatch.setattr(vocomni_nnunet, "FEATURES", SMALL["features_per_stage"])
+    monkeypatch.setattr(nnunet, "architecture_of_preset", tiny_preset)
     return world
 
 
 @pytest.fixture
 def tuned(folders, tmp_path):
-    """``tuned(name)``: the model folder that two tiny epochs leave."""
+    """``tuned(name)``: the model folder that two tiny epochs leave, of which each is trained once."""
 
     def make(name):
-        words = ["finetune", "-d", "991", "-pc", str(STAND_INS[name](tmp_path)), "-n", name, *TINY, *HERE]
-        assert main.main([*words, *TURNED.get(name, [])]) == 0
-        (model,) = Path(os.environ["nnUNet_results"]).glob(f"Dataset*/PretrainedTrainer__ptPlans__{name}____*")
+        pattern = f"Dataset*/PretrainedTrainer*__ptPlans__{name}____*"
+        if not list(Path(os.environ["nnUNet_results"]).glob(pattern)):
+            words = ["finetune", "-d", "991", "-pc", str(STAND_INS[name](tmp_path)), "-n", name, *TINY, *HERE]
+            assert main.main([*words, *MORE_FLAGS.get(name, [])]) == 0
+        (model,) = Path(os.environ["nnUNet_results"]).glob(pattern)
         return model
 
     return make
@@ -178,9 +227,12 @@ def test_nnunet_preprocesses_by_the_window_of_the_family(tuned, folders):
     assert plan.settings.normalization_schemes == ("CTNormalization",) and ours.min() >= 0 and ours.max() <= 1
 
 
-def test_nnunet_predicts_the_same_with_a_stu_net(tuned, folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "class_name"), [("stu_net", "STUNet"), ("genesis", "MaxPoolUNet")])
+def test_nnunet_predicts_the_same_by_the_class_beside_the_model(
+    tuned, folders, tmp_path, monkeypatch, name, class_name
+):
     predicting = pytest.importorskip("nnunetv2.inference.predict_from_raw_data")
-    model = tuned("stu_net")
+    model = tuned(name)
     monkeypatch.setenv("nnUNet_extTrainer", str(model))
     images = folders / "nnUNet_raw" / "Dataset991_Tiny" / "imagesTr"
     # nnU-Net sums the tiles in float16.
@@ -189,7 +241,7 @@ def test_nnunet_predicts_the_same_with_a_stu_net(tuned, folders, tmp_path, monke
         device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False
     )
     predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
-    assert type(predictor.network).__name__ == "STUNet"
+    assert type(predictor.network).__name__ == class_name
     (tmp_path / "images").mkdir()
     for case in ("case_00", "case_01"):
         shutil.copy(images / f"{case}_0000.nii.gz", tmp_path / "images")
@@ -204,4 +256,5 @@ def test_nnunet_predicts_the_same_with_a_stu_net(tuned, folders, tmp_path, monke
 
 def test_the_catalogue_has_an_entry_for_each():
     known = {model.id for model in published.published_models()}
+    assert {"genesis-chest-ct", "fomo25-unet-b", "suprem-unet"} <= known
     assert {"stunet-base", "vocomni-nnunet", "triad-plain-mae", "nninteractive-v1", "totalsegmentator-291"} <= known

@@ -66,7 +66,8 @@ MODELS_GENESIS = Family(
         axes="xyz",
         supervised=False,
         citations=(GENESIS,),
-        told=f"it was trained on chest CT at each image's own spacing: choose -am no_resample, median or fixed; {_STATISTICS}",
+        told="it was trained on chest CT at each image's own spacing: choose -am no_resample, median or fixed; its decoder has "
+        f"learned to reconstruct images: --scope encoder+decoder takes it too; {_STATISTICS}",
         second_hand=("that a UNet3D with a single output is Models Genesis'",),
     ),
 )
