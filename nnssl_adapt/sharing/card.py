@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from nnssl_adapt.inference.model_folder import Fold, ModelFolder
+from nnssl_adapt.inference.trainer_class import TRAINER_FILE, needs_trainer_class
 from nnssl_adapt.planning.provenance import NOT_LOADED, WeightsRecord
 from nnssl_adapt.sharing.anonymous import Cleaner
 from nnssl_adapt.text import dimensions
@@ -43,7 +44,7 @@ def model_card(
         _front_matter(model, name, folds, licence, base),
         f"# {name}" + (f" ({tag})" if tag else ""),
         _what_it_does(model, folds, orientation),
-        "## Use\n\n" + _use(),
+        "## Use\n\n" + _use(model),
         "## Pre-training\n\n" + _pretraining(model, base, cleaner),
         "## Data\n\n" + _data(model, cleaner),
         "## Results\n\n" + _results(model, folds),
@@ -127,15 +128,29 @@ def _stages(model: ModelFolder) -> str:
     return "" if first is None else f": {model.configuration}, the second network of a cascade, with the first, {first}"
 
 
-def _use() -> str:
-    return (
-        "```bash\n"
-        "nnssl-adapt install PACKAGE.zip          # or this repository's name on the hub\n"
-        "nnssl-adapt predict -i IMAGES -o OUTPUT -m MODEL_FOLDER    # or -m OWNER/NAME, straight from the hub\n"
-        "nnUNetv2_predict_from_modelfolder -i IMAGES -o OUTPUT -m MODEL_FOLDER -f FOLDS   # nnU-Net's own\n"
-        "```\n\n"
+def _use(model: ModelFolder) -> str:
+    needs = model.architecture.kind.needs
+    own_class = needs_trainer_class(model.architecture)
+    first = [f"pip install '{needs[1]}'          # the network is built with {needs[0]}"] if needs else []
+    export = ["export nnUNet_extTrainer=MODEL_FOLDER    # nnU-Net's own prediction needs it"] if own_class else []
+    commands = [
+        *first,
+        "nnssl-adapt install PACKAGE.zip          # or this repository's name on the hub",
+        "nnssl-adapt predict -i IMAGES -o OUTPUT -m MODEL_FOLDER    # or -m OWNER/NAME, straight from the hub",
+        *export,
+        "nnUNetv2_predict_from_modelfolder -i IMAGES -o OUTPUT -m MODEL_FOLDER -f FOLDS   # nnU-Net's own",
+    ]
+    about = (
         "`MODEL_FOLDER` is the one with `plans.json`. The weights can also be fine-tuned: give the package after `-pc`."
     )
+    if own_class:
+        about += (
+            f" `{TRAINER_FILE}` in it builds the network for nnU-Net 2.7 or later"
+            + (f", where {needs[0]} is installed" if needs else "")
+            + ": it is a program, so read it before you use it; nnssl-adapt does without it."
+        )
+    block = "\n".join(commands)
+    return f"```bash\n{block}\n```\n\n{about}"
 
 
 def _pretraining(model: ModelFolder, base: str | None, cleaner: Cleaner) -> str:

@@ -84,7 +84,9 @@ def sct_warnings(model: ModelFolder, folds: Sequence[Fold], orientation: str | N
             )
     trainer = trainer_for_nnunet(model.architecture)
     if needs_trainer_class(model.architecture):
-        found.append("the network needs trainer_class.py (in the package): SCT must be one that loads it")
+        needs = model.architecture.kind.needs
+        also = f", and have {needs[0]}" if needs else ""
+        found.append(f"the network needs trainer_class.py (in the package): SCT must be one that loads it{also}")
     elif trainer != STOCK_TRAINER:
         found.append(
             f"the network is built by nnU-Net's {trainer}: SCT's nnU-Net must have it (nnunetv2-neuropoly 2.6 has)"
