@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -41,24 +40,35 @@ ANYTHING += [
 ]
 
 
+MISSING = object()
+"""Instead of a value: nothing is left at its place."""
+
+
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every node of the content, its root included."""
     yield path
-    children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, child in children:
+    listed = enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, child in content.items() if isinstance(content, dict) else listed:
         yield from places(child, (*path, key))
 
 
 def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value at a place."""
+    """A copy with another value at a place, or without it (:data:`MISSING`)."""
     if not path:
         return value
-    copy = deepcopy(content)
-    node = copy
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    if value is MISSING and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = changed(copy[path[0]], path[1:], value)
     return copy
+
+
+def damages(content: Any, values: Sequence[Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every place with every value, or without its own: its path, and the content."""
+    for path in places(content):
+        for value in [MISSING, *values] if path else values:
+            yield path, changed(content, path, value)
 
 
 def changed_contents(content: Any, seed: int, most: int = 150) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from support.malformed import ANYTHING, changed, damages, places
 from support.nnssl_files import architecture, plan, state_dict, write_checkpoint
 from support.nnssl_networks import nnunet_plans
 
@@ -23,54 +24,12 @@ from nnssl_adapt.weights.transfer.report import TransferReport
 from nnssl_adapt.weights.transfer.settings import TransferSettings
 from nnssl_adapt.weights.transfer.transfer import scratch_report
 
-ANYTHING = [
-    None,
-    True,
-    0,
-    -1,
-    3,
-    1.5,
-    10**30,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "a\nb" * 400,
-    "torch.nn.Linear",
-]
-ANYTHING += [[], [None], [1, 2], [3, 3, 3], [[2, 2, 2]] * 3, {}, {1: 2}, {"a": None}, [float("nan")] * 3, ("1", 2, 3)]
+WRONG = [*ANYTHING, "torch.nn.Linear", [3, 3, 3], {1: 2}, ("1", 2, 3)]
 
 
 def one_line(error):
     text = str(error)
     assert text and "\n" not in text and len(text) < 700, text
-
-
-def places(content, path=()):
-    """Every place in nested mappings and lists."""
-    children = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, (list, tuple))
-        else ()
-    )
-    for key, child in children:
-        yield (*path, key)
-        yield from places(child, (*path, key))
-
-
-def replaced(content, path, value):
-    """A copy with another value at one place, or without it."""
-    if not path:
-        return value
-    copied = list(content) if isinstance(content, (list, tuple)) else dict(content)
-    if value is KeyError and len(path) == 1:
-        del copied[path[0]]
-    else:
-        copied[path[0]] = replaced(copied[path[0]], path[1:], value)
-    return copied
 
 
 def leaves(content, path=()):
@@ -82,13 +41,6 @@ def at(content, path):
     for key in path:
         content = content[key]
     return content
-
-
-def damages(content):
-    """Every place with every wrong value, or without its own."""
-    for path in [(), *places(content)]:
-        for value in [KeyError, *ANYTHING] if path else ANYTHING:
-            yield path, replaced(content, path, value)
 
 
 def nnunet_files():
@@ -128,7 +80,7 @@ def test_any_value_at_any_place_gives_a_plan_or_one_clear_line(kind):
     read, good = READERS[kind]
     read(good)
     cases = refused = 0
-    for _path, damaged in damages(good):
+    for _path, damaged in damages(good, WRONG):
         cases += 1
         try:
             read(damaged)
@@ -146,7 +98,7 @@ def test_a_mapping_where_a_plain_value_belongs_is_refused_at_every_place_that_is
         if NOT_READ.search(".".join(map(str, path))):
             continue
         with pytest.raises(NnsslAdaptError):
-            read(replaced(good, path, {"a": [None]}))
+            read(changed(good, path, {"a": [None]}))
             pytest.fail(f"taken at {path}")
 
 
@@ -155,7 +107,7 @@ def test_what_is_not_damaged_is_read_as_it_was(kind):
     """Damage to how images were preprocessed never changes the network, nor the other way round."""
     read, good = READERS[kind]
     expected = read(good)
-    for path, damaged in damages(good):
+    for path, damaged in damages(good, WRONG):
         try:
             found = read(damaged)
         except NnsslAdaptError:
@@ -172,8 +124,8 @@ def test_a_damaged_sidecar_or_model_folder_never_ends_in_a_traceback(tmp_path):
     model = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     write_checkpoint(model / "fold_0", state_dict(), embedded=None)
     good = nnunet_files()
-    sidecars = randomness.sample([d for _, d in damages(plan())], 60)
-    folders = randomness.sample([d for _, d in damages(good) if isinstance(d, dict)], 60)
+    sidecars = randomness.sample([d for _, d in damages(plan(), WRONG)], 60)
+    folders = randomness.sample([d for _, d in damages(good, WRONG) if isinstance(d, dict)], 60)
     opened = 0
     for damaged in [*sidecars, *folders]:
         source = tmp_path / "ssl"
@@ -193,14 +145,14 @@ def test_a_damaged_sidecar_or_model_folder_never_ends_in_a_traceback(tmp_path):
 def test_records_and_reports_with_anything_in_them_are_refused_or_read(tmp_path):
     path = tmp_path / "fetched.json"
     record = {"files": {"a.pth": "0" * 64}, "about": {"repo_id": "a/b", "revision": None, "bytes": 3, "source": "a/b"}}
-    for _, damaged in damages(record):
+    for _, damaged in damages(record, WRONG):
         path.write_text(json.dumps(damaged, default=str, skipkeys=True))
         found = Record.load(path)
         assert found is None or isinstance(found.about.get("repo_id"), (str, type(None)))
     network = build_network(architecture("PlainConvUNet"), 1, 2, (8, 16, 16))
     report = scratch_report(network).to_dict()
     report |= {"target": report["target"][:2], "source": [{"name": "a", "fate": "used", "reason": "", "shape": [2]}]}
-    for _, damaged in damages(report):
+    for _, damaged in damages(report, WRONG):
         try:
             assert str(TransferReport.from_dict(damaged))
         except NnsslAdaptError as error:
