@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan, in_on
 from nnssl_adapt.weights.checkpoint.stems import is_other_stem
 from nnssl_adapt.weights.network.architectures import Architecture, nearest_patch, outline
 from nnssl_adapt.weights.network.network_parts import Location, NetworkParts, Tensors, is_special_token, locate
-from nnssl_adapt.weights.network.tensor_ops import Grid, find_token_grid
+from nnssl_adapt.weights.network.tensor_ops import Grid
 from nnssl_adapt.weights.network.topology import read_topology
 
 
@@ -230,3 +230,12 @@ def positions_grid(positions: Tensor, source: Tensors, plan: AdaptationPlan) -> 
         if grid is not None:
             return leading, grid
     return 0, None
+
+
+def find_token_grid(tokens: int, candidates: Iterable[Grid | None]) -> Grid | None:
+    """The grid that a number of tokens fills: the first candidate that fits, else a cube, else None."""
+    for grid in candidates:
+        if grid is not None and math.prod(grid) == tokens:
+            return grid
+    side = round(tokens ** (1 / 3))
+    return (side, side, side) if side**3 == tokens else None

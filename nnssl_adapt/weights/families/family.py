@@ -159,3 +159,13 @@ class Family:
     refusal: str | None = None
     beside: Callable[[Any, str, str], dict[str, Any]] | None = None
     prepare: Callable[[Tensors], tuple[dict[str, Any], tuple[str, ...]]] | None = None
+
+    def names_tensors(self, tensors: Tensors, filenames: Iterable[str]) -> bool:
+        """Whether these are the tensors of a file of the family, by their names; ``filenames``: that the file is known by."""
+        if self.key_map is None or not self.key_map.fits(tensors) or not self.is_named(filenames):
+            return False
+        return self.fits is None or self.fits(tensors)
+
+    def is_named(self, filenames: Iterable[str]) -> bool:
+        """Whether a file that is known by these names may be of the family."""
+        return self.named is None or any(re.fullmatch(self.named, name) for name in filenames)

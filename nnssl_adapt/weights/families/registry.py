@@ -19,7 +19,6 @@ from nnssl_adapt.weights.families.swin_unetr import SWIN_UNETRS
 from nnssl_adapt.weights.families.triad import TRIAD_PLAIN
 from nnssl_adapt.weights.families.unet3d import UNET3DS
 from nnssl_adapt.weights.families.vocomni_nnunet import VOCOMNI_NNUNET
-from nnssl_adapt.weights.network.network_parts import Tensors
 from nnssl_adapt.weights.network.topology import Topology
 
 FAMILIES: tuple[Family, ...] = (
@@ -46,7 +45,7 @@ def in_our_names(
     Raises UnreadableCheckpoint, naming the file (``where``), for a family that can't be used and for a name that it doesn't
     have.
     """
-    family = _family_of_names(tensors, filenames)
+    family = next((f for f in FAMILIES if f.names_tensors(tensors, filenames)), None)
     if family is None or family.key_map is None:
         return dict(tensors), None, []
     if family.refusal is not None:
@@ -60,20 +59,10 @@ def in_our_names(
     return translated, family, notes
 
 
-def _family_of_names(tensors: Tensors, filenames: Sequence[str]) -> Family | None:
-    """The family whose files name their tensors in this way, None for names of our own networks."""
-    known = (f for f in FAMILIES if f.key_map is not None and f.key_map.fits(tensors))
-    return next((f for f in known if _is_named(f, filenames) and (f.fits is None or f.fits(tensors))), None)
-
-
 def family_of_size(topology: Topology, filename: str) -> Family | None:
     """The family that has networks of exactly this size, in files of such a name; None where none is known."""
-    named = (f for f in FAMILIES if _is_named(f, (filename,)))
+    named = (f for f in FAMILIES if f.is_named((filename,)))
     return next((f for f in named if f.recognises is not None and f.recognises(topology)), None)
-
-
-def _is_named(family: Family, filenames: Sequence[str]) -> bool:
-    return family.named is None or any(re.fullmatch(family.named, name) for name in filenames)
 
 
 def family_of_dataset(name: object) -> Family | None:

@@ -8,7 +8,7 @@ two before flattening, as nnssl's masked autoencoders do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -237,15 +237,6 @@ def swap_rotary_axes(weight: Tensor, heads: int) -> Tensor:
         [torch.arange(third, 2 * third), torch.arange(third), torch.arange(2 * third, width)],
     ).to(weight.device)
     return weight.reshape(heads, width, *weight.shape[1:])[:, order].reshape(weight.shape).clone()
-
-
-def find_token_grid(tokens: int, candidates: Iterable[Grid | None]) -> Grid | None:
-    """The grid that a number of tokens fills: the first candidate that fits, else a cube, else None."""
-    for grid in candidates:
-        if grid is not None and math.prod(grid) == tokens:
-            return grid
-    side = round(tokens ** (1 / 3))
-    return (side, side, side) if side**3 == tokens else None
 
 
 def drop_prefix_tokens(tokens: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TransferError
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
-from nnssl_adapt.weights.checkpoint.plan_check import positions_grid
+from nnssl_adapt.weights.checkpoint.plan_check import find_token_grid, positions_grid
 from nnssl_adapt.weights.network import tensor_ops
 from nnssl_adapt.weights.network.architectures import KINDS
 from nnssl_adapt.weights.network.network_parts import NetworkParts, TargetTensor, below, join_name
@@ -299,7 +299,7 @@ class EncoderFit:
         if self.grid is not None and math.prod(self.grid) == tokens:
             z, y, x = self.grid
             return z, y, x
-        return tensor_ops.find_token_grid(tokens, [])
+        return find_token_grid(tokens, [])
 
 
 def _with_silent_channels(fitted: Fitted, silent: int) -> Fitted:

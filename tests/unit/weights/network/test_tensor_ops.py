@@ -13,7 +13,6 @@ from nnssl_adapt.weights.network.tensor_ops import (
     adapt_input_channels,
     copy_leading,
     copy_rows,
-    find_token_grid,
     map_input_channels,
     resample_positions,
     resize_kernel,
@@ -342,12 +341,6 @@ def test_rotary_axes_are_exchanged_within_each_head_and_back(heads, third, colum
 def test_rows_that_are_not_three_axes_are_refused():
     with pytest.raises(ValueError, match="three equal parts"):
         swap_rotary_axes(random(16, 4), 2)
-
-
-def test_grid_comes_from_the_first_candidate_that_fits_then_from_a_cube():
-    assert find_token_grid(24, [None, (2, 3, 5), (2, 3, 4), (4, 3, 2)]) == (2, 3, 4)
-    assert find_token_grid(27, [(2, 3, 4)]) == (3, 3, 3)
-    assert find_token_grid(28, [(2, 3, 4)]) is None
 
 
 def test_same_values_looks_at_every_tensor():
