@@ -7,10 +7,12 @@ run that dies at any instant never leaves a file that looks whole and is not.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,12 +68,14 @@ def atomic_path(path: str | Path, ending: str | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
     The temporary name keeps the whole name, since writers choose the format by its ending (``.nii.gz``, ``.b2nd``). Some find
-    one anywhere in a name: with ``ending``, the temporary name has only that.
+    one anywhere in a name: with ``ending``, the temporary name has only that, and a digest instead of the name.
+    :func:`leftovers` finds what a killed process left.
     """
     path = Path(path)
     make_folder(path.parent)
+    suffix = f"-{path.name}" if ending is None else f"-{_name_digest(path)}{ending}"
     with explain_write_errors(path):
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=ending or "-" + path.name, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -82,6 +86,16 @@ def atomic_path(path: str | Path, ending: str | None = None) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def leftovers(path: Path) -> Iterator[Path]:
+    """Yield the temporary files of :func:`atomic_path` that killed processes left of ``path``."""
+    for pattern in (f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}", f"{TEMPORARY_PREFIX}*-{_name_digest(path)}.*"):
+        yield from path.parent.glob(pattern)
+
+
+def _name_digest(path: Path) -> str:
+    return f"{zlib.crc32(os.fsencode(path.name)):08x}"
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -129,18 +129,9 @@ class _Run:
 
     def _move_on(self) -> None:
         """See what is done, and let images in that there is room for. Done between two tiles too."""
-        stop: Exception | None = None
-        for future in [f for f in self.exporting if f.done()]:
-            task = self.exporting.pop(future)
-            try:
-                result = Result(task, future.result())
-            except (OutputError, BrokenProcessPool) as error:
-                self.exporting[future], stop = task, error
-                continue
-            except Exception as error:
-                result = Result(task, error=error)
-            self._finish(result)
-        if stop is not None:  # after the others, which are done
+        if (stop := self._settle_exports()) is not None:
+            wait(self.exporting)  # others may still be written, and are to be on record
+            self._settle_exports()
             raise stop
         for future in [f for f in self.preparing if f.done()]:
             if isinstance(future.exception(), BrokenProcessPool):
@@ -153,6 +144,21 @@ class _Run:
         ):
             task = self.waiting.popleft()
             self.preparing[self.hands.prepare(task)] = task
+
+    def _settle_exports(self) -> Exception | None:
+        """Tell what became of the images whose export is over; the error after which there is no use in going on."""
+        stop: Exception | None = None
+        for future in [f for f in self.exporting if f.done()]:
+            task = self.exporting.pop(future)
+            try:
+                result = Result(task, future.result())
+            except (OutputError, BrokenProcessPool) as error:
+                self.exporting[future], stop = task, error
+                continue
+            except Exception as error:
+                result = Result(task, error=error)
+            self._finish(result)
+        return stop
 
     def _in_hand(self) -> list[str]:
         tasks = [*self.preparing.values(), *(task for task, _ in self.ready), *self.exporting.values()]

@@ -6,7 +6,6 @@ every finished image. Lines are only ever appended, so that several processes, e
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import torch
 from nnssl_adapt.data.preprocess import digest_of
 from nnssl_adapt.data.store import describe_source
 from nnssl_adapt.errors import NnsslAdaptError
-from nnssl_adapt.files import TEMPORARY_PREFIX, atomic_path, explain_write_errors, make_folder, sha256_of
+from nnssl_adapt.files import atomic_path, explain_write_errors, leftovers, make_folder, sha256_of
 from nnssl_adapt.inference.task import ImageTask
 
 logger = logging.getLogger(__name__)
@@ -145,7 +144,7 @@ def _why_again(tasks: Sequence[ImageTask], record: PredictionRecord) -> str:
 def remove_unfinished(task: ImageTask, with_probabilities: bool) -> None:
     """Delete what a killed run left of this image."""
     for path in task.outputs(with_probabilities):
-        for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
+        for leftover in leftovers(path):
             leftover.unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ PLACES = {
     "in start-up": "nnssl_adapt.training.trainer:PretrainedTrainer.run",
     "announced in start-up": "nnssl_adapt.planning.plan:FinetunePlan.find",
     "in an epoch": STEP,
-    "in validation": "nnssl_adapt.training.validation:FoldValidation._tiles",
+    "in validation": "nnssl_adapt.training.validation:logits_by_tiles",
     "in the report": "nnssl_adapt.evaluation.report.report:write_report",
 }
 

@@ -22,7 +22,7 @@ from nnssl_adapt.training.run import checkpointing
 from nnssl_adapt.training.trainer import PretrainedTrainer
 
 
-def die(*_):
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -52,7 +52,7 @@ def arrange(place):
     elif place == "before the last checkpoint":
         checkpointing.CheckpointWriter.final = die
     elif place == "validation":
-        validation.FoldValidation._tiles = die
+        validation.logits_by_tiles = die
     else:
         raise ValueError(place)
 

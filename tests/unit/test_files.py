@@ -14,11 +14,21 @@ from nnssl_adapt.files import (
     TEMPORARY_PREFIX,
     atomic_path,
     explain_write_errors,
+    leftovers,
     make_folder,
     sha256_of,
     write_json,
     write_text,
 )
+
+
+@pytest.mark.parametrize("ending", [None, ".nii.gz"])
+def test_what_a_killed_process_left_is_found(tmp_path, ending):
+    path, other = tmp_path / "c00.hdr.nii.gz", tmp_path / "c01.hdr.nii.gz"
+    with atomic_path(path, ending) as temporary, atomic_path(other, ending):
+        assert list(leftovers(path)) == [temporary] and temporary.name.endswith(".nii.gz")
+        assert ending is None or ".hdr" not in temporary.name
+    assert list(leftovers(path)) == []
 
 
 @pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt])

@@ -3,8 +3,8 @@
 import json
 import logging
 import shutil
+import threading
 import time
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from support import worker_traps
 from support.model_folders import plans_content
 from support.synthetic import make_case, write_image
 
-from nnssl_adapt.data.images import read_geometry
+from nnssl_adapt.data.images import ImageGeometry, read_geometry
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.preprocess_cases import Shard
 from nnssl_adapt.errors import CaseError, OutputError, PredictionError
@@ -23,7 +23,7 @@ from nnssl_adapt.inference.fold_networks import FoldNetworks
 from nnssl_adapt.inference.pipeline import Pipeline
 from nnssl_adapt.inference.predictor import Predictor
 from nnssl_adapt.inference.record import PredictionRecord
-from nnssl_adapt.inference.steps import SharedMemory, Steps
+from nnssl_adapt.inference.steps import PreparedImage, SharedMemory, Steps
 from nnssl_adapt.inference.task import ImageTask, count_tiles, foresee, network_shape
 from nnssl_adapt.planning.plan import FinetunePlan
 
@@ -114,16 +114,38 @@ def test_a_full_disk_in_a_worker_stops_the_work(predictor, images, tmp_path, mon
     assert (tmp_path / "out" / "a.nii.gz").is_file() and not (tmp_path / "out" / "c.nii.gz").exists()
 
 
-def test_what_was_written_beside_the_one_that_found_the_disk_full_is_told(predictor):
-    """``a`` finds it full; ``b`` is written by then, and must not be forgotten."""
+GRID = ImageGeometry((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), (2, 3, 4))
+
+
+class FullDisk:
+    """Steps of a pipeline: ``a`` finds the disk full while ``b`` is being written."""
+
+    def __init__(self):
+        self.b_begun, self.a_failed = threading.Event(), threading.Event()
+
+    def prepare(self, task):
+        return PreparedImage(np.zeros((1, 2, 3, 4), np.float32), {}, GRID)
+
+    def export(self, task, logits, prepared):
+        if task.identifier == "a":
+            assert self.b_begun.wait(60)
+            self.a_failed.set()
+            raise OutputError("no space left")
+        self.b_begun.set()
+        assert self.a_failed.wait(60)
+        return np.zeros((2, 3, 4), np.uint8)
+
+
+def test_what_is_written_beside_the_one_that_found_the_disk_full_is_told():
     told = []
-    run = pipeline._Run(Pipeline(predictor._steps(False), None, settle=told.append), None, [])
-    full, written = Future(), Future()
-    full.set_exception(OutputError("no space left"))
-    written.set_result(None)
-    run.exporting = {full: ImageTask("a", (), None), written: ImageTask("b", (), None)}
+
+    def network(task, image, allocate):
+        yield 1, 1
+        return torch.zeros(2, 2, 3, 4)
+
+    tasks = [ImageTask(name, (), None) for name in "ab"]
     with pytest.raises(OutputError, match="no space left"):
-        list(run.results())
+        list(Pipeline(FullDisk(), network, settle=told.append).run(tasks))
     assert [(result.task.identifier, result.error) for result in told] == [("b", None)]
 
 

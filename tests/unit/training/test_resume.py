@@ -295,19 +295,19 @@ def test_a_damaged_checkpoint_is_no_crash(plan, recipe, stopped):
 
 
 def test_validation_goes_on_where_it_stopped(plan, recipe, monkeypatch, caplog):
-    original, calls = validation.FoldValidation._tiles, []
+    original, calls = validation.logits_by_tiles, []
 
-    def stopping(self, *arguments):
+    def stopping(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return original(self, *arguments)
+        return original(*arguments, **options)
 
     def predicted():
         return [record.args[0] for record in caplog.records if record.msg.startswith("validating ")]
 
     caplog.set_level(logging.INFO, "nnssl_adapt")
-    monkeypatch.setattr(validation.FoldValidation, "_tiles", stopping)
+    monkeypatch.setattr(validation, "logits_by_tiles", stopping)
     recipe = recipe.override(epochs=1, warmup_epochs=0)
     with pytest.raises(TrainingStopped, match="stopped by SIGTERM in validation, [12] of 5 cases done; .*--val"):
         trainer_of(plan, recipe, fold="all").run()

@@ -23,7 +23,7 @@ CASES = tuple(f"case_{number:02d}" for number in range(4))
 
 @dataclass(frozen=True)
 class WithOthers(Ranks):
-    """Two ranks of which the other does its part (``before``) while this one waits for it."""
+    """The main of two ranks; the other one does its part (``other``) while this one waits for it."""
 
     other: object = None
     other_stopped: bool = False
@@ -34,6 +34,21 @@ class WithOthers(Ranks):
 
     def any(self, flag):
         return flag or self.other_stopped
+
+    def from_main(self, value):
+        return value
+
+
+class Killed(BaseException):
+    """Nothing runs after it."""
+
+
+@dataclass(frozen=True)
+class KilledWhenDone(Ranks):
+    """One of two ranks, killed when it has predicted its part and waits for the other."""
+
+    def barrier(self):
+        raise Killed
 
     def from_main(self, value):
         return value
@@ -84,20 +99,26 @@ def record(validation):
     return json.loads((validation.folder / "validation_done.json").read_text())
 
 
-def shared(validation, network, stop=None):
-    """The validation as the main of two ranks sees it, and as the other one does."""
-    other = replace(validation, ranks=WithOthers(1, 2, 1, 2, "gloo"))
+def do_part(validation, rank, network, weights="digest", stop=None):
+    """What a rank of two predicts before it meets the other one."""
+    with pytest.raises(Killed):
+        alone = replace(validation, ranks=KilledWhenDone(rank, 2, rank, 2, "gloo"))
+        alone.run(network, (0,), weights, stop or StopRequest())
+
+
+def as_main(validation, network, stop=None):
+    """The validation as the main of two ranks sees it; the other one does its part meanwhile, until ``stop``."""
 
     def work():
-        other._predict_share(network, (0,), "digest", (), StopRequest() if stop is None else stop)
+        do_part(validation, 1, network, stop=stop)
 
-    return replace(validation, ranks=WithOthers(0, 2, 0, 2, "gloo", other=work)), other
+    return replace(validation, ranks=WithOthers(0, 2, 0, 2, "gloo", other=work))
 
 
 def test_two_ranks_predict_and_judge_what_one_does(validation, network, tmp_path):
     alone = replace(validation, folder=tmp_path / "alone")
     expected = alone.run(network, (0,), "digest", StopRequest())
-    main, _ = shared(validation, network)
+    main = as_main(validation, network)
     summary = main.run(network, (0,), "digest", StopRequest())
     assert summary.foreground_mean == expected.foreground_mean
     assert set(predicted(main)) == set(predicted(alone)) == {f"{case}.nii.gz" for case in CASES}
@@ -107,23 +128,22 @@ def test_two_ranks_predict_and_judge_what_one_does(validation, network, tmp_path
 
 
 def test_each_rank_predicts_its_own_cases(validation, network, package_log):
-    main, other = shared(validation, network)
-    main._predict_share(network, (), "digest", (), StopRequest())
+    do_part(validation, 0, network)
     first = set(predicted(validation))
-    other._predict_share(network, (), "digest", (), StopRequest())
+    do_part(validation, 1, network)
     assert len(first) == 2 and len(predicted(validation)) == 4
     assert "(2/2)" in package_log.text
     sizes = {case: math.prod(validation.store.open(case).data.shape) for case in CASES}
     assert min(sizes.values()) >= math.prod(PATCH) and len(set(sizes.values())) == 3
     loads = [
-        sum(sizes[name.removesuffix(".nii.gz")] for name in names) for names in (first, set(predicted(other)) - first)
+        sum(sizes[name.removesuffix(".nii.gz")] for name in names)
+        for names in (first, set(predicted(validation)) - first)
     ]
     assert max(loads) - min(loads) < max(sizes.values()) - min(sizes.values())
 
 
 def test_what_a_rank_had_done_when_it_was_killed_is_not_done_again(validation, network, package_log):
-    _, other = shared(validation, network)
-    other._predict_share(network, (0,), "digest", (), StopRequest())  # and then both are killed
+    do_part(validation, 1, network)
     done = set(predicted(validation))
     assert not (validation.folder / "validation_done.json").exists()
     package_log.clear()
@@ -136,15 +156,14 @@ def test_what_a_rank_had_done_when_it_was_killed_is_not_done_again(validation, n
 
 
 def test_other_weights_do_all_of_it_again(validation, network, package_log):
-    _, other = shared(validation, network)
-    other._predict_share(network, (0,), "of other weights", (), StopRequest())
+    do_part(validation, 1, network, weights="of other weights")
     package_log.clear()
     validation.run(network, (0,), "digest", StopRequest())
     assert all(f"validating {case}" in package_log.text for case in CASES)
 
 
 def test_all_leave_when_one_is_stopped(validation, network):
-    main, _ = shared(validation, network, stop=StopAfter(tiles=0))
+    main = as_main(validation, network, stop=StopAfter(tiles=0))
     main = replace(main, ranks=replace(main.ranks, other_stopped=True))
     with pytest.raises(TrainingStopped, match="stopped by another process in validation, 2 of 4 cases done; .*--val"):
         main.run(network, (0,), "digest", StopRequest())
@@ -158,11 +177,11 @@ def test_stopped_within_a_case_leaves_it_undone(validation, network):
 
 
 def test_files_of_other_machines_are_waited_for(validation, network, monkeypatch):
-    main, other = shared(validation, network)
+    main = as_main(validation, network)
     there, not_seen_yet = validation.output / "case_03.nii.gz", validation.output / "not_seen_yet"
 
     def work():
-        other._predict_share(network, (0,), "digest", (), StopRequest())
+        do_part(validation, 1, network)
         there.rename(not_seen_yet)
 
     monkeypatch.setattr("nnssl_adapt.training.validation.time.sleep", lambda seconds: not_seen_yet.rename(there))

@@ -76,29 +76,31 @@ def test_files_come_back(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_dataset(tmp_path, cases=3, channels=2, shape=(6, 9, 8))
     undisturbed = fingerprint_dataset(RawDataset.open(root))
-    measured: list[str] = []
-    original = look_module._seen
+    read: list[str] = []
+    original = look_module.read_labels
+    stop_at: str | None = "case_02"
 
-    def noting(case: Any, request: Any) -> Any:
-        if len(measured) == 2:
+    def noting(path: Path, reader: Any) -> Any:
+        case = path.name.removesuffix(".nii.gz")
+        if case == stop_at:
             raise KeyboardInterrupt
-        measured.append(case.identifier)
-        return original(case, request)
+        read.append(case)
+        return original(path, reader)
 
-    monkeypatch.setattr(look_module, "_seen", noting)
+    monkeypatch.setattr(look_module, "read_labels", noting)
     with pytest.raises(KeyboardInterrupt):
         fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts")
-    assert measured == ["case_00", "case_01"]
-    monkeypatch.setattr(look_module, "_seen", lambda case, request: measured.append(case) or original(case, request))
-    measured.clear()
+    assert read == ["case_00", "case_01"]
+    stop_at = None
+    read.clear()
     assert fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts") == undisturbed
-    assert [case.identifier for case in measured] == ["case_02"]
-    measured.clear()
+    assert read == ["case_02"]
+    read.clear()
     # A damaged part, and a case whose image has changed since.
     (tmp_path / "parts" / "case_00.npz").write_bytes((tmp_path / "parts" / "case_00.npz").read_bytes()[:-40])
     os.utime(root / "imagesTr" / "case_01_0001.nii.gz", (5, 5))
     assert fingerprint_dataset(RawDataset.open(root), parts=tmp_path / "parts") == undisturbed
-    assert [case.identifier for case in measured] == ["case_00", "case_01"]
+    assert read == ["case_00", "case_01"]
 
 
 def test_bad_cases_are_listed(tmp_path: Path) -> None:

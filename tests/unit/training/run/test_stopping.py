@@ -1,5 +1,6 @@
 """Stopping in good order: signals, deadlines, and exit codes."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from support.training_runs import assert_same_training, at, interrupt, trainer_o
 
 from nnssl_adapt.cli import common
 from nnssl_adapt.errors import TrainingError, TrainingStopped
+from nnssl_adapt.training import trainer
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.run import signals, stopping
 from nnssl_adapt.training.run.deadline import Deadline
@@ -76,8 +78,7 @@ def test_without_a_deadline_time_means_nothing():
 
 def test_a_run_near_its_deadline_saves_and_goes_on_later(plan, recipe, tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(stopping.StopRequest.__init__, "__defaults__", (None, clock))
-    monkeypatch.setattr(stopping.stop_on_signals.__wrapped__, "__defaults__", (None, clock))
+    monkeypatch.setattr(trainer, "stop_on_signals", functools.partial(stop_on_signals, clock=clock))
     whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
 
     def slow_step(self, *arguments, original=TrainingLoop.step):
@@ -158,6 +159,7 @@ def test_without_checkpoints_a_stop_is_a_failure(plan, recipe, monkeypatch):
 SCRIPT = """
 import sys
 from nnssl_adapt.cli import train
+from nnssl_adapt.training import trainer
 from nnssl_adapt.training.loop import TrainingLoop
 
 def announced(self, *arguments, original=TrainingLoop.step):
