@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 from contextlib import contextmanager
@@ -115,29 +114,29 @@ def nnunet_folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def known_fingerprints():
-    """Fingerprints by the arguments of the dataset: drawing nnU-Net's 10⁸ voxels takes seconds, however small the images."""
-    return {}
+@pytest.fixture(scope="session", autouse=True)
+def few_draws():
+    """Fingerprints by a thousandth of nnU-Net's 10⁸ draws, which take seconds however small the images are.
+
+    Processes that a test starts draw them all.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nnssl_adapt.data.verifying.examine.TOTAL_DRAWS", 10e4)
+        yield
 
 
 @pytest.fixture
-def tiny_dataset(nnunet_folders, known_fingerprints):
+def tiny_dataset(nnunet_folders):
     """Make a tiny raw dataset with its fingerprint: ``tiny_dataset(channels=2, …)``, see ``synthetic.make_dataset``."""
     from support.synthetic import make_dataset
 
     from nnssl_adapt.data.dataset import RawDataset
     from nnssl_adapt.data.verifying.examine import fingerprint_dataset
-    from nnssl_adapt.files import write_json
 
     def make(**arguments) -> Path:
         folder = make_dataset(nnunet_folders / "nnUNet_raw", **arguments)
-        key = json.dumps(arguments, sort_keys=True)
-        if key not in known_fingerprints:
-            known_fingerprints[key] = fingerprint_dataset(RawDataset.open(folder)).to_dict()
-        write_json(
-            nnunet_folders / "nnUNet_preprocessed" / folder.name / "dataset_fingerprint.json", known_fingerprints[key]
-        )
+        fingerprint = fingerprint_dataset(RawDataset.open(folder))
+        fingerprint.save(nnunet_folders / "nnUNet_preprocessed" / folder.name / "dataset_fingerprint.json")
         return folder
 
     return make

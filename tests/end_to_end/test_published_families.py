@@ -15,6 +15,7 @@ import torch
 from support import max_pool_files as max_pool
 from support import nnunet_v1 as v1
 from support.nnssl_networks import PLAIN, RES, nnunet_plans, randomised, raw_cnn
+from support.nnunet_prediction import predict_by_nnunet
 from support.stu_net_files import DIMS, POOLS, PublishedSTUNet, stu_net_folder
 from support.synthetic import make_dataset
 
@@ -228,26 +229,18 @@ def test_nnunet_preprocesses_by_the_window_of_the_family(tuned, folders):
 
 
 @pytest.mark.parametrize(("name", "class_name"), [("stu_net", "STUNet"), ("genesis", "MaxPoolUNet")])
-def test_nnunet_predicts_the_same_by_the_class_beside_the_model(
-    tuned, folders, tmp_path, monkeypatch, name, class_name
-):
-    predicting = pytest.importorskip("nnunetv2.inference.predict_from_raw_data")
+def test_nnunet_predicts_the_same_by_the_class_beside_the_model(tuned, folders, tmp_path, name, class_name):
+    pytest.importorskip("nnunetv2")
     model = tuned(name)
-    monkeypatch.setenv("nnUNet_extTrainer", str(model))
     images = folders / "nnUNet_raw" / "Dataset991_Tiny" / "imagesTr"
     # nnU-Net sums the tiles in float16.
     ours = na.Predictor(model, device="cpu", accumulation_dtype=torch.float16)
-    predictor = predicting.nnUNetPredictor(
-        device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False
-    )
-    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
-    assert type(predictor.network).__name__ == class_name
     (tmp_path / "images").mkdir()
     for case in ("case_00", "case_01"):
         shutil.copy(images / f"{case}_0000.nii.gz", tmp_path / "images")
     ours.predict(tmp_path / "images", tmp_path / "ours")
-    (tmp_path / "theirs").mkdir()
-    predictor.predict_from_files_sequential(str(tmp_path / "images"), str(tmp_path / "theirs"), overwrite=True)
+    network = predict_by_nnunet(model, tmp_path / "images", tmp_path / "theirs", trainers=model)
+    assert type(network).__name__ == class_name
     for case in ("case_00", "case_01"):
         files = (tmp_path / folder / f"{case}.nii.gz" for folder in ("ours", "theirs"))
         one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in files)

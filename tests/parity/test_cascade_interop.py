@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from support.nnunet_prediction import predict_by_nnunet
 from support.peer_preprocessing import assert_same_store
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
-
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnssl_adapt as na
 from nnssl_adapt.data.previous_stage import FOLDER
@@ -109,17 +108,6 @@ def run(words):
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-def by_nnunet(model, images, output, first=None):
-    """nnU-Net's prediction, in this process: its command does the same in several, which take a minute to start."""
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    output.mkdir()
-    given = None if first is None else str(first)
-    predictor.predict_from_files_sequential(
-        str(images), str(output), save_probabilities=False, folder_with_segs_from_prev_stage=given
-    )
-
-
 def agreement(one, other):
     names = sorted(path.name for path in one.glob("*.nii.gz"))
     assert names == sorted(path.name for path in other.glob("*.nii.gz")) and names
@@ -130,8 +118,8 @@ def agreement(one, other):
 
 def check_both_stages(model, world, tmp_path):
     first = model.parent / model.name.replace(CASCADE, LOW_RESOLUTION)
-    by_nnunet(first, world.images, tmp_path / "first")
-    by_nnunet(model, world.images, tmp_path / "theirs", tmp_path / "first")
+    predict_by_nnunet(first, world.images, tmp_path / "first")
+    predict_by_nnunet(model, world.images, tmp_path / "theirs", first=tmp_path / "first")
     predictor = na.Predictor(model, folds=0, device="cpu", accumulation_dtype=torch.float16)
     predictor.predict(world.images, tmp_path / "ours")
     assert agreement(tmp_path / "ours" / LOW_RESOLUTION, tmp_path / "first") >= 0.999

@@ -3,16 +3,12 @@
 They are made of their authors' own classes (MONAI's) with random weights, in the layout of the published files.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from support.monai_files import seg_res_net, swin_file, swin_unetr
+from support.nnunet_prediction import predict_by_nnunet
 from support.synthetic import make_dataset
 
 import nnssl_adapt as na
@@ -24,7 +20,6 @@ BY_NNUNET_TOO = ("vocomni", "ctfm")
 
 SWIN = ("vocomni", "nvidia")
 
-TESTS = Path(__file__).parents[1]
 TINY = """epochs: 2
 iterations_per_epoch: 1
 validation_iterations: 1
@@ -102,8 +97,6 @@ def test_fine_tuned_and_predicted_with(world, family, more):
 
 def check_nnunets_prediction(model, images, ours, theirs):
     """nnU-Net builds the network by ``trainer_class.py`` alone; it sums tiles in float16, as ours were here."""
-    words = [TESTS / "support" / "nnunet_prediction.py", model, images, theirs, 0]
-    environment = {**os.environ, "nnUNet_extTrainer": str(model)}
-    subprocess.run([sys.executable, *map(str, words)], env=environment, check=True, capture_output=True)
+    predict_by_nnunet(model, images, theirs, trainers=model)
     found, expected = (sitk.GetArrayFromImage(sitk.ReadImage(str(f / "case_01.nii.gz"))) for f in (ours, theirs))
     assert np.mean(found == expected) >= 0.999

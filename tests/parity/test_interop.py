@@ -13,11 +13,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from support.model_folders import ARCHITECTURE, LABELS, plans_content
+from support.nnunet_prediction import predict_by_nnunet
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
 
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -90,13 +90,6 @@ def by_nnunets_command(model, images, output):
     run([sys.executable, "-c", command, *(str(flag) for flag in flags)])
 
 
-def by_nnunets_predictor(model, images, output):
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    output.mkdir()
-    predictor.predict_from_files_sequential(str(images), str(output), save_probabilities=True)
-
-
 def agreement(one, other):
     """Share of equal voxels over all segmentations of two folders, whose geometries must be equal too."""
     names = sorted(path.name for path in one.glob("*.nii.gz"))
@@ -132,7 +125,7 @@ def test_nnunets_command_predicts_with_our_model(ours, world, tmp_path):
 
 
 def test_we_predict_with_nnunets_model(peer, world, tmp_path):
-    by_nnunets_predictor(peer, world.images, tmp_path / "theirs")
+    predict_by_nnunet(peer, world.images, tmp_path / "theirs", probabilities=True)
     check_same_labels(peer, world, tmp_path)
     for path in (tmp_path / "theirs").glob("*.npz"):
         theirs, ours = (
@@ -171,8 +164,7 @@ def test_nnunet_predicts_with_a_primus_that_none_of_its_trainers_builds(world, t
     name = trainer_for_nnunet(architecture)
     model = primus_folder(tmp_path, architecture, name)
     write_trainer_class(model, architecture)
-    words = [TESTS / "support" / "nnunet_prediction.py", model, world.images, tmp_path / "theirs", 0]
-    run([sys.executable, *map(str, words)], nnUNet_extTrainer=str(model))
+    predict_by_nnunet(model, world.images, tmp_path / "theirs", trainers=model)
     check_same_labels(model, world, tmp_path)
 
 
@@ -181,7 +173,7 @@ def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path
     """Whose plans know nothing of it."""
     architecture = Architecture.named(preset)
     model = primus_folder(tmp_path, architecture, trainer_for_nnunet(architecture), planned=ARCHITECTURE)
-    by_nnunets_predictor(model, world.images, tmp_path / "theirs")
+    predict_by_nnunet(model, world.images, tmp_path / "theirs")
     check_same_labels(model, world, tmp_path)
 
 

@@ -1,16 +1,13 @@
 """An installed package segments as the Spinal Cord Toolbox does with it: turn, stock nnunetv2, turn back."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from support import nnunet_prediction
 from support.model_folders import write_model_folder
+from support.nnunet_prediction import predict_by_nnunet
 from support.synthetic import make_case, write_image
 
 import nnssl_adapt as na
@@ -51,10 +48,7 @@ def images(tmp_path):
 
 
 def stock(model, folder, output):
-    program = str(Path(nnunet_prediction.__file__))
-    subprocess.run(
-        [sys.executable, program, str(model), str(folder), str(output), "0"], check=True, capture_output=True
-    )
+    predict_by_nnunet(model, folder, output)
     return {code: sitk.ReadImage(str(output / f"{code}.nii.gz")) for code in CODES}
 
 

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from support.model_folders import ARCHITECTURE, write_cascade, write_model_folder
+from support.nnunet_prediction import predict_by_nnunet
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
@@ -22,7 +22,6 @@ from nnssl_adapt.inference.trainer_class import PRIMUS_FROM_PLANS
 from nnssl_adapt.sharing.package import make_package
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
-PREDICT = (Path(__file__).parents[1] / "support" / "nnunet_prediction.py").read_text(encoding="utf-8")
 INSTALL = "from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point as main; main()"
 
 
@@ -55,9 +54,9 @@ def labels_in(folder):
     return sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "case_00.nii.gz")))
 
 
-def check_same_labels(original, package, images, tmp_path, folds=(0,), **environment):
+def check_same_labels(original, package, images, tmp_path, folds=(0,), trainers=None):
     """nnU-Net's labels by the package against ours by the model that it was made of, both with its rounding."""
-    run(PREDICT, package, images, tmp_path / "theirs", *folds, **environment)
+    predict_by_nnunet(package, images, tmp_path / "theirs", folds, trainers=trainers)
     na.Predictor(original, device="cpu", accumulation_dtype=torch.float16).predict(images, tmp_path / "ours")
     theirs, ours = labels_in(tmp_path / "theirs"), labels_in(tmp_path / "ours")
     assert len(np.unique(theirs)) == 3, "a segmentation of nothing proves nothing"
@@ -102,7 +101,7 @@ def test_a_primus_that_no_stock_trainer_builds_brings_its_class(images, tmp_path
         archive.extractall(tmp_path / "unpacked")
     (folder,) = (path for path in (tmp_path / "unpacked").iterdir() if path.is_dir())
     assert folder.name.startswith("nnUNetTrainer__") and (folder / "trainer_class.py").is_file()
-    check_same_labels(model, folder, images, tmp_path, nnUNet_extTrainer=str(folder))
+    check_same_labels(model, folder, images, tmp_path, trainers=folder)
     script = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import trainer_class\n"
         "made = trainer_class.get_trainer_class()\n"

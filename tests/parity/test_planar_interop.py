@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.nnunet_prediction import predict_by_nnunet
 from support.peer_preprocessing import assert_same_store
 from support.pictures import write_picture_dataset
 from support.synthetic import make_dataset
 
 pytest.importorskip("nnunetv2")
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnssl_adapt as na
 from nnssl_adapt.data.images import read_labels, reader_for
@@ -62,13 +62,6 @@ def ours(world: SimpleNamespace) -> Path:
     return na.PretrainedTrainer(plan, fold=0, recipe=recipe, device="cpu", workers=0, progress=False).run().path
 
 
-def by_nnunet(model: Path, images: Path, output: Path) -> None:
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    output.mkdir()
-    predictor.predict_from_files_sequential(str(images), str(output))
-
-
 def agreement(one: Path, other: Path) -> float:
     ending = json.loads((one / "dataset.json").read_text())["file_ending"]
     names = sorted(path.name for path in one.glob(f"*{ending}"))
@@ -86,7 +79,7 @@ def agreement(one: Path, other: Path) -> float:
 @pytest.mark.parametrize("whose", ["theirs", "ours"])
 def test_both_predict_the_same(world: SimpleNamespace, ours: Path, tmp_path: Path, whose: str) -> None:
     model = world.peer if whose == "theirs" else ours
-    by_nnunet(model, world.images, tmp_path / "nnunet")
+    predict_by_nnunet(model, world.images, tmp_path / "nnunet")
     na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world.images, tmp_path / "na")
     assert agreement(tmp_path / "na", tmp_path / "nnunet") >= 0.9999
 
@@ -111,6 +104,6 @@ def test_nnunet_predicts_with_our_own_plan(world: SimpleNamespace, own_plan: na.
     """From raw images to its labels: planned, preprocessed and trained here, without any weights."""
     recipe = na.Recipe.load("from_scratch").override(**SHORT, learning_rate=0.05)
     model = na.PretrainedTrainer(own_plan, fold=0, recipe=recipe, device="cpu", workers=0, progress=False).run().path
-    by_nnunet(model, world.images, tmp_path / "nnunet")
+    predict_by_nnunet(model, world.images, tmp_path / "nnunet")
     na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world.images, tmp_path / "na")
     assert agreement(tmp_path / "na", tmp_path / "nnunet") >= 0.9999

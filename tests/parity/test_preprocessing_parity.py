@@ -26,7 +26,7 @@ from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
 from nnssl_adapt.data.splits import crossval_splits  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
 from nnssl_adapt.data.verifying.examine import fingerprint_dataset  # noqa: E402
-from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint  # noqa: E402
+from nnssl_adapt.data.verifying.fingerprint import TOTAL_DRAWS, DatasetFingerprint  # noqa: E402
 
 
 def run_nnunet(dataset: RawDataset, case_number: int, settings: PreprocessSettings) -> tuple[Any, Any, dict[str, Any]]:
@@ -229,6 +229,7 @@ def test_fingerprint_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     extractor = peer.DatasetFingerprintExtractor("Dataset991_Tiny", num_processes=1)
     extractor.show_progress_bar = False
     # A hundredth of the usual number of draws, still several of our pieces, to save the peer's time.
+    assert extractor.num_foreground_voxels_for_intensitystats == TOTAL_DRAWS
     monkeypatch.setattr(our_module, "TOTAL_DRAWS", 10e5)
     monkeypatch.setattr(measures_module, "_DRAWS_AT_ONCE", 60_000)
     extractor.num_foreground_voxels_for_intensitystats = 10e5

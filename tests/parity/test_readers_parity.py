@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.model_folders import write_model_folder
-from support.nnunet_prediction import predict
+from support.nnunet_prediction import predict_by_nnunet
 
 from nnssl_adapt.data.dataset import RawCase
 from nnssl_adapt.data.images import NIFTI_READERS, ImageGeometry, read_geometry, read_image, read_labels, write_labels
@@ -124,7 +124,7 @@ def test_predicted_as_by_nnunet(tmp_path: Path, reader: str, kind: str) -> None:
         image = nibabel.Nifti1Image(big, np.diag([1.5, 1.2, 1.8, 1.0]))
         image.header.set_xyzt_units("micron")
     nibabel.save(image, str(path))
-    predict(str(folder), str(tmp_path / "images"), str(tmp_path / "theirs"), ["0"])
+    predict_by_nnunet(folder, tmp_path / "images", tmp_path / "theirs")
     Predictor(folder, folds=(0,), device="cpu", accumulation_dtype=torch.float16).predict(
         path, tmp_path / "ours" / "a.nii.gz"
     )

@@ -6,14 +6,19 @@ own, because nnU-Net changes global state.
 
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is run as a script
 
 
 def main(dataset: str, plans: str) -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"  # batches are made in this process
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
+    from support.peer_threads import pool_threads
 
     torch.set_num_threads(1)
+    pool_threads()
     for configuration, fold in (("3d_lowres", 0), ("3d_lowres", 1), ("3d_cascade_fullres", 0)):
         torch.manual_seed(fold)
         trainer = get_trainer_from_args(

@@ -17,9 +17,11 @@ def main(dataset: str, configuration: str = "3d_fullres") -> None:
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.run.run_training import get_trainer_from_args
+    from support.peer_threads import pool_threads
     from support.quick_planning import count_without_weights
 
     torch.set_num_threads(1)
+    pool_threads()
     number = int(dataset)
     extract_fingerprints([number], num_processes=1, show_progress_bar=False)
     count_without_weights()

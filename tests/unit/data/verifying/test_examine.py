@@ -18,11 +18,6 @@ SHAPE = (8, 12, 10)
 SPACING = (2.0, 1.0, 1.3)
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnssl_adapt.data.verifying.examine.TOTAL_DRAWS", 10e3)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_good_dataset_has_no_findings(tmp_path: Path, workers: int) -> None:
     root = make_dataset(tmp_path, cases=3, channels=2, shape=SHAPE, ignore=True)

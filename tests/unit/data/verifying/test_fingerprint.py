@@ -11,7 +11,6 @@ import pytest
 import SimpleITK as sitk
 from support.synthetic import make_dataset, write_image
 
-import nnssl_adapt.data.verifying.examine as examine_module
 import nnssl_adapt.data.verifying.fingerprint as fingerprint_module
 import nnssl_adapt.data.verifying.look as look_module
 from nnssl_adapt.data.dataset import RawCase, RawDataset
@@ -24,11 +23,6 @@ from nnssl_adapt.data.verifying.fingerprint import (
 from nnssl_adapt.data.verifying.measures import memory_to_measure
 from nnssl_adapt.errors import DatasetError
 from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine_module, "TOTAL_DRAWS", 10e4)
 
 
 def test_shapes_spacings_and_statistics(tmp_path: Path) -> None:
