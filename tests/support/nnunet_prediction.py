@@ -22,7 +22,8 @@ def predict_by_nnunet(
 ) -> torch.nn.Module:
     """Predict as nnU-Net does: its trainers give the network, and its sums are in float16.
 
-    Returns the network that it built. ``first`` has the segmentations of a cascade's first stage, ``trainers`` a ``trainer_class.py``.
+    ``first`` has the segmentations of a cascade's first stage, ``trainers`` a ``trainer_class.py``. Returns the network that
+    it built.
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
