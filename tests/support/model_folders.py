@@ -3,29 +3,14 @@
 import json
 
 import torch
+from support.tiny_cnn import CNN
 
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
 PATCH = (16, 24, 32)
 SPACING = (2.0, 1.0, 1.5)  # transposed axes, mm
 
-ARCHITECTURE = Architecture(
-    "PlainConvUNet",
-    {
-        "n_stages": 3,
-        "features_per_stage": [4, 6, 8],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * 3,
-        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        "n_conv_per_stage": [1, 1, 1],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-)
+ARCHITECTURE = Architecture("PlainConvUNet", {**CNN, "kernel_sizes": [[3, 3, 3]] * 3, "n_conv_per_stage": [1, 1, 1]})
 
 HOME = "/home/jane doe/scanner"
 CASES = ("sub-amu01_T2w", "sub-beijing02_T2w")

@@ -7,30 +7,13 @@ import json
 from pathlib import Path
 
 import torch
+from support.tiny_cnn import CNN
 
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
-RESENC = {
-    "n_stages": 3,
-    "features_per_stage": [4, 6, 8],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "n_blocks_per_stage": [1, 2, 1],
-    "n_conv_per_stage_decoder": [1, 1],
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
-"""A ResidualEncoderUNet with different strides along its axes; patches must divide by (2, 4, 4)."""
+RESENC = {**CNN, "n_blocks_per_stage": [1, 2, 1]}
 
-PLAINCONV = {key: value for key, value in RESENC.items() if key != "n_blocks_per_stage"} | {
-    "n_conv_per_stage": [2, 2, 2]
-}
+PLAINCONV = {**CNN, "n_conv_per_stage": [2, 2, 2]}
 
 PRIMUS = {
     "embed_dim": 24,

@@ -12,6 +12,7 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from einops import rearrange
+from support.tiny_cnn import CNN
 from torch import Tensor, nn
 
 RES, PLAIN = "ResidualEncoderUNet", "PlainConvUNet"
@@ -19,21 +20,6 @@ CNN_PATCH = (4, 16, 8)
 PRIMUS_PATCH = (6, 12, 8)
 """A grid of (3, 3, 2) tokens: nnssl's (h w d) order distorts rotary positions unless the first two axes are equal."""
 
-CNN: dict[str, Any] = {
-    "n_stages": 3,
-    "features_per_stage": [4, 6, 8],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-    "n_conv_per_stage_decoder": [1, 1],
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
 BLOCKS = {
     "ResidualEncoderUNet": {"n_blocks_per_stage": [1, 2, 1]},
     "PlainConvUNet": {"n_conv_per_stage": [2, 2, 2]},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.tiny_cnn import CNN
 
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
@@ -15,18 +16,12 @@ PATCH = (24, 32)
 PLANAR_CNN = Architecture(
     "PlainConvUNet",
     {
-        "n_stages": 3,
-        "features_per_stage": [4, 6, 8],
+        **CNN,
         "conv_op": "torch.nn.modules.conv.Conv2d",
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
         "kernel_sizes": [[3, 3]] * 3,
         "strides": [[1, 1], [2, 2], [2, 2]],
         "n_conv_per_stage": [1, 1, 1],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
     },
 )
 

@@ -2,6 +2,8 @@
 
 import copy
 
+from support import tiny_cnn
+
 from nnssl_adapt.data.dataset import DatasetJson
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.training.run.identity import RunIdentity
@@ -13,20 +15,10 @@ PATCH = (16, 16, 24)
 CNN = Architecture(
     "ResidualEncoderUNet",
     {
-        "n_stages": 3,
-        "features_per_stage": [4, 6, 8],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
+        **tiny_cnn.CNN,
         "kernel_sizes": [[3, 3, 3]] * 3,
         "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
         "n_blocks_per_stage": [1, 1, 1],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
     },
 )
 TRANSFORMER = Architecture(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from support.tiny_cnn import CNN
 
 import nnssl_adapt as na
 from nnssl_adapt.weights.network.architectures import Architecture
@@ -28,20 +29,13 @@ def contrast_agnostic_strides():
         return Architecture(
             "PlainConvUNet",
             {
+                **CNN,
                 "n_stages": 6,
                 "features_per_stage": [2] * 6,
-                "conv_op": "torch.nn.modules.conv.Conv3d",
                 "kernel_sizes": [[3, 3, 3]] * 6,
                 "strides": [[1, 1, 1], *[[2, 2, 2]] * 4, last],
                 "n_conv_per_stage": [1] * 6,
                 "n_conv_per_stage_decoder": [1] * 5,
-                "conv_bias": True,
-                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
             },
         )
 
