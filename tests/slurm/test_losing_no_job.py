@@ -89,7 +89,10 @@ class Held:
 
 @pytest.fixture
 def hold(prepared, slurm, tmp_path, monkeypatch):
-    """Call it with a name, a place and the like: fold 0 of a preprocessed dataset is submitted, with results of its own."""
+    """Call it with a name, a place and the like: fold 0 of a preprocessed dataset is submitted, with results of its own.
+
+    What follows the fold waits: nobody looks at it here, and it would take the cores from the other runs.
+    """
     program = str(Path(__file__).parents[1] / "support" / "held_program")
     monkeypatch.setenv("PYTHONPATH", f"{program}:{os.environ['PYTHONPATH']}")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes of the test have no addresses
@@ -106,6 +109,9 @@ def hold(prepared, slurm, tmp_path, monkeypatch):
                 resources=resources or Resources(cpus=1), settings=SlurmSettings(partition="low"),
                 training=("--workers", "0", *training),
             )  # fmt: skip
+        if shards == 1:
+            jobs = submitted.submission.jobs
+            slurm.run("scontrol", "hold", ",".join(jobs[step] for step in ("find-best", "report")))
         return Held(slurm, folder, submitted)
 
     return start
