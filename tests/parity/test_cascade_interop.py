@@ -35,7 +35,13 @@ SPLITS = [
     {"train": ["case_02", "case_03"], "val": ["case_00", "case_01"]},
     {"train": ["case_00", "case_01"], "val": ["case_02", "case_03"]},
 ]
-RECIPE = {"epochs": 1, "warmup_epochs": 0, "iterations_per_epoch": 10, "validation_iterations": 1}
+RECIPE = {
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "iterations_per_epoch": 10,
+    "validation_iterations": 1,
+    "mirror_axes": (2,),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def world(tmp_path_factory):
     folders = {f"nnUNet_{part}": root / part for part in ("raw", "preprocessed", "results")}
     for folder in folders.values():
         folder.mkdir()
-    raw = make_dataset(root / "raw", cases=4, shape=(40, 42, 48), spacing=(1.0, 1.0, 1.0))
+    raw = make_dataset(root / "raw", cases=4, shape=(32, 34, 38), spacing=(1.0, 1.0, 1.0))
     (raw / "splits_final.json").write_text(json.dumps(SPLITS))
     images = root / "images"
     images.mkdir()
