@@ -163,6 +163,9 @@ def cuda_device():
 def pytest_collection_modifyitems(items):
     import torch
 
+    # Those on the real Slurm wait most of the time: they begin first, beside all others.
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
+
     if torch.cuda.is_available() or os.environ.get(REHEARSAL) == "1":
         return
     skip = pytest.mark.skip(reason="needs CUDA")
