@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.slurm import why_not
 
 # Tiny arrays gain nothing from threads, and two test processes would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +49,14 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
     return OneSlurm(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores where the tests on the real Slurm run: theirs waits most of the time."""
+    folder = Path(__file__).parent / "slurm"
+    chosen = any(folder.is_relative_to(Path(argument.partition("::")[0]).resolve()) for argument in config.args)
+    return len(os.sched_getaffinity(0)) + 1 if chosen and why_not() is None else None
 
 
 LONGEST = 300  # seconds; the slowest test takes thirty on two idle cores
@@ -112,6 +121,20 @@ def nnunet_folders(tmp_path, monkeypatch):
         monkeypatch.setenv(f"nnUNet_{part}", str(folder))
     monkeypatch.delenv("nnssl_pretrained_models", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running hub that huggingface_hub is pointed at, also for uploads; ``hub.add(repo_id, files)`` publishes."""
+    from support.hub_server import HubServer
+
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "nnssl_pretrained_models"):
+        monkeypatch.delenv(variable, raising=False)
+    # Imported before it sees the address of this server, which others would find in its constants.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
 
 
 @pytest.fixture(scope="session", autouse=True)

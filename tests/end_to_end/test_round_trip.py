@@ -4,9 +4,7 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
-from support.hub_server import HubServer
 
 from nnssl_adapt.cli import main
 
@@ -36,16 +34,6 @@ def fine_tune(name, source, *more):
 
 def weights_of(model):
     return torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)["network_weights"]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def test_fine_tune_push_and_fine_tune_from_it(tiny_dataset, small_resenc, hub, tmp_path, monkeypatch):

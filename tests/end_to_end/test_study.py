@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.synthetic import make_dataset
 
 from nnssl_adapt.cli.main import main
 from nnssl_adapt.studies.study import Study
@@ -27,8 +26,8 @@ TINY = {
 
 
 @pytest.fixture
-def study_file(nnunet_folders, tmp_path):
-    make_dataset(nnunet_folders / "nnUNet_raw", "Dataset990_Study", cases=5, shape=(18, 20, 22))
+def study_file(tiny_dataset, tmp_path):
+    tiny_dataset(name="Dataset990_Study", cases=5, shape=(18, 20, 22))
     path = tmp_path / "tiny.yaml"
     content = {
         "dataset": 990,

@@ -160,9 +160,9 @@ class HubServer:
                     elif line["key"] == "deletedFile":
                         del files[value["path"]]
                 commit = hub.add(repo_id, files).commit
-                return self._send_json(
-                    {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{repo_id}/commit/{commit}"}
-                )
+                # huggingface_hub up to 0.27 or so reads no address but that of where it was imported for.
+                address = f"https://huggingface.co/{repo_id}/commit/{commit}"
+                return self._send_json({"success": True, "commitOid": commit, "commitUrl": address})
 
             def _send_json(self, content: dict, status: int = 200) -> None:
                 self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -7,7 +7,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
-from support.hub_server import HubServer, Page, WebServer
+from support.hub_server import Page, WebServer
 from support.nnssl_files import plan, state_dict, write_checkpoint
 
 from nnssl_adapt.cli.common import open_source
@@ -40,11 +40,9 @@ def published(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch, published):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        server.add(REPOSITORY, {path.name: path.read_bytes() for path in published.iterdir()}, branches={"main", "v2"})
-        yield server
+def hub(hub, published):
+    hub.add(REPOSITORY, {path.name: path.read_bytes() for path in published.iterdir()}, branches={"main", "v2"})
+    return hub
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import logging
 
 import pytest
-from support.hub_server import HubServer
 from support.model_folders import write_model_folder
 
 from nnssl_adapt.cli.main import main
@@ -76,13 +75,10 @@ def test_names(capsys):
     assert main(["name", "model_seg_sc-gm_t1-t2_unet3d", "--strict"]) == 0
 
 
-def test_push(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
-    with HubServer() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        assert main(["push", "made-up/cord", str(model), "--licence", "MIT"]) == 0
-        commit = hub.repositories["made-up/cord"].commit
-        assert f"-pc made-up/cord@{commit}" in capsys.readouterr().out
-        assert main(["install", "made-up/cord", "--cache-dir", str(tmp_path / "cache")]) == 0
+def test_push(model, hub, tmp_path, capsys):
+    assert main(["push", "made-up/cord", str(model), "--licence", "MIT"]) == 0
+    commit = hub.repositories["made-up/cord"].commit
+    assert f"-pc made-up/cord@{commit}" in capsys.readouterr().out
+    assert main(["install", "made-up/cord", "--cache-dir", str(tmp_path / "cache")]) == 0
     installed = tmp_path / "nnUNet_results" / "Dataset991_Tiny" / TRAINER
     assert json.loads((installed / "dataset.json").read_text())["labels"]["lesion"] == 2

@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from support.hub_server import HubServer
 from support.model_folders import CASES, HOME, write_model_folder
 
 
@@ -68,12 +67,7 @@ def trained(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A running hub, also for uploads."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "nnssl_pretrained_models"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # pauses between attempts
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
+def hub(hub, monkeypatch):
+    """A running hub, and no pauses between attempts."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return hub

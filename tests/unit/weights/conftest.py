@@ -1,9 +1,9 @@
-"""A hub and a web server on this machine, and every family of checkpoints."""
+"""A web server on this machine, and every family of checkpoints."""
 
 from functools import cache
 
 import pytest
-from support.hub_server import HubServer, WebServer
+from support.hub_server import WebServer
 from support.nnssl_families import FAMILIES, STEMS
 
 from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
@@ -15,16 +15,6 @@ def web(monkeypatch):
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "nnssl_pretrained_models"):
         monkeypatch.delenv(variable, raising=False)
     with WebServer() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A running hub that huggingface_hub is pointed at; ``hub.add(repo_id, files)`` publishes."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "nnssl_pretrained_models"):
-        monkeypatch.delenv(variable, raising=False)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
 
 
