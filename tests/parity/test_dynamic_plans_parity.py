@@ -21,9 +21,12 @@ from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 PLANNING = """
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-from support.quick_planning import count_without_weights
+from support.quick_planning import count_without_weights, draw_few
+from support.peer_threads import pool_threads
 if __name__ == "__main__":
     count_without_weights()
+    draw_few()
+    pool_threads()
     extract_fingerprints([991], num_processes=1, clean=False)
     plan_experiments([991])
     plan_experiments([991], experiment_planner_class_name="nnUNetPlannerResEncM")

@@ -107,13 +107,17 @@ def agreement(one, other):
     return np.concatenate(equal).mean()
 
 
-def check_same_labels(model, world, tmp_path):
+COMPATIBLE, OURS = ("compatible", torch.float16, 0.9999), ("ours", torch.float32, 0.998)
+"""A folder for our predictions, the type of our sums, and the least share of equal labels."""
+
+
+def check_same_labels(model, world, tmp_path, ways=(COMPATIBLE, OURS)):
     """Compare our predictions with those in ``theirs``.
 
     nnU-Net sums the tiles in float16. With its rounding our labels are its labels; with our sums, in float32, voxels
     where two classes are nearly even come out differently, of which such a short training leaves more than a real one.
     """
-    for name, dtype, least in (("compatible", torch.float16, 0.9999), ("ours", torch.float32, 0.998)):
+    for name, dtype, least in ways:
         predictor = na.Predictor(model, device="cpu", accumulation_dtype=dtype)
         predictor.predict(world.images, tmp_path / name, save_probabilities=True)
         assert agreement(tmp_path / name, tmp_path / "theirs") >= least
@@ -152,7 +156,7 @@ def primus_folder(root, architecture, trainer_name, patch=(16, 24, 32), planned=
         "network_weights": network.state_dict(),
         "trainer_name": trainer_name,
         "init_args": {"configuration": "3d_fullres", "fold": 0},
-        "inference_allowed_mirroring_axes": (0, 2),
+        "inference_allowed_mirroring_axes": (2,),
     }
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
     return folder
@@ -174,7 +178,7 @@ def test_we_predict_with_a_primus_that_nnunets_own_trainer_built(world, tmp_path
     architecture = Architecture.named(preset)
     model = primus_folder(tmp_path, architecture, trainer_for_nnunet(architecture), planned=ARCHITECTURE)
     predict_by_nnunet(model, world.images, tmp_path / "theirs")
-    check_same_labels(model, world, tmp_path)
+    check_same_labels(model, world, tmp_path, (COMPATIBLE,))  # a transformer of this size takes seconds for each
 
 
 def test_a_model_folder_of_nnunet_says_what_it_is(peer):

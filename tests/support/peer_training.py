@@ -18,11 +18,12 @@ def main(dataset: str, configuration: str = "3d_fullres") -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.run.run_training import get_trainer_from_args
     from support.peer_threads import pool_threads
-    from support.quick_planning import count_without_weights
+    from support.quick_planning import count_without_weights, draw_few
 
     torch.set_num_threads(1)
     pool_threads()
     number = int(dataset)
+    draw_few()
     extract_fingerprints([number], num_processes=1, show_progress_bar=False)
     count_without_weights()
     plan_experiments([number])
