@@ -83,14 +83,14 @@ def find_dataset_name(id_or_name: int | str) -> str:
     raise DatasetNotFound(f"no dataset {text!r}. Found: {found} (searched {searched})")
 
 
-def free_dataset_id(wish: int) -> int:
-    """``wish``, or the next id, up to 999 and then down from ``wish``, that no dataset has in any of the three folders.
+def free_dataset_id(requested: int) -> int:
+    """``requested``, or the next id, up to 999 and then down from ``requested``, that no dataset has in any of the three folders.
 
     Raises ConfigurationError when all are taken.
     """
     taken = {int(name[7:10]) for name in _known_datasets()}
-    wish = min(max(wish, 1), 999)
-    for number in (*range(wish, 1000), *range(wish - 1, 0, -1)):
+    requested = min(max(requested, 1), 999)
+    for number in (*range(requested, 1000), *range(requested - 1, 0, -1)):
         if number not in taken:
             found: int = number
             return found

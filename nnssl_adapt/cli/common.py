@@ -210,13 +210,13 @@ def default_processes() -> int:
     return whole_number("nnUNet_def_n_proc") or min(8, Resources.here().cores)
 
 
-def checked_workers(wish: int | None) -> int:
+def checked_workers(requested: int | None) -> int:
     """The processes asked for with ``-np``, or as many as make sense. Raises ConfigurationError for less than one."""
     from nnssl_adapt.errors import ConfigurationError
 
-    if wish is not None and wish < 1:
-        raise ConfigurationError(f"-np {wish}: at least one process is needed")
-    return wish or default_processes()
+    if requested is not None and requested < 1:
+        raise ConfigurationError(f"-np {requested}: at least one process is needed")
+    return requested or default_processes()
 
 
 def require_device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Judge a folder of segmentations by reference labels: overlap, distances of surfaces, volumes."""
+"""Compare a folder of segmentations with reference labels: overlap, distances of surfaces, volumes."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _show_use_of_cache(resolved: ResolvedSource, arguments: argparse.Namespace) -> None:
     print(f"\nit lies in {resolved.weights.parent}")
     source = _pinned(resolved, arguments.source)
-    wish = _hub_wish(arguments)
-    file = wish.filename if wish else arguments.source_file
+    requested = _hub_file(arguments)
+    file = requested.filename if requested else arguments.source_file
     flags = {"--file": file, "--fold-of-source": arguments.source_fold, **_reading_flags(arguments)}
     if arguments.cache_dir:
         flags["--cache-dir"] = str(Path(arguments.cache_dir).expanduser().absolute())
@@ -66,7 +66,7 @@ def _copy_and_show(resolved: ResolvedSource, store: Path, arguments: argparse.Na
     from nnssl_adapt.weights.sources.resolved import SourceOptions
 
     origin = resolved.origin
-    address = _hub_wish(arguments) if origin.repo_id is not None else None
+    address = _hub_file(arguments) if origin.repo_id is not None else None
     typed = Path(arguments.source).expanduser()
     lies = resolved.archive or (typed if typed.exists() else resolved.model_folder or resolved.weights)
     name = name_in_store(address, arguments.source, lies.absolute())
@@ -106,7 +106,7 @@ def _pinned(resolved: ResolvedSource, typed: str) -> str:
     return typed
 
 
-def _hub_wish(arguments: argparse.Namespace) -> HubAddress | None:
+def _hub_file(arguments: argparse.Namespace) -> HubAddress | None:
     """The repository that was named, with the revision and file wanted of it; None for other sources."""
     from nnssl_adapt.weights.sources.hub_files import HubAddress
 

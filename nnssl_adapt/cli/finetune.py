@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_launchers()
     dataset = RawDataset.open(arguments.dataset)
     fold = _fold(arguments.fold, dataset)
-    require_device(arguments.device)  # what was typed about the data is judged first
+    require_device(arguments.device)  # what was typed about the data is checked first
     check_processes(arguments.num_gpus, arguments.device)
     checkpoint = open_source_if_any(arguments)
     if checkpoint is not None:  # mistakes are told before anything is read

@@ -36,7 +36,7 @@ def add_lesion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def lesion_rule(arguments: argparse.Namespace) -> LesionRule | None:
-    """The rule that was asked for. An option about lesions without ``--lesions`` is a mistake, not a wish to ignore."""
+    """The rule that was asked for. An option about lesions without ``--lesions`` is a mistake, not to be ignored."""
     from nnssl_adapt.errors import ConfigurationError
     from nnssl_adapt.evaluation.lesions import LesionRule
 

@@ -46,7 +46,7 @@ _COMMANDS = {
     "verify": (verify, "everything that is wrong with a raw dataset, with the fix for each"),
     "reorient": (reorient, "copies of a dataset whose images all lie the same way"),
     "predict": (predict, "segment images with a trained model"),
-    "evaluate": (evaluate, "judge segmentations by reference labels"),
+    "evaluate": (evaluate, "compare segmentations with reference labels"),
     "compare": (compare, "compare models case by case, with confidence intervals"),
     "find-best": (find_best, "compare trained models and ensembles, and say how to predict with the best"),
     "ensemble": (ensemble, "average the probabilities that several models saved"),

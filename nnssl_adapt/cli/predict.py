@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "probabilities stay as they are",
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="predict every image anew (the default)")
+    again.add_argument("--overwrite", action="store_true", help="predict every image again (the default)")
     again.add_argument(
         "--continue",
         "--continue_prediction",
@@ -194,11 +194,11 @@ def _model_folder(arguments: argparse.Namespace) -> Path | str:
 def _workers(arguments: argparse.Namespace) -> int:
     from nnssl_adapt.errors import ConfigurationError
 
-    wish = processes_of(arguments)
-    if wish is not None:
-        if wish < 0:
-            raise ConfigurationError(f"-np {wish}: expected 0 (threads) or a number of processes")
-        return wish
+    requested = processes_of(arguments)
+    if requested is not None:
+        if requested < 0:
+            raise ConfigurationError(f"-np {requested}: expected 0 (threads) or a number of processes")
+        return requested
     if arguments.device == "cpu":
         return 0  # the network takes all cores: other processes would only take them away, after seconds of starting
     given = Path(arguments.images[0])

@@ -75,7 +75,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     arguments.name = arguments.name or "pretrained"
     dataset = RawDataset.open(arguments.dataset)
     checkpoint = open_source_if_any(arguments)
-    # Without weights the network is known once it is planned, which submit() does; then it judges the recipe again.
+    # Without weights the network is known once it is planned, which submit() does; then it checks the recipe again.
     architecture = Architecture.named("ResEncL") if checkpoint is None else checkpoint.architecture
     submitted = submit(
         dataset.name,

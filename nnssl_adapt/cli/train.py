@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--restart", action="store_true", help="train anew although there is an earlier run (it is set aside)"
+        "--restart", action="store_true", help="start again although there is an earlier run (it is set aside)"
     )
     parser.add_argument(
         "--accept-changed",
@@ -159,7 +159,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("-pretrained_weights and --from_scratch contradict each other: give one of them")
     deadline = deadline_of(arguments, started)
     plan = na.FinetunePlan.find(find_dataset_name(dataset), arguments.plans, configuration)
-    require_device(arguments.device)  # what was typed about the data is judged first
+    require_device(arguments.device)  # what was typed about the data is checked first
     if launch_wanted(arguments.num_gpus):
         return run_ranks(without_subcommand(arguments.command_line), arguments.num_gpus, arguments.device)
     recipe = recipe_from(arguments, plan.architecture, plan.labels)

@@ -22,7 +22,7 @@ class FieldFlag:
     Attributes:
         flag: as typed.
         field: of the recipe.
-        metavar: what is to be given.
+        metavar: what the flag takes.
         help: one line.
         constant: the value of a flag that takes none; with ``metavar``, of one that may be given without.
     """
@@ -158,7 +158,7 @@ def recipe_from(arguments: argparse.Namespace, architecture: Architecture, label
     mistakes: list[str] = []
     try:
         recipe = _chosen(arguments, architecture.kind.recipe)
-    except ConfigurationError as error:  # the rest is checked all the same
+    except ConfigurationError as error:  # the rest is checked anyway
         mistakes, recipe = [str(error)], Recipe()
     changes = changes_from(arguments)
     where = f"changes to recipe {recipe.name!r}" if changes or arguments.settings else f"recipe {recipe.name!r}"

@@ -309,16 +309,16 @@ def _grouped_images(folder: Path, file_ending: str) -> dict[str, tuple[Path, ...
     """Channel files of every case, sorted; hidden files are passed over."""
     pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})(?i:" + re.escape(file_ending) + ")")
     groups: dict[str, list[Path]] = {}
-    strangers = []
+    badly_named = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or stem_of(path.name, file_ending) is None:
             continue
         match = pattern.fullmatch(path.name)
         if match is None:
-            strangers.append(f"{path}: expected a name like CASE_0000{file_ending} (case, channel in four digits)")
+            badly_named.append(f"{path}: expected a name like CASE_0000{file_ending} (case, channel in four digits)")
         else:
             groups.setdefault(match["case"], []).append(path)
-    _raise_listing(strangers, f"badly named images in {folder}")
+    _raise_listing(badly_named, f"badly named images in {folder}")
     return {identifier: tuple(groups[identifier]) for identifier in sorted(groups)}
 
 

@@ -125,7 +125,7 @@ def load_results(path: str | Path, metric: str = "Dice", name: str | None = None
 
     Raises:
         ConfigurationError: no such metric.
-        CaseError: there is no summary, it lacks the metric, a case is in two folds, or folds were judged differently.
+        CaseError: there is no summary, it lacks the metric, a case is in two folds, or folds were evaluated differently.
     """
     if metric not in COMPARABLE:
         raise ConfigurationError(f"metric {metric!r}: expected one of {', '.join(COMPARABLE)}")
@@ -137,7 +137,7 @@ def load_results(path: str | Path, metric: str = "Dice", name: str | None = None
         names = _class_names(content, file)
         if rule not in (None, _rule(content, metric)):
             raise CaseError(
-                f"{path}: folds were judged differently ({rule}; {_rule(content, metric)}): judge them again"
+                f"{path}: folds were evaluated differently ({rule}; {_rule(content, metric)}): evaluate them again"
             )
         rule = _rule(content, metric)
         for case in content["metric_per_case"]:
@@ -148,7 +148,7 @@ def load_results(path: str | Path, metric: str = "Dice", name: str | None = None
             if any(metric not in metrics for metrics in classes.values()):
                 flag = " --lesions" if metric in LESIONS else ""
                 command = f"nnssl-adapt evaluate -p {file.parent} -g LABELS{flag}"
-                raise CaseError(f"{file} has no {metric}: judge with {command}", path=file, next_command=command)
+                raise CaseError(f"{file} has no {metric}: run {command}", path=file, next_command=command)
             sign = abs if metric in ("VolumeError", "RelativeVolumeError") else float
             values[identifier] = {entry: float(sign(metrics[metric])) for entry, metrics in classes.items()}
             voxels[identifier] = {entry: metrics.get("n_ref", math.nan) for entry, metrics in classes.items()}
@@ -204,7 +204,7 @@ def _identifier(prediction_file: str) -> str:
 
 
 def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0) -> Comparison:
-    """Compare two models on the cases that both were judged on.
+    """Compare two models on the cases that both were evaluated on.
 
     Args:
         first: the baseline.
@@ -213,12 +213,12 @@ def compare(first: Results, second: Results, metric: str = "Dice", seed: int = 0
         seed: of the bootstrap; the same seed gives the same intervals.
 
     Raises:
-        CaseError: no case in common, no class in common, or judged by different rules or against different labels.
+        CaseError: no case in common, no class in common, or evaluated by different rules or against different labels.
     """
     if first.rule != second.rule:
         raise CaseError(
-            f"{first.name} and {second.name} were judged by different rules ({first.rule}; {second.rule}): judge both again "
-            "with the same options"
+            f"{first.name} and {second.name} were evaluated by different rules ({first.rule}; {second.rule}): "
+            "evaluate both again with the same options"
         )
     common = sorted(first.values.keys() & second.values.keys())
     if not common:
@@ -273,8 +273,8 @@ def _refuse_other_reference(first: Results, second: Results, case: str, classes:
         a, b = first.voxels[case][name], second.voxels[case][name]
         if a != b and not (math.isnan(a) or math.isnan(b)):
             raise CaseError(
-                f"{case} was judged against different labels: {name} has {a:g} voxels in {first.name}'s reference and "
-                f"{b:g} in {second.name}'s; judge both again with the same labels"
+                f"{case} was evaluated against different labels: {name} has {a:g} voxels in {first.name}'s reference and "
+                f"{b:g} in {second.name}'s; evaluate both again with the same labels"
             )
 
 

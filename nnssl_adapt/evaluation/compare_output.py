@@ -38,7 +38,7 @@ def comparison_table(comparison: Comparison) -> str:
     for name, cases in comparison.one_sided.items():
         lines.append(
             f"left out of {name}: {len(cases)} case(s) in which only one of the two has a value, because the class was missed "
-            "or invented there; to count them, judge both with nnssl-adapt evaluate --empty 1"
+            "or invented there; to count them, evaluate both with nnssl-adapt evaluate --empty 1"
         )
     return "\n".join(lines)
 

@@ -108,7 +108,7 @@ def accumulate(
     workers: int = 1,
     progress: bool = False,
 ) -> tuple[Path, Summary]:
-    """Gather the validation predictions of several folds in one folder and judge them together.
+    """Gather the validation predictions of several folds in one folder and evaluate them together.
 
     Args:
         model: whose.
@@ -177,7 +177,7 @@ def ensemble_crossval(
     workers: int = 1,
     progress: bool = False,
 ) -> Summary:
-    """Average several models' validation probabilities, case by case, into ``output``, and judge the result.
+    """Average several models' validation probabilities, case by case, into ``output``, and evaluate the result.
 
     Raises:
         ModelFolderError: a fold was not validated.

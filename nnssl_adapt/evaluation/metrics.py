@@ -56,7 +56,7 @@ class CaseMetrics:
         reference_file, prediction_file: what was compared.
         metrics: an entry for each foreground label or region.
         elsewhere: how the prediction lies in another place than its reference, if it does; they were compared voxel by
-            voxel all the same.
+            voxel anyway.
     """
 
     reference_file: str
@@ -148,7 +148,7 @@ def evaluate_folder(
     Args:
         predictions: folder with ``CASE<file_ending>``.
         references: folder with the same names.
-        labels: which labels or regions to judge. Voxels that the reference leaves to ignore don't count.
+        labels: which labels or regions to evaluate. Voxels that the reference leaves to ignore don't count.
         file_ending: e.g. ``.nii.gz``.
         cases: identifiers; None: every prediction there is.
         output: where to write ``summary.json``, if anywhere.
@@ -179,7 +179,7 @@ def evaluate_folder(
     failed = [f"{outcome.identifier}: {outcome.complaint}" for outcome in outcomes if outcome.error is not None]
     if failed:
         listed = lines_and_more(sorted(failed), MAX_LISTED)
-        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be judged:\n{listed}")
+        raise CaseError(f"{len(failed)} of {len(tasks)} predictions can't be evaluated:\n{listed}")
     found = {outcome.identifier: outcome.value for outcome in outcomes}
     summary = summarize(tuple(found[name] for name in identifiers), labels, judging)
     if output is not None:
@@ -209,7 +209,7 @@ def refuse_missing_predictions(predictions: str | Path, references: str | Path, 
     if there and missing:
         raise CaseError(
             f"{predictions} lacks {len(missing)} of the {len(wanted)} cases in {references}: {and_more(missing)}; "
-            "predict them, or judge the others only with --chill"
+            "predict them, or evaluate only the others with --chill"
         )
 
 
@@ -286,7 +286,7 @@ def compare_labels(
     Args:
         prediction: int16 of any shape.
         reference: int16 of the same shape.
-        classes: what to judge.
+        classes: what to evaluate.
         ignore_label: voxels with this reference label don't count, whatever was predicted.
     """
     in_reference, in_prediction = distinct_values(reference), distinct_values(prediction)

@@ -118,7 +118,7 @@ def determine_postprocessing(
         progress: whether to draw progress bars on stderr.
 
     Raises:
-        CaseError: there is nothing to judge, or a file is bad.
+        CaseError: there is nothing to evaluate, or a file is bad.
     """
     predictions, references = Path(predictions), Path(references)
     if not cases_in(predictions, file_ending):

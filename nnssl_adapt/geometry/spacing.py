@@ -27,7 +27,7 @@ class SpacingChoice:
     """What a mode came to.
 
     Attributes:
-        mode: the mode that took effect; another than asked for when ``note`` says why.
+        mode: the mode that took effect; differs from what was asked for when ``note`` says why.
         spacing: target spacing (Z, Y, X) in mm, or None when every image keeps its own.
         note: what the user should know, or empty.
     """

@@ -52,7 +52,7 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _fits(name: str, wanted: tuple[str | None, str | None, str | None]) -> bool:
-    return all(wish is None or wish == part for wish, part in zip(wanted, _parts(name), strict=True))
+    return all(requested is None or requested == part for requested, part in zip(wanted, _parts(name), strict=True))
 
 
 def _flags(name: str) -> str:

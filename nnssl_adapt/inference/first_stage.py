@@ -72,7 +72,7 @@ def with_first_stage(
         second: the model.
         tasks: the images.
         folder: with a segmentation for every image, called as it; None: they are made.
-        overwrite: make them anew; else what is there and of the same model is used.
+        overwrite: make them again; else what is there and of the same model is used.
         workers: processes that read and export.
         progress: whether to draw a progress bar.
 

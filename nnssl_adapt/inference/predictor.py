@@ -223,7 +223,7 @@ class Predictor:
                 segmentation is returned and not written.
             geometry: of an array.
             spacing: (Z, Y, X) in mm of an array that has no geometry.
-            overwrite: predict everything anew. False: leave out what this model with these settings has finished in the
+            overwrite: predict everything again. False: leave out what this model with these settings has finished in the
                 output folder, by its ``predicted.jsonl``; whatever else lies there is predicted again.
             save_probabilities: also write ``.npz`` and ``.pkl``, as nnU-Net does, for ensembles.
             progress: whether to draw a progress bar on stderr.

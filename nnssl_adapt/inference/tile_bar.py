@@ -49,7 +49,7 @@ class TileBar:
         self._show()
 
     def advance(self, done: int) -> None:
-        """So many of the image's tiles are done; fewer than before when it was begun anew."""
+        """So many of the image's tiles are done; fewer than before when it was begun again."""
         if done > self._done:
             self._bar.update(done - self._done)
             self._done = done

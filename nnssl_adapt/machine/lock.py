@@ -133,7 +133,7 @@ def _unlock(stream: TextIO) -> None:
 
 
 def _is_of_same_job(holder: Holder | None, environment: Mapping[str, str]) -> bool:
-    """Whether another task of this very job holds it: waiting for that one would be in vain."""
+    """Whether another task of this very job holds it: waiting for that one would never end."""
     me = Holder.here(environment)
     return holder is not None and bool(me.job) and (holder.job, holder.restarts) == (me.job, me.restarts)
 

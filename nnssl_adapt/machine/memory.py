@@ -68,7 +68,7 @@ def _statistic(path: Path, name: str) -> int:
 def reuse_freed_memory() -> bool:
     """Make this process keep the memory of freed arrays for the next ones; whether it worked (glibc only).
 
-    By default every large array is mapped anew, and the kernel clears each page at its first touch, which costs several
+    By default every large array is mapped again, and the kernel clears each page at its first touch, which costs several
     times what is computed on it. For worker processes only: it changes the allocator of the whole process.
     """
     libc = _glibc()

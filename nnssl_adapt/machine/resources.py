@@ -93,9 +93,9 @@ def default_data_workers(device_type: str, ranks_on_machine: int = 1, batch_byte
 
     ``nnUNet_n_proc_DA`` decides where it is set. Otherwise see :meth:`Resources.workers`.
     """
-    wish = os.environ.get("nnUNet_n_proc_DA", "")
-    if wish.isdigit():
-        return int(wish)
+    requested = os.environ.get("nnUNet_n_proc_DA", "")
+    if requested.isdigit():
+        return int(requested)
     return Resources.here(ranks_on_machine).workers(device_type, batch_bytes)
 
 

@@ -25,7 +25,7 @@ def load_or_make_fingerprint(
 ) -> DatasetFingerprint:
     """Return the dataset's fingerprint from its preprocessed folder, verifying and measuring the images if it is missing.
 
-    A fingerprint of another number of cases than the dataset has is made anew, and so is one of ours when files have
+    A fingerprint of another number of cases than the dataset has is made again, and so is one of ours when files have
     changed since. Of several processes, also on several machines, one makes it and the others wait for it.
     """
     path = preprocessed_folder() / raw.name / "dataset_fingerprint.json"
@@ -53,7 +53,7 @@ def _usable_fingerprint(path: Path, raw: RawDataset) -> DatasetFingerprint | Non
     why = (
         f"these cases have changed since: {', '.join(changed[:5])}{more}" if changed else f"it describes {count} cases"
     )
-    logger.warning("%s is out of date (%s, the dataset has %d): making it anew", path, why, len(raw.cases))
+    logger.warning("%s is out of date (%s, the dataset has %d): making it again", path, why, len(raw.cases))
     return None
 
 

@@ -42,15 +42,15 @@ def memory_budget(text: str) -> int:
 
     Raises DeviceUnavailable for ``auto`` where there is no GPU, ConfigurationError for what can't be read.
     """
-    wish = text.strip().lower()
-    if wish == AUTO:
+    requested = text.strip().lower()
+    if requested == AUTO:
         if not torch.cuda.is_available():
             raise DeviceUnavailable(
                 "--fit-gpu auto: there is no CUDA device on this machine to ask. Say how much memory the GPU has that "
                 "will be used, e.g. --fit-gpu 24GB"
             )
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", wish)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", requested)
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
         raise ConfigurationError(f"--fit-gpu {text}: expected auto or an amount of memory such as 16GB")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -68,7 +68,7 @@ def plan_memory(plan: FinetunePlan, heads: int, step: StepSettings | None = None
 
 
 def fit_plan(
-    plan: FinetunePlan, heads: int, cases: int, wish: str = AUTO, step: StepSettings | None = None
+    plan: FinetunePlan, heads: int, cases: int, requested: str = AUTO, step: StepSettings | None = None
 ) -> FinetunePlan:
     """Return a copy of ``plan`` with the largest patch, then batch, that train in the memory of a GPU.
 
@@ -79,13 +79,13 @@ def fit_plan(
         plan: any plan, with the size of its median image.
         heads: outputs of the network.
         cases: of the dataset.
-        wish: as :func:`memory_budget` takes it.
+        requested: as :func:`memory_budget` takes it.
         step: how it will be trained; by default as in the published recipes.
 
     Raises ConfigurationError where not even the smallest patch fits, PlanError for a plan without its median image, and
     what :func:`memory_budget` raises.
     """
-    budget = memory_budget(wish)
+    budget = memory_budget(requested)
     step = step or usual_step(plan.architecture)
     shape = plan.settings_of_configuration.get("median_image_size_in_voxels")
     if not shape:
@@ -101,10 +101,10 @@ def fit_plan(
         f"the largest patch within the median image ({by(median)}), then batch, that train in {gib(budget)}: "
         f"{by(patch)}, batch {batch}, about {gib(estimate.total)}"
     )
-    logger.info("--fit-gpu %s: %s (before: %s, batch %d)", wish, reason, by(plan.patch_size), plan.batch_size)
+    logger.info("--fit-gpu %s: %s (before: %s, batch %d)", requested, reason, by(plan.patch_size), plan.batch_size)
     content = copy.deepcopy(fitted.content)
     record: dict[str, Any] = {
-        "asked": wish,
+        "asked": requested,
         "budget_bytes": budget,
         "estimate_bytes": estimate.to_dict(),
         "patch_before": list(plan.patch_size),

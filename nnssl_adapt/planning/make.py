@@ -92,12 +92,12 @@ def make_plan(
     return plan if request.fit_gpu is None else _fitted(plan, raw, request.fit_gpu)
 
 
-def _fitted(plan: FinetunePlan, raw: RawDataset, wish: str) -> FinetunePlan:
+def _fitted(plan: FinetunePlan, raw: RawDataset, requested: str) -> FinetunePlan:
     """With patch and batch of each configuration fitted to a GPU; those that inherit follow."""
     fitted = plan
     for name, entries in sorted(plan.content["configurations"].items()):  # the full resolution first
         if "inherits_from" not in entries:
-            fitted = fit_plan(fitted.seen_through(name), raw.labels.num_heads, len(raw.cases), wish)
+            fitted = fit_plan(fitted.seen_through(name), raw.labels.num_heads, len(raw.cases), requested)
     return fitted.seen_through(plan.configuration)
 
 

@@ -37,7 +37,7 @@ _MUCH_IS_CROPPED = 0.75
 
 
 def choose_normalization(
-    wish: str,
+    requested: str,
     pretraining: AdaptationPlan,
     raw: RawDataset,
     fingerprint: DatasetFingerprint,
@@ -46,17 +46,17 @@ def choose_normalization(
     """Normalisation of each channel.
 
     Args:
-        wish: ``from_pretraining``, ``from_data`` (nnU-Net's rule: by the channel's name), or one of
+        requested: ``from_pretraining``, ``from_data`` (nnU-Net's rule: by the channel's name), or one of
             :data:`SCHEMES_BY_NAME`; or one of these for each channel, separated by commas.
 
-    Raises ConfigurationError for a wish that can't be read, PlanError where the pre-training's channels differ and nobody
+    Raises ConfigurationError for a request that can't be read, PlanError where the pre-training's channels differ and nobody
     says which is which.
     """
-    wishes = parse_normalization(wish, raw)
-    pretrained = _of_pretraining(pretraining, raw, settings) if FROM_PRETRAINING in wishes else ([], [])
+    words = parse_normalization(requested, raw)
+    pretrained = _of_pretraining(pretraining, raw, settings) if FROM_PRETRAINING in words else ([], [])
     natural = normalization_of_data(raw, fingerprint)
     schemes, masks = [], []
-    for channel, (name, chosen) in enumerate(zip(raw.channel_names, wishes, strict=True)):
+    for channel, (name, chosen) in enumerate(zip(raw.channel_names, words, strict=True)):
         if chosen == FROM_PRETRAINING:
             scheme, mask = pretrained[0][channel], pretrained[1][channel]
             if scheme == "CTNormalization" != natural[0][channel]:
@@ -83,16 +83,16 @@ def choose_normalization(
     return schemes, masks
 
 
-def parse_normalization(wish: str, raw: RawDataset) -> list[str]:
+def parse_normalization(requested: str, raw: RawDataset) -> list[str]:
     """One word a channel of what :func:`choose_normalization` takes. Raises ConfigurationError for what can't be read."""
-    words = [word.strip().lower() for word in wish.split(",")]
+    words = [word.strip().lower() for word in requested.split(",")]
     known = (FROM_PRETRAINING, FROM_DATA, *SCHEMES_BY_NAME)
     unknown = [word for word in words if word not in known]
     if unknown:
-        raise ConfigurationError(f"--normalization {wish}: {unknown[0]!r} is none of {', '.join(known)}")
+        raise ConfigurationError(f"--normalization {requested}: {unknown[0]!r} is none of {', '.join(known)}")
     if len(words) not in (1, raw.num_channels):
         raise ConfigurationError(
-            f"--normalization {wish}: {len(words)} entries for {raw.num_channels} channel(s) "
+            f"--normalization {requested}: {len(words)} entries for {raw.num_channels} channel(s) "
             f"({', '.join(raw.channel_names)}); give one for all, or one for each"
         )
     return words * raw.num_channels if len(words) == 1 else words
@@ -134,7 +134,7 @@ def _of_pretraining(pretraining: AdaptationPlan, raw: RawDataset, settings: Tran
 
 
 def intensity_statistics(
-    wish: str,
+    requested: str,
     schemes: Sequence[str],
     pretraining: AdaptationPlan,
     raw: RawDataset,
@@ -147,10 +147,10 @@ def intensity_statistics(
     where the weights' plan has any (as nnU-Net's ``move_plans`` keeps them); else those of the dataset (``of_data``).
     Whose they are is logged for channels with CTNormalization (``schemes``).
     """
-    wishes = parse_normalization(wish, raw)
+    words = parse_normalization(requested, raw)
     origin = origin_of_channels(settings.channel_numbers, pretraining.num_input_channels, raw.num_channels)
     statistics = dict(copy.deepcopy(dict(of_data)))
-    for channel, (chosen, source) in enumerate(zip(wishes, origin, strict=True)):
+    for channel, (chosen, source) in enumerate(zip(words, origin, strict=True)):
         if chosen == FROM_PRETRAINING and source is not None and source < len(pretraining.intensity):
             statistics[str(channel)] = dict(pretraining.intensity[source])
             whose = "the weights' own (--normalization from_data takes the dataset's)"

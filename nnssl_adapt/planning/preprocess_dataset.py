@@ -162,7 +162,7 @@ def _difference(old: FinetunePlan, new: FinetunePlan) -> str | None:
 
 
 def _copy_reference_labels(raw: RawDataset, folder: Path) -> None:
-    """nnU-Net's ``gt_segmentations``: the labels that validation is judged by."""
+    """nnU-Net's ``gt_segmentations``: the labels that validation is compared with."""
     for case in raw.cases:
         if case.label is None:
             continue

@@ -22,11 +22,13 @@ _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _LOOKED_AT = 20
 
 
-def choose_orientation(model: ModelFolder, wish: str | None, raw: RawDataset | None) -> tuple[str | None, list[str]]:
+def choose_orientation(
+    model: ModelFolder, requested: str | None, raw: RawDataset | None
+) -> tuple[str | None, list[str]]:
     """Which way images of this model lie (SCT's letters: where axes come from), and what is odd about it.
 
-    From ``wish``, ``image_orientation`` in dataset.json, the plan, or the training images, as far as each is known.
-    Returns None when nothing tells. Raises ConfigurationError when what is wished contradicts dataset.json or the plan.
+    From ``requested``, ``image_orientation`` in dataset.json, the plan, or the training images, as far as each is known.
+    Returns None when nothing tells. Raises ConfigurationError when what is requested contradicts dataset.json or the plan.
     """
     stated = {
         "dataset.json": model.dataset_json.get("image_orientation"),
@@ -34,20 +36,20 @@ def choose_orientation(model: ModelFolder, wish: str | None, raw: RawDataset | N
     }
     known = {where: check_code(code) for where, code in stated.items() if isinstance(code, str) and code}
     warnings: list[str] = []
-    if wish is not None:
-        wish = check_code(wish)
+    if requested is not None:
+        requested = check_code(requested)
         for where, code in known.items():
-            if code != wish:
+            if code != requested:
                 raise ConfigurationError(
-                    f"--orientation {wish}, but {where} of {model.path} says {code}: predictions would be made on images "
-                    "that lie the wrong way. Leave the flag out, or mend the file"
+                    f"--orientation {requested}, but {where} of {model.path} says {code}: predictions would be made on images "
+                    "that lie the wrong way. Leave the flag out, or fix the file"
                 )
     if len(set(known.values())) > 1:
         raise ConfigurationError(
             f"{model.path}: dataset.json says image_orientation {known['dataset.json']}, plans.json {known['plans.json']}"
         )
     found = _of_images(raw)
-    chosen = wish or next(iter(known.values()), None)
+    chosen = requested or next(iter(known.values()), None)
     if chosen is None and found:
         chosen = found.most_common(1)[0][0]
         warnings.append(f"image_orientation {chosen} was read off the training images: check it (--orientation)")

@@ -76,20 +76,20 @@ class PackagedModel:
         return {path.relative_to(self.folder).as_posix(): path for path in found}
 
 
-def folds_to_publish(model: ModelFolder, wish: Sequence[str | int] | None) -> tuple[Fold, ...]:
+def folds_to_publish(model: ModelFolder, requested: Sequence[str | int] | None) -> tuple[Fold, ...]:
     """Folds to publish: all numbered ones that are finished, else ``all``; or those asked for.
 
     Raises ModelFolderError when one has no checkpoint_final, or none has.
     """
     finished = model.folds_with("final")
-    if wish is None:
+    if requested is None:
         if not finished:
             raise ModelFolderError(
                 f"{model.path}: no fold is trained to its end (no fold_*/{CHECKPOINT}): nothing to publish"
             )
         return finished
     chosen: list[Fold] = []
-    for item in wish:
+    for item in requested:
         fold: Fold = "all" if str(item) == "all" else int(item) if str(item).isdigit() else _no_fold(item)
         model.checkpoint_path(fold)  # says what there is
         if fold not in chosen:

@@ -121,10 +121,10 @@ def _without_folders(text: str) -> str:
     return text if "://" in text or not Path(text).expanduser().exists() else Path(text).name
 
 
-def _dataset_name(model: ModelFolder, wish: str | None) -> str:
-    name = wish or model.plan.dataset_name
+def _dataset_name(model: ModelFolder, requested: str | None) -> str:
+    name = requested or model.plan.dataset_name
     if not _DATASET.fullmatch(name):
-        where = "--dataset" if wish else "the plans of the package"
+        where = "--dataset" if requested else "the plans of the package"
         raise ConfigurationError(
             f"{where}: {name!r} is no dataset name: expected DatasetNNN_Name. Give one with --dataset Dataset041_Name"
         )

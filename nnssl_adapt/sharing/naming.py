@@ -88,8 +88,8 @@ def build_name(new_values: bool = False, **given: str | Sequence[str] | None) ->
     problems = [f"no field {key!r}: there are {', '.join(FIELDS)}" for key in given.keys() - FIELDS.keys()]
     values: dict[str, tuple[str, ...]] = {}
     for key, rule in FIELDS.items():
-        wish = given.get(key)
-        values[key] = (rule.default,) if not wish and rule.default else _split(wish)
+        requested = given.get(key)
+        values[key] = (rule.default,) if not requested and rule.default else _split(requested)
         problems += _problems(key, rule, values[key], new_values)
     if list(values.values()) == [(rule.default,) if rule.default else () for rule in FIELDS.values()]:
         problems.append("nothing but defaults, which is no name: give at least the task or the contrast")
@@ -99,8 +99,8 @@ def build_name(new_values: bool = False, **given: str | Sequence[str] | None) ->
     return ModelName(values)
 
 
-def _split(wish: str | Sequence[str] | None) -> tuple[str, ...]:
-    texts = [wish] if isinstance(wish, str) else list(wish or ())
+def _split(requested: str | Sequence[str] | None) -> tuple[str, ...]:
+    texts = [requested] if isinstance(requested, str) else list(requested or ())
     return tuple(value for text in texts for value in re.split(r"[-,]", text))
 
 

@@ -1,4 +1,4 @@
-"""A package proves itself: unpacked as a stranger would, it must segment as the model it was made of.
+"""A package proves itself: unpacked as another user would, it must segment as the model it was made of.
 
 Where released nnU-Net is installed, its own prediction with the package is compared too. It runs in a process of its own:
 nothing of it is imported here.

@@ -224,7 +224,7 @@ class _Reading:
             self.mistakes.append(f"arm {name}: {error}")
         return mode, spacing
 
-    # -- lists and how to judge --------------------------------------------------------------------------------------
+    # -- lists and how to evaluate --------------------------------------------------------------------------------------
 
     def _list(self, key: str, default: tuple[Any, ...] = ()) -> list[Any]:
         given = self.content.get(key, list(default))

@@ -83,7 +83,7 @@ def methods(study: StudySpec, cells: Sequence[Cell], facts: Mapping[str, str]) -
         f"{_listed(study.folds)} of the dataset with {len(study.seeds)} random seed(s) on {fractions} of the training cases "
         "(nested subsets, drawn by subject), with nnssl_adapt "
         f"{facts['version']} and PyTorch {facts['torch']}; {done} of {runs} runs are included. Whole validation images were "
-        f"predicted with a sliding window and judged by {_listed(study.metrics)}{tolerance}, averaged over "
+        f"predicted with a sliding window and evaluated by {_listed(study.metrics)}{tolerance}, averaged over "
         f"{'the classes ' + _listed(study.classes) if study.classes else 'all classes'}.{lesions} Intervals are 95 % "
         "percentile intervals of 10,000 bootstrap samples over validation cases and seeds. Differences are paired by case and "
         f"seed with {study.reference} as reference and tested by Wilcoxon's signed-rank test over cases, corrected by Holm's "

@@ -296,7 +296,7 @@ class TrainingLoop:
     def _forward(self, network: nn.Module) -> Callable[[Tensor], Any]:
         """The network as it is called: compiled, and of one gradient with the other processes'.
 
-        Made anew only when an epoch trains other weights than the one before: wrappers look at that once.
+        Made again only when an epoch trains other weights than the one before: wrappers look at that once.
         """
         trained = tuple(weight.requires_grad for weight in network.parameters())
         if self._wrapped is None or self._wrapped[0] != trained:

@@ -1,4 +1,4 @@
-"""How a run begins: anew from starting weights, where it stopped, or after its end with more epochs."""
+"""How a run begins: new from starting weights, where it stopped, or after its end with more epochs."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class RunStart:
         return (content["current_epoch"], content["nnssl_adapt"]["iteration"]) > (finished["current_epoch"], 0)
 
     def _weights_named_now(self, identity: RunIdentity) -> Mapping[str, Any] | None:
-        """What a run that begins anew would start from; None where nothing names it."""
+        """What a run that begins again would start from; None where nothing names it."""
         plan = identity.plan
         if identity.recipe.from_scratch or (self.checkpoint is None and not source_of(plan)):
             return None

@@ -189,7 +189,7 @@ class PretrainedTrainer:
         deadline: Deadline | None = None,
         accept_changed: Collection[str] = (),
     ) -> ModelFolder:
-        """Train, then predict and judge the fold's validation cases. Returns the model folder.
+        """Train, then predict and evaluate the fold's validation cases. Returns the model folder.
 
         Afterwards ``.history`` has the figures of each epoch and ``.summary`` those of the validation.
 
@@ -373,7 +373,7 @@ class PretrainedTrainer:
     ) -> Summary:
         plan, mirror_axes, weights_id = self.plan, self.plan.axes_to_mirror(self.recipe.mirror_axes), None
         self.ranks.barrier()  # the main rank has written its last checkpoint
-        if self.checkpointing or network is None:  # what lies on disk is what will be used, so that is judged
+        if self.checkpointing or network is None:  # what lies on disk is what will be used, so that is evaluated
             model = ModelFolder.open(self.folder.model)
             path = model.checkpoint_path(self.fold, which)
             weights = model.load_weights(self.fold, which)

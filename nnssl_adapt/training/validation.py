@@ -1,4 +1,4 @@
-"""Validation of a fold after training: whole cases through the sliding window, judged against the reference labels."""
+"""Validation of a fold after training: whole cases through the sliding window, compared with the reference labels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FoldValidation:
             large for it is done again in float32.
         save_probabilities: also write nnU-Net's ``.npz`` and ``.pkl``.
         previous: of a cascade, the segmentations of its previous stage.
-        ranks: the processes that share the cases; the main one judges what all have predicted.
+        ranks: the processes that share the cases; the main one evaluates what all have predicted.
     """
 
     plan: FinetunePlan

@@ -58,7 +58,7 @@ def _write_repaired(file: SourceFile, place: Path) -> None:
 
 
 def _is_inexact(file: SourceFile) -> bool:
-    """Whether these are labels with values such as 0.99999, which must be written anew."""
+    """Whether these are labels with values such as 0.99999, which must be written again."""
     return file.targets[0].startswith("labels") and read_and_repair_labels(file.source)[2] > 0
 
 

@@ -39,9 +39,9 @@ def examine_dataset(
 ) -> Examination:
     """Check every file of a raw dataset and how the cases go together, and measure it as ``nnUNetv2_extract_fingerprint`` does.
 
-    The command ``nnssl-adapt verify`` and the check before preprocessing are this function, so that both judge alike. The same
-    voxels are drawn as by nnU-Net, so that percentiles, minimum and maximum are equal to nnU-Net's; mean and standard
-    deviation are summed in double precision.
+    The command ``nnssl-adapt verify`` and the check before preprocessing are this function, so that both apply the same rules.
+    The same voxels are drawn as by nnU-Net, so that percentiles, minimum and maximum are equal to nnU-Net's; mean and
+    standard deviation are summed in double precision.
 
     Args:
         folder: the raw dataset's.
@@ -57,7 +57,7 @@ def examine_dataset(
         title: of the progress bar.
 
     Raises:
-        DatasetJsonError: dataset.json is missing or wrong (labels not consecutive, say): nothing else can be judged.
+        DatasetJsonError: dataset.json is missing or wrong (labels not consecutive, say): nothing else can be checked.
         DatasetError: a fingerprint is asked for, and no label file has any foreground.
         ConfigurationError: ``subject`` is no regular expression, or the tolerance no number below half a voxel.
     """

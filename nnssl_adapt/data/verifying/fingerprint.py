@@ -63,7 +63,7 @@ class DatasetFingerprint:
         try:
             content = read_json(path, DatasetError, "dataset fingerprint")
         except DatasetError as error:
-            raise DatasetError(f"{error}: delete it, it is made anew", path=path) from error
+            raise DatasetError(f"{error}: delete it, it is made again", path=path) from error
         try:
             fingerprint = cls(
                 spacings=tuple(tuple(float(s) for s in spacing) for spacing in content["spacings"]),
@@ -79,7 +79,7 @@ class DatasetFingerprint:
             problem = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         if problem is not None:
             raise DatasetError(
-                f"{path} is not a usable dataset fingerprint ({problem[:200]}): delete it, it is made anew", path=path
+                f"{path} is not a usable dataset fingerprint ({problem[:200]}): delete it, it is made again", path=path
             )
         return fingerprint
 

@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def reference(self) -> Path:
-        """The reference as it was judged, or where else it lies."""
+        """The reference as it was used, or where else it lies."""
         label = self.files.label
         known = [self.case.reference, *([label] if label is not None else [])]
         with contextlib.suppress(ConfigurationError):  # nnUNet_preprocessed need not be set

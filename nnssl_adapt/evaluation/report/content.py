@@ -28,7 +28,7 @@ class CaseResult:
         name: its identifier.
         fold: where it was validated.
         metrics: class name → nnU-Net's metrics; Dice is NaN where a class is in neither reference nor prediction.
-        reference, prediction: label files, as they were when they were judged.
+        reference, prediction: label files, as they were when they were evaluated.
     """
 
     name: str

@@ -35,7 +35,7 @@ STEP_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other within a step, and at the start: a first step compiles, a file system may stall."""
 
 LONG_TIMEOUT = timedelta(days=2)
-"""How long they wait where one may have hours more to do, as in validation. One that died is noticed at once all the same."""
+"""How long they wait where one may have hours more to do, as in validation. One that died is noticed at once anyway."""
 
 _SYNC_BUFFERS = next(
     name
@@ -95,7 +95,7 @@ class Ranks:
         """What to call instead of ``network`` so that gradients come out averaged over the ranks.
 
         The network itself is not changed, and to be asked for its weights as ever. All ranks get the main one's weights.
-        To be called anew whenever other weights require gradients. Compile what this returns, not what it is given:
+        To be called again whenever other weights require gradients. Compile what this returns, not what it is given:
         only then does torch send gradients while it still computes others.
 
         ``find_unused``: whether weights that learn may get no gradient, which has to be looked for in every step.

@@ -75,7 +75,7 @@ class WeightAverage:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._averages.items()}
         if {name: tuple(tensor.shape) for name, tensor in theirs.items()} != shapes:
             wrong = next((n for n in {**shapes, **theirs} if n not in theirs or n not in shapes), "shapes differ")
-            raise TrainingError(f"the averaged weights are of another network ({wrong}): train anew without --c")
+            raise TrainingError(f"the averaged weights are of another network ({wrong}): start again without --c")
         for name, average in self._averages.items():
             average.copy_(theirs[name])
         self.updates = int(state["updates"])

@@ -81,7 +81,7 @@ def prepare_epoch(network: nn.Module, optimizer: torch.optim.Optimizer, epoch: i
     """Set each group's learning rate and what learns in an epoch (changes both arguments); return the rate to log.
 
     To be called at the start of every epoch, also of one that is resumed in its middle: it depends on the epoch alone. Where
-    what learns changes from one epoch to the next, DDP has to be wrapped anew: it looks at ``requires_grad`` only once.
+    what learns changes from one epoch to the next, DDP has to be wrapped again: it looks at ``requires_grad`` only once.
 
     Args:
         network: the plain network that the optimiser is of.

@@ -161,7 +161,7 @@ class History:
     def write_metrics(self, path: Path, class_names: Sequence[str] = ()) -> None:
         """Write all epochs as JSON lines, and beside them, with the ending ``.csv``, as a table with a column a class.
 
-        Both files are made anew each time: what a killed run left over never stays.
+        Both files are made again each time: what a killed run left over never stays.
         """
         lines = (json.dumps(self.epoch_figures(epoch)) for epoch in range(len(self)))
         write_text(path, "".join(f"{line}\n" for line in lines))

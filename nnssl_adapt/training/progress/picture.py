@@ -25,7 +25,7 @@ _PANEL_INCHES = 2.6
 
 
 class ProgressPicture:
-    """progress.png, drawn anew with an epoch wherever that takes a small part of the time, and with the last.
+    """progress.png, drawn again with an epoch wherever that takes a small part of the time, and with the last.
 
     Epochs of a second would otherwise be slowed down to a half.
 

@@ -1,6 +1,6 @@
 """What a recipe's values must be: alone, together, and for the network and device that they are meant for.
 
-The rules look at anything that has a recipe's fields, so that what can be read of a recipe with mistakes is judged as well.
+The rules look at anything that has a recipe's fields, so that what can be read of a recipe with mistakes is checked as well.
 """
 
 from __future__ import annotations

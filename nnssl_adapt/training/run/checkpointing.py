@@ -286,7 +286,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UnreadableCheckpoint(f"{path} can't be read ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict) or "network_weights" not in content or "nnssl_adapt" not in content:
-        raise UnreadableCheckpoint(f"{path} was not written by this package; train anew, without --c")
+        raise UnreadableCheckpoint(f"{path} was not written by this package; start again, without --c")
     return content
 
 
@@ -308,7 +308,7 @@ def restore(state: TrainingState, content: Mapping[str, Any], recipe: Recipe) ->
     except ValueError as error:
         raise ConfigurationError(
             f"the checkpoint's optimiser has other groups of weights ({error}): freeze, rates by depth and the like can't "
-            "be changed when going on; train anew, without --c, or change them back"
+            "be changed when going on; start again, without --c, or change them back"
         ) from error
     if state.scaler is not None and content["grad_scaler_state"]:
         state.scaler.load_state_dict(content["grad_scaler_state"])

@@ -123,7 +123,7 @@ def _refuse(what: str, path: Path, changes: Sequence[Change], accepted: Collecti
     mistakes = [change.text for change in changes if change.about not in accepted]
     if not mistakes:
         return
-    ways = ["change it back", "train anew with --restart, which sets the earlier run aside"]
+    ways = ["change it back", "start again with --restart, which sets the earlier run aside"]
     abouts = dict.fromkeys(change.about for change in changes if change.about not in accepted)
     if all(about in ACCEPTABLE for about in abouts):
         ways.append(f"accept it with --accept-changed {' '.join(abouts)}")

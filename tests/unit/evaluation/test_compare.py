@@ -144,7 +144,7 @@ def test_what_is_refused(results, tmp_path):
         load_results(tmp_path / "model")
     with pytest.raises(ConfigurationError, match="metric 'dice'"):
         load_results(results[0], "dice")
-    with pytest.raises(CaseError, match="has no HD95: judge with nnssl-adapt evaluate -p .*a -g LABELS"):
+    with pytest.raises(CaseError, match="has no HD95: run nnssl-adapt evaluate -p .*a -g LABELS"):
         load_results(results[0], "HD95")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CaseError, match=r"has no summary\.json: make it with"):
@@ -158,7 +158,7 @@ def test_what_is_refused(results, tmp_path):
     with pytest.raises(CaseError, match="no class in common: a has cord, lesion; d has heart, lung"):
         compare(first, load_results(other, name="d"))
     moved = write_summary(tmp_path / "e.json", {"case_1": (0.1, 0.2)}, n_ref=101)
-    with pytest.raises(CaseError, match="case_1 was judged against different labels: cord has 100 voxels"):
+    with pytest.raises(CaseError, match="case_1 was evaluated against different labels: cord has 100 voxels"):
         compare(first, load_results(moved, name="e"))
     assert second.values
 
@@ -200,5 +200,5 @@ def test_only_what_was_measured_alike_is_compared(tmp_path):
         content = json.loads(path.read_text())
         content["metric_per_case"] = content["metric_per_case"][fold : fold + 1]
         (tmp_path / "model" / f"fold_{fold}" / "validation" / "summary.json").write_text(json.dumps(content))
-    with pytest.raises(CaseError, match="folds were judged differently"):
+    with pytest.raises(CaseError, match="folds were evaluated differently"):
         load_results(tmp_path / "model")

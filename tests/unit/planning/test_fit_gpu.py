@@ -66,7 +66,7 @@ def test_patch_and_batch_are_recorded_with_the_reason(architecture):
     plan = plan_of(architecture)
     before = copy.deepcopy(plan.content)
     budget = estimate_memory(architecture, 1, 3, (32, 64, 48), 2, usual_step(architecture)).total
-    fitted = fit_plan(plan, heads=3, cases=40, wish=f"{budget / 2**20 + 0.1:.4f}MiB")
+    fitted = fit_plan(plan, heads=3, cases=40, requested=f"{budget / 2**20 + 0.1:.4f}MiB")
     assert plan.content == before
     assert math.prod(fitted.patch_size) > 0.9 * 32 * 64 * 48 > math.prod(plan.patch_size)
     assert plan_memory(fitted, 3).total <= budget + 2**20
@@ -92,7 +92,7 @@ def test_a_plan_without_its_median_image():
     content = plan_content(CNN)
     del content["configurations"]["3d_fullres"]["median_image_size_in_voxels"]
     with pytest.raises(PlanError, match="ptPlans__tiny has no median_image_size_in_voxels"):
-        fit_plan(FinetunePlan(content), 3, cases=5, wish="8GB")
+        fit_plan(FinetunePlan(content), 3, cases=5, requested="8GB")
 
 
 def test_how_the_published_recipes_train():
