@@ -125,7 +125,10 @@ def mistakes_of_plan(content: Mapping[str, Any]) -> Iterator[str]:
 def mistakes_of_configuration(chosen: Mapping[str, Any], name: str) -> Iterator[str]:
     """What is missing or wrong in one configuration, with the entries that it inherits, a sentence each."""
     if "architecture" not in chosen and "UNet_class_name" in chosen:
-        yield "it is in the format before nnU-Net 2.3; run nnUNetv2_plan_experiment of a newer nnU-Net again"
+        yield (
+            "it is in the format before nnU-Net 2.3 and does not describe its network completely; run "
+            "nnUNetv2_plan_experiment of a newer nnU-Net again"
+        )
         return
     patch = chosen.get("patch_size")
     if isinstance(patch, (list, tuple)) and _list_of(_is_whole)(patch) and len(patch) not in (2, 3):

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.errors import ArchitectureError, ConfigurationError, PlanError
 from nnssl_adapt.paths import preprocessed_folder
+from nnssl_adapt.weights.checkpoint.nnunet_plan import planned_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ contrast-agnostic spinal cord weights has them beside ``patch_size``, where nnU-
 
 def read_plans(path: Path) -> Any:
     """Read the JSON of a plans file. A key that stands twice with different values counts as JSON has it (the last), but is
-    warned of.
+    warned of. Configurations in the form before nnU-Net 2.3 are given in today's, as nnU-Net does when it reads them.
 
     Raises PlanError naming the file.
     """
@@ -67,7 +68,29 @@ def read_plans(path: Path) -> Any:
         raise PlanError(f"{path} is not a plans file: {error}", path=path) from error
     for key in dict.fromkeys(twice):
         logger.warning("%s has the key %r twice, with different values: the last one counts", path, key)
+    configurations = content.get("configurations") if isinstance(content, dict) else None
+    if isinstance(configurations, dict):
+        content["configurations"] = {name: _in_todays_form(entries) for name, entries in configurations.items()}
     return content
+
+
+_BEFORE_2_3 = (
+    *("UNet_class_name", "UNet_base_num_features", "unet_max_num_features", "num_pool_per_axis"),
+    *("n_conv_per_stage_encoder", "n_conv_per_stage_decoder", "pool_op_kernel_sizes", "conv_kernel_sizes"),
+)
+"""What described the network before ``architecture`` did."""
+
+
+def _in_todays_form(entries: Any) -> Any:
+    """A configuration with its network described under ``architecture``; as it is where that can't be made of it."""
+    if not isinstance(entries, dict) or "architecture" in entries or "UNet_class_name" not in entries:
+        return entries
+    try:
+        architecture = planned_architecture(entries).to_plans_dict(entries["patch_size"])
+    except (ArchitectureError, KeyError, TypeError, ValueError):
+        return entries  # it is refused where it is used, in words for a user
+    rest = {key: value for key, value in entries.items() if key not in _BEFORE_2_3}
+    return {**rest, "architecture": architecture}
 
 
 def refuse_ignored_keys(configuration: Mapping[str, Any], name: str, path: Path) -> None:

@@ -82,13 +82,24 @@ class PublishedSTUNet(nn.Module):
 
 
 def stu_net_folder(folder: Path, dims: list[int], trainer: str = "STUNetTrainer_small") -> tuple[Path, PublishedSTUNet]:
-    """A model folder of its trainer for nnU-Net 2, and the network: the strides are the plans', made five."""
+    """A model folder of its trainer for nnU-Net 2.2, and the network: the strides are the plans', made five.
+
+    Plans of that version describe the network as before 2.3.
+    """
     model = folder / f"{trainer}__nnUNetPlans__3d_fullres"
     (model / "fold_0").mkdir(parents=True)
     plans = nnunet_plans("PlainConvUNet", 1)
     settings = plans["configurations"]["3d_fullres"]
     settings["patch_size"] = list(PATCH)
-    strides = settings["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    del settings["architecture"]
+    settings |= {"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 32, "unet_max_num_features": 320}
+    settings |= {
+        "n_conv_per_stage_encoder": [2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2],
+        "num_pool_per_axis": [1, 2, 2],
+    }
+    settings |= {"pool_op_kernel_sizes": strides, "conv_kernel_sizes": [[3, 3, 3]] * 3}
     pools = [*strides[1:], *([[1, 1, 1]] * 3)]
     labels = {"background": 0, "core": 1, "rim": 2}
     dataset = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "numTraining": 1}

@@ -72,7 +72,9 @@ def plan_from_nnunet(
     """
     name, settings = _configuration(plans, configuration, where)
     try:
-        architecture = architecture_of_trainer(trainer_name, lambda: _architecture(settings)) or _architecture(settings)
+        architecture = architecture_of_trainer(
+            trainer_name, lambda: planned_architecture(settings)
+        ) or planned_architecture(settings)
     except (ArchitectureError, TypeError, ValueError, KeyError) as error:
         raise AdaptationPlanError(f"{where}, configuration {name}: {in_one_line(error)}") from error
     fields: dict[str, Any] = {
@@ -141,7 +143,11 @@ def _as_volume(patch: Any) -> Any:
     return [1, *patch] if isinstance(patch, (list, tuple)) and len(patch) == 2 else patch
 
 
-def _architecture(settings: Mapping[str, Any]) -> Architecture:
+def planned_architecture(settings: Mapping[str, Any]) -> Architecture:
+    """The network that a configuration of nnU-Net's plans describes, today's form or that before 2.3.
+
+    Raises ArchitectureError, KeyError, TypeError or ValueError for one that makes no sense.
+    """
     if isinstance(settings.get("architecture"), Mapping):
         return Architecture.from_plans_dict(settings["architecture"])
     class_name = settings.get("UNet_class_name")

@@ -11,6 +11,7 @@ from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.planning.plans_file import check_plans_name, read_plans
 from nnssl_adapt.planning.preprocess_dataset import preprocess_dataset
 from nnssl_adapt.training.run.folder import RunFolder
+from nnssl_adapt.weights.network.architectures import Architecture
 
 GUIDE = {
     "n_stages": 6,
@@ -154,3 +155,29 @@ def test_the_same_name_for_another_fit_is_refused(tiny_dataset, small_resenc):
         preprocess_dataset(mapped, progress=False, workers=1)
     with pytest.raises(PlanError, match="another network or patch"):
         preprocess_dataset(plan.replaced(patch_size=(32, 32, 32)), progress=False, workers=1)
+
+
+OLD = {
+    **{"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 8, "unet_max_num_features": 12},
+    **{"n_conv_per_stage_encoder": [2, 1], "n_conv_per_stage_decoder": [2], "num_pool_per_axis": [0, 1, 1]},
+    **{"pool_op_kernel_sizes": [[1, 1, 1], [1, 2, 2]], "conv_kernel_sizes": [[1, 3, 3], [3, 3, 3]]},
+    "patch_size": [8, 16, 16],
+}
+
+
+def test_plans_before_2_3_are_read_as_nnunet_reads_them(tmp_path):
+    handler = pytest.importorskip("nnunetv2.utilities.plans_handling.plans_handler")
+    content = {"configurations": {"3d_fullres": OLD, "3d_cascade_fullres": {"inherits_from": "3d_fullres"}}}
+    (tmp_path / "plans.json").write_text(json.dumps(content))
+    found = read_plans(tmp_path / "plans.json")["configurations"]
+    theirs = handler.ConfigurationManager(copy.deepcopy(OLD)).configuration["architecture"]["arch_kwargs"]
+    ours = Architecture.from_plans_dict(found["3d_fullres"]["architecture"])
+    assert ours == Architecture(ours.class_name, theirs) and ours.class_name == "PlainConvUNet"
+    assert found["3d_fullres"].keys() == {"patch_size", "architecture"}
+    assert found["3d_cascade_fullres"] == {"inherits_from": "3d_fullres"}
+
+
+@pytest.mark.parametrize("change", [{"UNet_class_name": "MyUNet"}, {"conv_kernel_sizes": None}, {"patch_size": 3}])
+def test_plans_before_2_3_that_make_no_sense_are_left_to_who_uses_them(tmp_path, change):
+    (tmp_path / "plans.json").write_text(json.dumps({"configurations": {"3d_fullres": {**OLD, **change}}}))
+    assert read_plans(tmp_path / "plans.json")["configurations"]["3d_fullres"] == {**OLD, **change}
