@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from support import nnunet_v1
+from support import max_pool_files, nnunet_v1
 from support.monai_files import prefixed, seg_res_net, swin_file, swin_names, swin_unetr
 from support.nnssl_networks import CNN, adaptation_plan, cnn_keys, nnunet_plans, primus_keys
 from support.stu_net_files import PublishedSTUNet
@@ -224,7 +224,21 @@ def _fomo(model):
     return {"last.ckpt": saved({"state_dict": found, "pytorch-lightning_version": "2.4.0"})}
 
 
+def _max_pool(layout, network_class, **sizes):
+    def make(model):
+        with torch.device("meta"):
+            network = network_class(**sizes)
+        network.state_dict = lambda: hollow(nn.Module.state_dict(network))
+        return {_filename(model): saved(layout(network))}
+
+    return make
+
+
 _LAYOUTS = (
+    (r"genesis-.*", _max_pool(max_pool_files.genesis, max_pool_files.PublishedUNet3D, base=32)),
+    (r"suprem-unet", _max_pool(max_pool_files.suprem, max_pool_files.PublishedUNet3D, classes=0, base=32)),
+    (r"fomo25-unet-b", _max_pool(max_pool_files.fomo25, max_pool_files.PublishedBaseline, filters=32)),
+    (r"fomo25-unet-xl", _max_pool(max_pool_files.fomo25, max_pool_files.PublishedBaseline, filters=64)),
     (r"missingpiece-.*-multitalent", _multi_talent),
     (r"(openmind|missingpiece)-resencl-.*|nnfoundation-cnn", _nnssl_cnn),
     (r"openmind-primusm-.*", _nnssl_primus(PRIMUS_M)),

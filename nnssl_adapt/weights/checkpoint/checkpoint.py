@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from nnssl_adapt.weights.families.family import SECOND_HAND
 from nnssl_adapt.weights.families.nnunet import training_ended
 from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture
-from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, published_at
+from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, of_this_layout, published_at
 from nnssl_adapt.weights.sources.resolve import resolve_source
 from nnssl_adapt.weights.sources.resolved import Origin, ResolvedSource, SourceOptions
 
@@ -215,6 +215,8 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         published=published,
         trained_until=training_ended(content, resolved.weights.parent),
     )
+    if published is not None:
+        checkpoint = replace(checkpoint, published=of_this_layout(published, checkpoint.similar_published()))
     for note in checkpoint.notes:
         logger.warning("%s: %s", resolved.origin, note)
     return checkpoint

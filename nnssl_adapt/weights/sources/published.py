@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -235,6 +235,11 @@ def fitting_models(
     """
     have = {"class": class_name, "channels": channels, "outputs": outputs, "supervised": supervised}
     return [model for model in published_models() if model.layout and _fits(model.layout, have, arguments)]
+
+
+def of_this_layout(model: PublishedModel, fitting: Sequence[PublishedModel]) -> PublishedModel:
+    """Of several entries that are files of one repository, the one with a layout that fits; else the one given."""
+    return next((other for other in fitting if other.source == model.source is not None), model)
 
 
 def _fits(layout: Mapping[str, Any], have: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:

@@ -12,10 +12,7 @@ from nnssl_adapt.weights.families.family import SECOND_HAND
 from nnssl_adapt.weights.sources.hub_files import HubAddress
 from nnssl_adapt.weights.sources.published import published_models
 
-NO_NETWORK = ("genesis-chest-ct", "suprem-unet", "fomo25-unet-b", "fomo25-unet-xl")
-"""Their networks can't be built (families/not_supported.py)."""
-
-MODELS = [model for model in published_models() if model.id not in NO_NETWORK]
+MODELS = published_models()
 EVERY = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 
 
