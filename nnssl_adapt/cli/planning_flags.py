@@ -74,8 +74,9 @@ def add_planning_flags(
             "--normalization",
             default="from_pretraining",
             metavar="SCHEME[,SCHEME…]",
-            help="from_pretraining (default), from_data (nnU-Net's rule by channel names), zscore, ct, none, rescale_to_0_1 or "
-            "rgb_to_0_1; one for all channels, or one for each separated by commas",
+            help="from_pretraining (default), from_data (nnU-Net's rule by channel names), zscore, ct, none, rescale_to_0_1, "
+            "rgb_to_0_1, or a fixed window scaled to 0 … 1 (window:-175:250) or to other limits (window:-175:250:-1:1); one for "
+            "all channels, or one for each separated by commas",
         )
         parser.add_argument(
             "--keep-topology",

@@ -10,6 +10,7 @@ from typing import Any
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError, PlanError
+from nnssl_adapt.planning.scaling import FORMS, read_scaling
 from nnssl_adapt.weights.checkpoint.adaptation_plan import AdaptationPlan
 from nnssl_adapt.weights.transfer.by_name import origin_of_channels
 from nnssl_adapt.weights.transfer.settings import TransferSettings
@@ -47,7 +48,8 @@ def choose_normalization(
 
     Args:
         requested: ``from_pretraining``, ``from_data`` (nnU-Net's rule: by the channel's name), or one of
-            :data:`SCHEMES_BY_NAME`; or one of these for each channel, separated by commas.
+            :data:`SCHEMES_BY_NAME`, or a scaling with numbers (:mod:`nnssl_adapt.planning.scaling`); or one of these for each
+            channel, separated by commas.
 
     Raises ConfigurationError for a request that can't be read, PlanError where the pre-training's channels differ and nobody
     says which is which.
@@ -76,7 +78,8 @@ def choose_normalization(
         elif chosen == FROM_DATA:
             scheme, mask = natural[0][channel], natural[1][channel]
         else:
-            scheme = SCHEMES_BY_NAME[chosen]
+            scaling = read_scaling(chosen)
+            scheme = SCHEMES_BY_NAME[chosen] if scaling is None else scaling.scheme
             mask = scheme == natural[0][channel] and natural[1][channel]
         schemes.append(scheme)
         masks.append(mask)
@@ -87,9 +90,11 @@ def parse_normalization(requested: str, raw: RawDataset) -> list[str]:
     """One word a channel of what :func:`choose_normalization` takes. Raises ConfigurationError for what can't be read."""
     words = [word.strip().lower() for word in requested.split(",")]
     known = (FROM_PRETRAINING, FROM_DATA, *SCHEMES_BY_NAME)
-    unknown = [word for word in words if word not in known]
+    unknown = [word for word in words if word not in known and read_scaling(word) is None]
     if unknown:
-        raise ConfigurationError(f"--normalization {requested}: {unknown[0]!r} is none of {', '.join(known)}")
+        raise ConfigurationError(
+            f"--normalization {requested}: {unknown[0]!r} is none of {', '.join((*known, *FORMS))}"
+        )
     if len(words) not in (1, raw.num_channels):
         raise ConfigurationError(
             f"--normalization {requested}: {len(words)} entries for {raw.num_channels} channel(s) "
@@ -154,6 +159,9 @@ def intensity_statistics(
         if chosen == FROM_PRETRAINING and source is not None and source < len(pretraining.intensity):
             statistics[str(channel)] = dict(pretraining.intensity[source])
             whose = "the weights' own (--normalization from_data takes the dataset's)"
+        elif (scaling := read_scaling(chosen)) is not None and scaling.window is not None:
+            statistics[str(channel)] = scaling.window.statistics()
+            whose = f"those of the window {scaling.window}"
         else:
             whose = "the dataset's"
         if schemes[channel] == "CTNormalization":

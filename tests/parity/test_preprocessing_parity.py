@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from support.peer_preprocessing import Z_SCORE, assert_same_locations, plans_of, settings
 from support.synthetic import make_dataset
 
@@ -27,6 +28,7 @@ from nnssl_adapt.data.splits import crossval_splits  # noqa: E402
 from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
 from nnssl_adapt.data.verifying.examine import fingerprint_dataset  # noqa: E402
 from nnssl_adapt.data.verifying.fingerprint import TOTAL_DRAWS, DatasetFingerprint  # noqa: E402
+from nnssl_adapt.planning.scaling import read_scaling  # noqa: E402
 
 
 def run_nnunet(dataset: RawDataset, case_number: int, settings: PreprocessSettings) -> tuple[Any, Any, dict[str, Any]]:
@@ -112,6 +114,26 @@ def test_case_is_preprocessed_as_by_nnunet(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(ours.data, data, atol=1e-5 * scale, rtol=0)
         np.testing.assert_array_equal(ours.seg, seg)
         assert_same_properties(ours.properties, properties)
+
+
+def test_a_window_and_a_range_are_what_nnunet_computes_by_the_plan(tmp_path: Path) -> None:
+    """``--normalization window:LOW:HIGH:-1:1,range`` as the plan says it, and as it is meant."""
+    dataset = RawDataset.open(make_dataset(tmp_path, cases=1, channels=2, spacing=(1.5, 1.2, 1.0)))
+    words = [read_scaling(word) for word in ("window:120:430:-1:1", "range")]
+    chosen = settings(
+        normalization_schemes=tuple(word.scheme for word in words if word),
+        use_mask_for_norm=(False, False),
+        intensity_properties={"0": words[0].window.statistics(), "1": {}},
+    )
+    ours = preprocess_case(dataset.cases[0], chosen, dataset.labels).data
+    theirs, _, properties = run_nnunet(dataset, 0, chosen)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    box = tuple(slice(*limits) for limits in properties["bbox_used_for_cropping"])
+    images = [sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[box].astype(float) for path in dataset.cases[0].images]
+    meant = (np.clip(images[0], 120, 430) - 120) / 310 * 2 - 1, (images[1] - images[1].min()) / np.ptp(images[1])
+    for found, expected in zip(ours, meant, strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_prediction_input_is_preprocessed_as_by_nnunet(tmp_path: Path) -> None:

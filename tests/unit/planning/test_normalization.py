@@ -82,6 +82,32 @@ def test_wishes_that_can_not_be_read(wish, problem):
         chosen(wish)
 
 
+@pytest.mark.parametrize(
+    ("wish", "problem"),
+    [
+        ("percentiles:0.5:99.5", "percentiles of each image"),
+        ("range:-1:1", "0 … 1"),
+        ("window:-175", "window:LOW:HIGH"),
+        ("window:250:-175", "lower to a higher"),
+        ("window:low:high", "'low' is no number"),
+        ("window:-inf:3", "no finite number"),
+        ("zscore,ct,window:1:2:3", "window:LOW:HIGH"),
+    ],
+)
+def test_scalings_that_nnunets_plans_can_not_say_are_refused(wish, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        chosen(wish)
+
+
+def test_a_window_and_a_range_are_planned_so(tiny_dataset, small_resenc):
+    tiny_dataset(spacing=(2.0, 1.0, 1.3), channels=2)
+    plan = na.make_plan(991, small_resenc, normalization="window:100:500:-1:1,range", workers=1)
+    assert plan.settings.normalization_schemes == ("CTNormalization", "RescaleTo01Normalization")
+    numbers = plan.content["foreground_intensity_properties_per_channel"]["0"]
+    assert (numbers["percentile_00_5"], numbers["percentile_99_5"]) == (100, 500)
+    assert [(value - numbers["mean"]) / numbers["std"] for value in (100, 300, 500)] == [-1, 0, 1]
+
+
 def test_it_is_planned_so(tiny_dataset, small_resenc):
     tiny_dataset(spacing=(2.0, 1.0, 1.3), channels=2)
     plan = na.make_plan(991, small_resenc, normalization="ct,none", workers=1)
