@@ -29,15 +29,15 @@ def run(setting: Setting) -> None:
 
 
 def marked_tests(setting: Setting) -> None:
-    """``pytest -m cuda -n 0``, a row for each test. In a rehearsal those of tests/cuda, on the CPU.
+    """``pytest -m cuda -n 0``, a row for each test; in a rehearsal on the CPU.
 
-    The others are beside the code that they test, and need what their neighbours need: SimpleITK.
+    Those in tests/cuda need little; the others are beside the code that they test, and need what their neighbours need.
     """
     files = [str(ROOT / "tests" / "cuda")]
     others = files_with_marked_tests()
     if importlib.util.find_spec("SimpleITK") is None:
         setting.write("pytest -m cuda, left out", len(others), "files, since SimpleITK is missing")
-    elif not setting.rehearse:
+    else:
         files += others
     report = setting.folder / "cuda_tests.xml"
     report.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def test_rounding_is_numpys(value, steps):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("new", [(40, 50, 60), (61, 47, 83)])
-def test_on_a_gpu(new):
+def test_on_a_gpu(new, cuda_device):
     logits = made("near", 7, (40, 50, 60), 8)
-    found = labels_on_device(torch.from_numpy(logits).cuda(), new, (1, 1, 1), (1, 1, 1), slab=20_000)
+    found = labels_on_device(torch.from_numpy(logits).to(cuda_device), new, (1, 1, 1), (1, 1, 1), slab=20_000)
     assert np.array_equal(found.cpu().numpy(), logits_to_labels(logits, new, (1, 1, 1), (1, 1, 1)))

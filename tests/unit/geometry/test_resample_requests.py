@@ -62,10 +62,9 @@ def test_logits_as_tensors(dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_logits_on_a_gpu():
+def test_logits_on_a_gpu(cuda_device):
     half = image().astype(np.float16)
-    ours = logits_to_labels(torch.from_numpy(half).cuda(), NEW_SHAPE, ONE, ONE)
+    ours = logits_to_labels(torch.from_numpy(half).to(cuda_device), NEW_SHAPE, ONE, ONE)
     assert np.array_equal(ours, logits_to_labels(half, NEW_SHAPE, ONE, ONE))
 
 

@@ -157,7 +157,7 @@ def test_codes_fit():
 
 
 @pytest.mark.cuda
-def test_sampling_on_cuda():
+def test_sampling_on_cuda(cuda_device):
     image, codes = volume()
     for _, matrix in matrices():
         box = needed_box(matrix, PATCH, Box((0, 0, 0), READ))
@@ -165,6 +165,6 @@ def test_sampling_on_cuda():
         local[:, 3] -= box.start
         here = boxed(image, codes, box)
         expected = sample(*here, local, PATCH)
-        found = sample(*(each.cuda() for each in here), local, PATCH)
+        found = sample(*(each.to(cuda_device) for each in here), local, PATCH)
         assert torch.allclose(found[0].cpu(), expected[0], atol=1e-5)
         assert (found[1].cpu() != expected[1]).float().mean() < 0.01

@@ -183,8 +183,11 @@ def test_loss_scaling_is_resumed_exactly(plan, recipe, tmp_path, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["auto", "fp16", "bf16", "fp32"])
-def test_all_precisions_on_cuda(plan, recipe, precision):
-    trainer = PretrainedTrainer(plan, recipe=recipe.override(precision=precision), device="cuda", workers=0)
+def test_all_precisions_on_cuda(plan, recipe, precision, cuda_device):
+    if cuda_device.type == "cpu" and precision == "fp16":
+        pytest.skip("needs a card's loss scaling")
+    recipe = recipe.override(precision=precision)
+    trainer = PretrainedTrainer(plan, recipe=recipe, device=cuda_device, workers=0)
     trainer.run()
     assert trainer.history.train_losses[-1] < trainer.history.train_losses[0]
 

@@ -93,6 +93,6 @@ def test_little_shared_memory_is_told(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_this_gpu():
-    result = self_test(torch.device("cuda"))
+def test_this_gpu(cuda_device):
+    result = self_test(cuda_device)
     assert result.is_ready, result.verdict

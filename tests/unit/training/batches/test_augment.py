@@ -135,13 +135,13 @@ def test_the_device_makes_what_the_cpu_makes(patch, labels):
 
 
 @pytest.mark.cuda
-def test_the_gpu_makes_what_the_cpu_makes():
+def test_the_gpu_makes_what_the_cpu_makes(cuda_device):
     patch = (8, 12, 16)
     spatial, masks = SpatialRange.of(patch), (True, False)
     expected = training_transforms(patch, spatial, (0, 1, 2), masks, PLAIN)(places(patch, range(60)))
     batch = device_transforms(spatial, (0, 1, 2), PLAIN)(places(patch, range(60)))
-    image, target = DeviceAugmentation(PLAIN, masks)(batch, "cuda")
-    again, _ = DeviceAugmentation(PLAIN, masks)(batch, "cuda")
+    image, target = DeviceAugmentation(PLAIN, masks)(batch, cuda_device)
+    again, _ = DeviceAugmentation(PLAIN, masks)(batch, cuda_device)
     assert torch.equal(image, again)
     quiet = [i for i, work in enumerate(batch["work"]) if not any(isinstance(s, Noise) for s in work.drawn.steps)]
     assert torch.allclose(image.cpu()[quiet], expected["image"][quiet], atol=1e-3)

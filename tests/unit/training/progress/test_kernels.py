@@ -109,10 +109,10 @@ def test_a_run_writes_them(plan, recipe, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_a_real_profile():
-    device = torch.device("cuda")
+def test_a_real_profile(cuda_device):
+    device = cuda_device
     profile = KernelProfile(device)
-    a = torch.randn(2048, 2048, device=device)
+    a = torch.randn(*[2048 if device.type == "cuda" else 32] * 2, device=device)
     profile.begin_epoch(0, 1, 5)
     for step in range(5):
         profile.before(step)
@@ -120,4 +120,5 @@ def test_a_real_profile():
             a @ a
         profile.after(step)
     figures = profile.take()
-    assert 0.5 < figures.busy <= 1 and figures.idle_ms < 10, kernel_profile
+    if device.type == "cuda":
+        assert 0.5 < figures.busy <= 1 and figures.idle_ms < 10, kernel_profile
