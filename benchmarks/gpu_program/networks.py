@@ -21,7 +21,8 @@ _TINY_RESENC: dict[str, Any] = {
 }
 _TINY_PRIMUS: dict[str, Any] = {"embed_dim": 36, "eva_depth": 2, "eva_numheads": 3}
 
-LAYOUTS = {False: "NCDHW", True: "NDHWC"}
+LAYOUTS = {"NCDHW": (False, "off"), "NDHWC": (True, "off"), "NDHWC with fused norms": (True, "on")}
+"""Name → a recipe's ``channels_last`` and ``fused_norm``."""
 
 
 def patch_of(setting: Setting) -> tuple[int, int, int]:
@@ -78,14 +79,15 @@ class Step:
     batch: dict[str, Tensor]
 
     @classmethod
-    def of(cls, setting: Setting, architecture: Any, classes: int, last: bool, compile: str) -> Step:
-        """``compile``: ``off``, ``on``, or ``max-autotune``, which a recipe does not have."""
+    def of(cls, setting: Setting, architecture: Any, classes: int, layout: str, compile: str) -> Step:
+        """``layout``: of :data:`LAYOUTS`; ``compile``: ``off``, ``on``, or ``max-autotune``, which a recipe does not have."""
         from nnssl_adapt.training.optimise.network_options import to_device, training_forward
         from nnssl_adapt.training.recipe.recipe import Recipe
         from nnssl_adapt.weights.network.architectures import build_network
 
         device, patch = setting.device, patch_of(setting)
-        recipe = Recipe(channels_last=last, compile="on" if compile == "on" else "off")
+        last, fused = LAYOUTS[layout]
+        recipe = Recipe(channels_last=last, fused_norm=fused, compile="on" if compile == "on" else "off")
         torch.manual_seed(0)
         network = to_device(build_network(architecture, 1, classes, patch), recipe, device).train()
         forward = training_forward(network, recipe, device)

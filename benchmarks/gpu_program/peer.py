@@ -21,7 +21,7 @@ import torch
 from gpu_program.networks import LAYOUTS, architecture_of
 from gpu_program.results import read_rows
 from gpu_program.setting import FAILURES, Setting
-from gpu_program.step_time import faster_layout
+from gpu_program.step_time import fastest_layout
 
 CLASSES = 5
 RATIOS = {16: 1.5, 4: 3.0}
@@ -55,7 +55,7 @@ def beside(setting: Setting, folder: str, patch: int, count: int) -> None:
     """The trainings one after the other on so many cores; their steps a second and the ratio."""
     import train_step
 
-    layout = faster_layout(read_rows(setting.folder)) or False
+    layout = fastest_layout(read_rows(setting.folder)) or "NCDHW"
     kinds = [NNUNET, OURS, OURS_GPU] if train_step.has_peer() else [OURS, OURS_GPU]
     if NNUNET not in kinds:
         setting.write(f"{NNUNET}, {count} cores", "not installed")
@@ -66,7 +66,7 @@ def beside(setting: Setting, folder: str, patch: int, count: int) -> None:
             found = in_process_of_its_own(setting, kind, folder, patch, count, layout)
             rates[kind] = found["rate"]
             workers = f"{found['workers']} processes make batches"
-            more = f", {LAYOUTS[layout]}" if kind != NNUNET else ""
+            more = f", {layout}" if kind != NNUNET else ""
             setting.write(name, found["rate"], "steps/s", how=workers + more, peak_gib=found["peak_gib"])
             tell_busy(setting, name, kind, found["busy"], found["idle_ms"])
             if kind != NNUNET and NNUNET in rates:
@@ -94,7 +94,7 @@ def tell_busy(setting: Setting, name: str, kind: str, busy: float, idle_ms: floa
 
 
 def in_process_of_its_own(
-    setting: Setting, kind: str, folder: str, patch: int, count: int, layout: bool
+    setting: Setting, kind: str, folder: str, patch: int, count: int, layout: str
 ) -> dict[str, Any]:
     """Raises RuntimeError when it failed or took too long."""
     context = multiprocessing.get_context("spawn")
@@ -118,7 +118,7 @@ def in_process_of_its_own(
     return answer
 
 
-def _measure(setting: Setting, kind: str, folder: str, patch: int, count: int, layout: bool, link: Connection) -> None:
+def _measure(setting: Setting, kind: str, folder: str, patch: int, count: int, layout: str, link: Connection) -> None:
     try:
         link.send(_measured(setting, kind, folder, patch, count, layout))
     except FAILURES as error:
@@ -129,7 +129,7 @@ def _measure(setting: Setting, kind: str, folder: str, patch: int, count: int, l
     os._exit(0)  # threads that pin memory don't end by themselves
 
 
-def _measured(setting: Setting, kind: str, folder: str, patch: int, count: int, layout: bool) -> dict[str, Any]:
+def _measured(setting: Setting, kind: str, folder: str, patch: int, count: int, layout: str) -> dict[str, Any]:
     import train_step
 
     from nnssl_adapt.machine.resources import default_data_workers
@@ -143,7 +143,8 @@ def _measured(setting: Setting, kind: str, folder: str, patch: int, count: int, 
         train_step.tell_peer(folder, setting.choose(workers, 1))
         step = train_step.their_training(patch, CLASSES, device, network)
         return {**free_running(setting, step), "workers": workers}
-    recipe = Recipe.load("default").override(deep_supervision=True, channels_last=layout)
+    last, fused = LAYOUTS[layout]
+    recipe = Recipe.load("default").override(deep_supervision=True, channels_last=last, fused_norm=fused)
     workers = setting.choose(default_data_workers(device, 1, 2 * patch**3 * 6), 0)
     store = Path(folder) / train_step.DATASET / "nnUNetPlans_3d_fullres"
     augmentation = "gpu" if kind == OURS_GPU else "default"

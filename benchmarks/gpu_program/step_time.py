@@ -31,40 +31,38 @@ def run(setting: Setting) -> None:
         with setting.surviving("waits of a step"):
             waits_of_step(setting, resenc)
         for compile in ("off", "on"):
-            for last in (False, True):
-                steps(setting, "ResEnc-L", resenc, 5, last, compile)
+            for layout in LAYOUTS:
+                steps(setting, "ResEnc-L", resenc, 5, layout, compile)
         for compile in ("off", "on"):
-            steps(setting, "Primus-M", primus, 5, False, compile, only=AS_TRAINED)
+            steps(setting, "Primus-M", primus, 5, "NCDHW", compile, only=AS_TRAINED)
         for compile in setting.choose(("off", "on"), ("off",)):
-            for last in (False, True):
-                steps(setting, "ResEnc-L", resenc, 30, last, compile)
-        for last in (True, False):
-            steps(setting, "ResEnc-L", resenc, 5, last, "max-autotune", only=AS_TRAINED)
+            for layout in reversed(LAYOUTS):
+                steps(setting, "ResEnc-L", resenc, 30, layout, compile)
+        for layout in ("NDHWC", "NCDHW"):
+            steps(setting, "ResEnc-L", resenc, 5, layout, "max-autotune", only=AS_TRAINED)
 
 
-def step_name(network: str, classes: int, last: bool, compile: str, loss: str) -> str:
+def step_name(network: str, classes: int, layout: str, compile: str, loss: str) -> str:
     compiled = {"off": "eager", "on": "compiled", "max-autotune": "max-autotune"}[compile]
-    return f"{network}, {classes} classes, {LAYOUTS[last]}, {compiled}, loss {loss}"
+    return f"{network}, {classes} classes, {layout}, {compiled}, loss {loss}"
 
 
-def faster_layout(rows: list[Row]) -> bool | None:
-    """Whether channels last was the faster layout, compiled, with the loss that trains; None: not measured."""
-    names = {last: step_name("ResEnc-L", 5, last, "on", AS_TRAINED) for last in (False, True)}
-    found = {row["name"]: row["value"] for row in rows if row["name"] in names.values() and row["value"] != "failed"}
-    if len(found) < 2:
-        return None
-    return bool(found[names[True]] < found[names[False]])
+def fastest_layout(rows: list[Row]) -> str | None:
+    """The layout with the shortest step, compiled, with the loss that trains; None: not measured in any."""
+    names = {step_name("ResEnc-L", 5, layout, "on", AS_TRAINED): layout for layout in LAYOUTS}
+    found = {names[row["name"]]: row["value"] for row in rows if row["name"] in names and row["value"] != "failed"}
+    return min(found, key=lambda layout: found[layout]) if found else None
 
 
 def steps(
-    setting: Setting, network: str, architecture: Any, classes: int, last: bool, compile: str, only: str | None = None
+    setting: Setting, network: str, architecture: Any, classes: int, layout: str, compile: str, only: str | None = None
 ) -> None:
     """Steps of one network in one layout, compiled once, with each loss."""
-    with setting.surviving(step_name(network, classes, last, compile, "any")):
-        step = Step.of(setting, architecture, classes, last, compile)
+    with setting.surviving(step_name(network, classes, layout, compile, "any")):
+        step = Step.of(setting, architecture, classes, layout, compile)
         for loss_name, loss in losses_of(classes).items():
             if only in (None, loss_name):
-                name = step_name(network, classes, last, compile, loss_name)
+                name = step_name(network, classes, layout, compile, loss_name)
                 with setting.surviving_part(name):
                     time_step(setting, name, architecture, step, loss, loss_name)
 
@@ -127,7 +125,7 @@ def one_loss(setting: Setting, name: str, loss: Callable[..., Any], shape: tuple
 
 def waits_of_step(setting: Setting, architecture: Any) -> None:
     """Every place where a step makes the host wait for the device; none are wanted."""
-    take = Step.of(setting, architecture, 5, False, "off").take(losses_of(5)[AS_TRAINED])
+    take = Step.of(setting, architecture, 5, "NCDHW", "off").take(losses_of(5)[AS_TRAINED])
     for _ in range(3):
         take()
     with listed_waits(setting) as places:

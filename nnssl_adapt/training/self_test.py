@@ -5,29 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import multiprocessing
-import queue
 import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as torch_distributed
 
 from nnssl_adapt.data.labels import LabelScheme
-from nnssl_adapt.errors import NnsslAdaptError
+from nnssl_adapt.errors import NnsslAdaptError, OtherRankFailed
+from nnssl_adapt.geometry.logits import logits_to_labels
+from nnssl_adapt.geometry.logits_on_device import labels_on_device
 from nnssl_adapt.inference.convolutions import exact_float32
 from nnssl_adapt.inference.sliding_window import sliding_window_logits
 from nnssl_adapt.machine.resources import Resources
 from nnssl_adapt.text import size_text
 from nnssl_adapt.training.fused.check import norm_error
+from nnssl_adapt.training.launch.meeting import processes_talk
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.losses import build_loss
 from nnssl_adapt.training.optimise.network_options import CompiledForward, to_device, training_forward
@@ -52,9 +49,6 @@ _SLOWEST_COPY = 2.0
 
 _SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm below which worker processes can hand over few batches of usual patches."""
-
-_MEETING = 60.0
-"""Seconds that processes have to find each other and to talk."""
 
 _LABELS = LabelScheme.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2, "c": 3}})
 _PATCH = (16, 24, 32)
@@ -133,10 +127,11 @@ def _parts(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "torch.compile", lambda: _compiled(device)
     yield "training steps", lambda: _steps(device)
     yield "sliding window", lambda: _window(device)
+    yield "labels", lambda: _labels(device)
     yield "/dev/shm", _shared_memory
     cards = torch.cuda.device_count() if on_cuda else 2
     if cards > 1:
-        yield ("NCCL between the cards" if on_cuda else "processes"), lambda: processes_talk(cards, device.type)
+        yield ("NCCL between the cards" if on_cuda else "processes"), lambda: _processes(cards, device)
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------------
@@ -161,12 +156,16 @@ def _bandwidths(device: torch.device) -> str:
     copy, there = torch.empty_like(source), torch.empty(size // 4, device=device)
     memory = 2 * source.nbytes / _seconds(lambda: copy.copy_(source), device) / 1e9
     upload = host.nbytes / _seconds(lambda: there.copy_(host, non_blocking=True), device) / 1e9
+    download = host.nbytes / _seconds(lambda: host.copy_(there, non_blocking=True), device) / 1e9
     n = 8192 if on_cuda else 64
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     products = 2 * n**3 / _seconds(lambda: a @ a, device) / 1e12
-    text = f"memory {memory:.0f} GB/s, from the host {upload:.1f} GB/s, bf16 products {products:.2g} TFLOP/s"
-    if on_cuda and upload < _SLOWEST_COPY:
-        raise Problem(f"{text}: the way from the host to the card is too slow (is the card in a slot with few lanes?)")
+    ways = f"from the host {upload:.1f} GB/s, back {download:.1f} GB/s"
+    text = f"memory {memory:.0f} GB/s, {ways}, bf16 products {products:.2g} TFLOP/s"
+    if on_cuda and min(upload, download) < _SLOWEST_COPY:
+        raise Problem(
+            f"{text}: the way between the host and the card is too slow (is the card in a slot with few lanes?)"
+        )
     return text
 
 
@@ -281,15 +280,24 @@ def _fused_norms(device: torch.device) -> str:
 
 
 def _compiled(device: torch.device) -> str:
-    network = to_device(_network(), Recipe(channels_last=False), device)
+    """A compiled network has the gradient of the same network as it is."""
     image, target = (tensor.to(device) for tensor in _batch())
-    started = time.perf_counter()
-    forward = training_forward(network, Recipe(compile="on", channels_last=False), device)
-    build_loss(_LABELS, False)(forward(image), target).backward()
-    torch.cuda.synchronize(device)
-    if isinstance(forward, CompiledForward) and not forward.is_compiled:
-        raise Problem("does not work here (the log says why): training is slower without; --compile off avoids the try")
-    return f"works, {time.perf_counter() - started:.0f} s for a small network"
+    gradients, started = [], time.perf_counter()
+    for compile in ("off", "on"):
+        recipe = Recipe(compile=compile, channels_last=False)
+        network = to_device(_network(), recipe, device)
+        forward = training_forward(network, recipe, device)
+        with exact_float32(device):
+            build_loss(_LABELS, False)(forward(image), target).backward()
+        gradients.append(_flat(network).cpu())
+        if isinstance(forward, CompiledForward) and not forward.is_compiled:
+            raise Problem(
+                "does not work here (the log says why): training is slower without; --compile off avoids the try"
+            )
+    error = relative_error(gradients[1], gradients[0])
+    if error > _TOLERANCES["fp32"]:
+        raise Problem(f"gradients are off by {error:.1e} of those without it: use --compile off")
+    return f"off by {error:.1e} of the network without it, {time.perf_counter() - started:.0f} s for a small network"
 
 
 def _steps(device: torch.device) -> str:
@@ -339,64 +347,20 @@ def _window(device: torch.device) -> str:
     return f"off by {error:.1e} of the CPU's logits"
 
 
-# -- between processes -------------------------------------------------------------------------------------------------------
+def _labels(device: torch.device) -> str:
+    """Labels made on the device, of logits on another grid, against the CPU's: each voxel."""
+    logits = torch.randn(7, 30, 40, 50, generator=torch.Generator().manual_seed(3))
+    shape, spacing = (37, 44, 61), (1.0, 1.0, 1.0)
+    found = labels_on_device(logits.to(device), shape, spacing, spacing).cpu().numpy()
+    differ = int((found != logits_to_labels(logits, shape, spacing, spacing)).sum())
+    if differ:
+        raise Problem(f"{differ} of {found.size} voxels differ from the CPU's")
+    return f"all of {found.size} voxels are the CPU's"
 
 
-def processes_talk(count: int, device_type: str) -> str:
-    """Sum tensors over processes, one a card (NCCL) or on the CPU (gloo)."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder) / "meeting")
-        arguments = [(rank, count, device_type, meeting, answers) for rank in range(count)]
-        processes = [context.Process(target=_meet, args=each, daemon=True) for each in arguments]
-        for process in processes:
-            process.start()
-        try:
-            results = _answers(processes, answers)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-    wrong = [result for result in results if isinstance(result, str)]
-    if wrong:
-        raise Problem(wrong[0])
-    slowest = min(float(result) for result in results)
-    return f"{count} processes add up tensors, {slowest:.2g} GB/s"
-
-
-def _answers(processes: Sequence[Any], answers: Any) -> list[Any]:
-    until = time.monotonic() + _MEETING + 30
-    results: list[Any] = []
-    while len(results) < len(processes):
-        try:
-            results.append(answers.get(timeout=1))
-        except queue.Empty:  # also a process that broke down has had a second for its last words
-            if time.monotonic() > until or any(process.exitcode not in (None, 0) for process in processes):
-                missing = len(processes) - len(results)
-                raise Problem(f"no answer from {missing} of {len(processes)} processes") from None
-    return results
-
-
-def _meet(rank: int, count: int, device_type: str, meeting: str, answers: Any) -> None:
-    """One of the processes: puts its bandwidth, or what is wrong, into ``answers``."""
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
+def _processes(count: int, device: torch.device) -> str:
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch_distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{meeting}",
-            rank=rank,
-            world_size=count,
-            timeout=timedelta(seconds=_MEETING),
-        )
-        tensor = torch.full((1 << (24 if device.type == "cuda" else 16),), float(rank + 1), device=device)
-        torch_distributed.all_reduce(tensor)
-        right = bool((tensor == count * (count + 1) / 2).all())
-        seconds = _seconds(lambda: torch_distributed.all_reduce(tensor), device)
-        answers.put(tensor.nbytes / seconds / 1e9 if right else f"rank {rank} of {count} got a wrong sum")
-    except _ERRORS as error:
-        answers.put(f"rank {rank} of {count}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    with contextlib.suppress(*_ERRORS):
-        torch_distributed.destroy_process_group()
+        slowest = processes_talk(count, device.type)
+    except OtherRankFailed as error:
+        raise Problem(f"{error}; training with -num_gpus needs it") from None
+    return f"{count} processes add up tensors, {slowest:.2g} GB/s"

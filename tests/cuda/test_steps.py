@@ -9,6 +9,11 @@ from nnssl_adapt.training.optimise.losses import build_loss
 
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
+LAYOUTS = {
+    "first": {"channels_last": False},
+    "last": {"channels_last": True},
+    "fused": {"channels_last": True, "fused_norm": "on"},
+}
 NO_COMPILER = "torch.compile does not work here"
 
 
@@ -33,21 +38,21 @@ def gradient_of(network):
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision", HALF)
-def test_gradients(precision, last, compile, exact, cuda_device, caplog):
-    check_gradients(RESENC, precision, last, compile, exact, cuda_device)
+def test_gradients(precision, layout, compile, exact, cuda_device, caplog):
+    check_gradients(RESENC, precision, layout, compile, exact, cuda_device)
     assert NO_COMPILER not in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_of_a_transformer(precision, exact, cuda_device, caplog):
-    check_gradients(PRIMUS, precision, False, "on", exact, cuda_device)
+    check_gradients(PRIMUS, precision, "first", "on", exact, cuda_device)
     assert NO_COMPILER not in caplog.text
 
 
-def check_gradients(architecture, precision, last, compile, exact, device):
-    training = Training(device, recipe_of(channels_last=last, compile=compile), architecture)
+def check_gradients(architecture, precision, layout, compile, exact, device):
+    training = Training(device, recipe_of(**LAYOUTS[layout], compile=compile), architecture)
     batch = {key: value.to(device) for key, value in batch_of().items()}
     half, scale = half_on(device, precision), 1024 if precision == "fp16" else 1
     with exact_float32(device):
@@ -97,6 +102,7 @@ OPTIONS = {
     "lora": (PRIMUS, {"lora_rank": 2, "optimizer": "adamw", "learning_rate": 0.001}),
     "recomputed": (RESENC, {"activation_checkpointing": True}),
     "layer_decay": (RESENC, {"layer_decay": 0.5}),
+    "fused": (RESENC, {"channels_last": True, "fused_norm": "on", "ema_decay": 0.9, "freeze": "encoder"}),
 }
 
 
@@ -116,13 +122,13 @@ def test_options_under_the_compiler(option, cuda_device, caplog):
         ends.append(training.weights())
         averages.append(training.state.average and training.state.average.weights())
         changed = {name for name, tensor in before.items() if not torch.equal(tensor, ends[-1][name])}
-        if option == "frozen":
+        if fields.get("freeze"):
             assert changed and not [name for name in changed if name.startswith(training.state.network.key_to_encoder)]
         if option == "lora":
             assert any("lora_" in name for name in changed) and not [name for name in changed if "base_layer" in name]
     assert NO_COMPILER not in caplog.text
     assert_close(ends[1], ends[0], rtol=1e-2, atol=2e-4)
-    if option == "ema":
+    if fields.get("ema_decay"):
         assert_close(
             *({name: tensor.cpu() for name, tensor in average.items()} for average in reversed(averages)),
             rtol=1e-2,
@@ -133,9 +139,10 @@ def test_options_under_the_compiler(option, cuda_device, caplog):
 def test_layouts_end_at_the_same_weights(cuda_device):
     batches = [batch_of(seed=seed) for seed in range(4)]
     ends = []
-    for last in (False, True):
-        training = Training(cuda_device, recipe_of(channels_last=last))
+    for fields in LAYOUTS.values():
+        training = Training(cuda_device, recipe_of(**fields))
         with exact_float32(cuda_device):
             training.step(*batches)
         ends.append(training.weights())
-    assert_close(ends[1], ends[0], rtol=1e-2, atol=2e-4)
+    for end in ends[1:]:
+        assert_close(end, ends[0], rtol=1e-2, atol=2e-4)

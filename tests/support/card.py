@@ -39,6 +39,7 @@ def recipe_of(**fields):
             "momentum": 0.9,
             "compile": "off",
             "channels_last": False,
+            "fused_norm": "off",
             **fields,
         }
     )

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nnssl_adapt.cli.main import main
+from nnssl_adapt.errors import OtherRankFailed
 from nnssl_adapt.training import self_test as module
 from nnssl_adapt.training.self_test import Finding, SelfTest, self_test
 
@@ -82,6 +83,36 @@ def test_steps_that_change_weights_they_must_not_are_found(monkeypatch):
     monkeypatch.setattr("nnssl_adapt.training.loop.step_if_finite", careless)
     with pytest.raises(module.Problem, match="changed the weights"):
         found("training steps")()
+
+
+def test_labels_that_differ_are_found(monkeypatch):
+    def off_by_one_voxel(logits, *arguments):
+        labels = original(logits, *arguments)
+        labels[3, 4, 5] += 1
+        return labels
+
+    original = module.labels_on_device
+    monkeypatch.setattr(module, "labels_on_device", off_by_one_voxel)
+    with pytest.raises(module.Problem, match="1 of .* voxels differ"):
+        found("labels")()
+
+
+def test_a_compiler_that_computes_something_else_is_found(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network: lambda image: 1.5 * network(image))
+    with pytest.raises(module.Problem, match="use --compile off"):
+        module._compiled(CPU)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    assert "off by" in module._compiled(CPU)
+
+
+def test_processes_that_don_t_find_each_other_are_told(monkeypatch):
+    monkeypatch.setattr(module, "processes_talk", lost)
+    with pytest.raises(module.Problem, match="no answer from 1 of 2 processes; training with -num_gpus needs it"):
+        found("processes")()
+
+
+def lost(count, kind):
+    raise OtherRankFailed(f"no answer from 1 of {count} processes")
 
 
 def test_little_shared_memory_is_told(monkeypatch):
