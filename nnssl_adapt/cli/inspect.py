@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c",
         dest="configuration",
-        default="3d_fullres",
-        help="with -d: 3d_cascade_fullres for the network that also sees the previous stage's labels (default 3d_fullres)",
+        help="with -d: 3d_cascade_fullres for the network that also sees the previous stage's labels (default 3d_fullres; 2d for "
+        "the weights of a 2D network)",
     )
     parser.add_argument("--prove", action="store_true", help="run both encoders and compare what they compute")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the network, coloured by what became of each part")
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint = open_source(arguments)
     print(_catalogued(checkpoint))
+    _check_configuration(checkpoint, arguments)
     network, settings, heads, channels, whose = _target(checkpoint, arguments)
     silent = _stage_channels(arguments)
     report = na.transfer_weights(
@@ -106,6 +107,21 @@ def _target(
     settings = dataclasses.replace(settings, channels=pairing.rule)
     inputs = len(names) + _stage_channels(arguments)
     return build_network(checkpoint.architecture, inputs, outputs, patch), settings, heads, names, whose
+
+
+def _check_configuration(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Fill in the configuration where none was given; raise ConfigurationError where weights or images don't go with it."""
+    from nnssl_adapt.data.dataset import RawDataset
+    from nnssl_adapt.planning.plan import CONFIGURATION, PLANAR
+    from nnssl_adapt.planning.planar import refuse_other_sources, refuse_volumes_of_pictures
+    from nnssl_adapt.planning.request import check_configurations
+
+    if arguments.configuration is None:
+        arguments.configuration = PLANAR if checkpoint.architecture.is_planar else CONFIGURATION
+    names = check_configurations(arguments.configuration)
+    refuse_other_sources(checkpoint.architecture, names)
+    if arguments.dataset is not None:
+        refuse_volumes_of_pictures(RawDataset.open(arguments.dataset), names)
 
 
 def _stage_channels(arguments: argparse.Namespace) -> int:

@@ -120,7 +120,8 @@ def _show_only(arguments: argparse.Namespace, dataset: RawDataset, checkpoint: C
             arguments.spacing = None  # was only to be compared
     plan = plan_from(arguments, dataset, checkpoint, workers, fingerprint)
     print(plan)
-    print(f"Memory on a GPU, predicted: {plan_memory(plan, dataset.labels.num_heads)}")
+    stages = len(plan.stage_channels(dataset.labels))
+    print(f"Memory on a GPU, predicted: {plan_memory(plan, dataset.labels.num_heads, stage_channels=stages)}")
     print("Nothing was written: leave --dry-run out to go on")
     return EXIT_OK
 

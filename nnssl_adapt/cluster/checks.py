@@ -15,6 +15,7 @@ from typing import Any
 from nnssl_adapt.cluster.graph import Resources
 from nnssl_adapt.data.dataset import RawDataset
 from nnssl_adapt.data.images import read_geometry
+from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.data.splits import load_or_make_splits
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.errors import ConfigurationError, OutputError
@@ -91,7 +92,7 @@ def check_folds(raw: RawDataset, folds: Sequence[int]) -> int:
     return count
 
 
-def check_memory(plan: FinetunePlan, recipe: Recipe, heads: int, resources: Resources) -> None:
+def check_memory(plan: FinetunePlan, recipe: Recipe, labels: LabelScheme, resources: Resources) -> None:
     """Warn where training is foreseen to need more memory than the kind of GPU that ``--gpus`` names."""
     kind = resources.gpus.rpartition(":")[0].lower().replace("_", "").replace("-", "")
     known = next((size for name, size in _MEMORY_OF.items() if kind in (name, f"nvidia{name}")), None)
@@ -100,7 +101,10 @@ def check_memory(plan: FinetunePlan, recipe: Recipe, heads: int, resources: Reso
     plan = adapted_plan(plan, recipe)
     ranks = resources.nodes * resources.num_gpus
     needed = plan_memory(
-        plan.replaced(batch_size=max(1, -(-plan.batch_size // ranks))), heads, StepSettings.of(recipe)
+        plan.replaced(batch_size=max(1, -(-plan.batch_size // ranks))),
+        labels.num_heads,
+        StepSettings.of(recipe),
+        len(plan.stage_channels(labels)),
     ).total
     if needed > known * 10**9:
         logger.warning(

@@ -149,7 +149,7 @@ def submit(
         tuple(training),
     )
     Ranks(size=resources.nodes * resources.tasks).samples(adapted_plan(finetuning.plan, recipe).batch_size)
-    check_memory(finetuning.plan, recipe, raw.labels.num_heads, resources)
+    check_memory(finetuning.plan, recipe, raw.labels, resources)
     graph = finetuning.graph(folds, shards, resources, throttle, by_slurm=cluster == SLURM, all_folds=range(count))
     submission = Submission(finetuning.model / FOLDER, graph, cluster, tuple(command), versions_here(package_version()))
     missing = tuple(step.name for step in graph.missing())

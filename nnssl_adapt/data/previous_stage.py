@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import numpy as np
 
 from nnssl_adapt.data.store import open_array, packed, piece_shapes
 from nnssl_adapt.errors import CaseError
-from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, write_json
+from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, sha256_of, write_json
 from nnssl_adapt.text import read_record
 
 if TYPE_CHECKING:
@@ -61,6 +61,14 @@ class PreviousStage:
         """Whether the case is there and this network predicted it."""
         record = read_record(self.folder / _RECORDS / f"{identifier}.json")
         return weights is not None and self.path(identifier).is_file() and record.get("weights") == weights
+
+    def made_by(self, identifiers: Iterable[str]) -> dict[str, str]:
+        """For each case what predicted it: the digest of the network's weights, or where that is not known of its labels."""
+        found = {}
+        for identifier in identifiers:
+            weights = read_record(self.folder / _RECORDS / f"{identifier}.json").get("weights")
+            found[identifier] = str(weights) if weights else sha256_of(self.path(identifier))
+        return found
 
     def open(self, identifier: str, shape: Sequence[int]) -> blosc2.NDArray:
         """The labels of a case, which must be of this shape (Z, Y, X). Raises CaseError."""

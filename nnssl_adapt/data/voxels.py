@@ -79,6 +79,11 @@ def open_image(path: Path) -> sitk.ImageFileReader:
         raise CaseError(
             f"{path}: has {reader.GetNumberOfComponents()} numbers a voxel; store one channel a file", path=path
         )
+    if reader.GetDimension() == 2:
+        raise CaseError(
+            f"{path}: a 2D image, and images need three axes: store it as a volume of one slice (which -c 2d trains)",
+            path=path,
+        )
     if reader.GetDimension() not in (3, 4):
         raise CaseError(f"{path}: {reader.GetDimension()}D images are not supported yet, only 3D ones", path=path)
     return reader

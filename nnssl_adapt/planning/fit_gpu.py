@@ -61,14 +61,25 @@ def usual_step(architecture: Architecture) -> StepSettings:
     return StepSettings(optimizer=architecture.kind.optimizer)
 
 
-def plan_memory(plan: FinetunePlan, heads: int, step: StepSettings | None = None) -> MemoryEstimate:
-    """What training by a plan takes, by default as the published recipes train."""
+def plan_memory(
+    plan: FinetunePlan, heads: int, step: StepSettings | None = None, stage_channels: int = 0
+) -> MemoryEstimate:
+    """What training by a plan takes, by default as the published recipes train.
+
+    ``heads``: outputs of the network; ``stage_channels``: of a cascade, for the labels of its previous stage.
+    """
     step = step or usual_step(plan.architecture)
-    return estimate_memory(plan.architecture, plan.num_channels, heads, plan.patch_size, plan.batch_size, step)
+    channels = plan.num_channels + stage_channels
+    return estimate_memory(plan.architecture, channels, heads, plan.patch_size, plan.batch_size, step)
 
 
 def fit_plan(
-    plan: FinetunePlan, heads: int, cases: int, requested: str = AUTO, step: StepSettings | None = None
+    plan: FinetunePlan,
+    heads: int,
+    cases: int,
+    requested: str = AUTO,
+    step: StepSettings | None = None,
+    stage_channels: int = 0,
 ) -> FinetunePlan:
     """Return a copy of ``plan`` with the largest patch, then batch, that train in the memory of a GPU.
 
@@ -81,6 +92,7 @@ def fit_plan(
         cases: of the dataset.
         requested: as :func:`memory_budget` takes it.
         step: how it will be trained; by default as in the published recipes.
+        stage_channels: further channels of a cascade that has the same patch.
 
     Raises ConfigurationError where not even the smallest patch fits, PlanError for a plan without its median image, and
     what :func:`memory_budget` raises.
@@ -94,9 +106,10 @@ def fit_plan(
         )
     median = [float(n) for n in shape]
     voxels = COVERED * cases * math.prod(median)
-    patch, batch = largest_fit(plan.architecture, plan.num_channels, heads, median, budget, step, voxels)
+    channels = plan.num_channels + stage_channels
+    patch, batch = largest_fit(plan.architecture, channels, heads, median, budget, step, voxels)
     fitted = plan.replaced(patch_size=patch, batch_size=batch)
-    estimate = plan_memory(fitted, heads, step)
+    estimate = plan_memory(fitted, heads, step, stage_channels)
     reason = (
         f"the largest patch within the median image ({by(median)}), then batch, that train in {gib(budget)}: "
         f"{by(patch)}, batch {batch}, about {gib(estimate.total)}"

@@ -93,11 +93,14 @@ def make_plan(
 
 
 def _fitted(plan: FinetunePlan, raw: RawDataset, requested: str) -> FinetunePlan:
-    """With patch and batch of each configuration fitted to a GPU; those that inherit follow."""
-    fitted = plan
-    for name, entries in sorted(plan.content["configurations"].items()):  # the full resolution first
+    """With patch and batch of each configuration fitted to a GPU; a cascade, which inherits them, must fit too."""
+    fitted, configurations = plan, plan.content["configurations"]
+    of_cascades = {each.get("inherits_from") for each in configurations.values() if each.get("previous_stage")}
+    for name, entries in sorted(configurations.items()):  # the full resolution first
         if "inherits_from" not in entries:
-            fitted = fit_plan(fitted.seen_through(name), raw.labels.num_heads, len(raw.cases), requested)
+            more = len(raw.labels.foreground_labels) if name in of_cascades else 0
+            view = fitted.seen_through(name)
+            fitted = fit_plan(view, raw.labels.num_heads, len(raw.cases), requested, stage_channels=more)
     return fitted.seen_through(plan.configuration)
 
 

@@ -256,10 +256,13 @@ def suggest_smaller(
         heads: outputs of the network; None: as the dataset beside the plan says.
     """
     heads = plan.labels.num_heads if heads is None else heads
+    channels = plan.num_channels
+    if plan.previous_stage is not None:
+        channels += len(plan.stage_channels(plan.labels))
 
     @functools.cache
     def total(patch: tuple[int, int, int], batch: int) -> int:
-        return estimate_memory(plan.architecture, plan.num_channels, heads, patch, batch, step).total
+        return estimate_memory(plan.architecture, channels, heads, patch, batch, step).total
 
     tried = total(plan.patch_size, plan.batch_size)
     limit = min(budget, math.ceil(0.85 * tried))
@@ -276,9 +279,7 @@ def suggest_smaller(
         suggestions.append(f"--patch {' '.join(str(n) for n in path[index])} (about {gib(needed)})")
     if not step.activation_checkpointing:
         again = dataclasses.replace(step, activation_checkpointing=True)
-        needed = estimate_memory(
-            plan.architecture, plan.num_channels, heads, plan.patch_size, plan.batch_size, again
-        ).total
+        needed = estimate_memory(plan.architecture, channels, heads, plan.patch_size, plan.batch_size, again).total
         if needed <= limit:
             suggestions.append(f"--set activation_checkpointing=true (slower, about {gib(needed)})")
     if not suggestions:

@@ -138,6 +138,10 @@ class PretrainedTrainer:
         )
         self.checkpoint = checkpoint
         self.source_options = dict(source_options or {})
+        self.previous = previous_stage(self.plan, self.recipe.trainer_name, results_folder)
+        cases = [*self.training_cases, *self.validation_cases]
+        splits = splits_of(self.plan, self.store.identifiers, self.file_ending, splits_file) if self.previous else []
+        check_previous_stage(self.previous, self.plan, self.fold, cases, splits)
         self.identity = RunIdentity(
             plan=self.plan,
             dataset=dataset,
@@ -146,7 +150,8 @@ class PretrainedTrainer:
             validation_cases=tuple(self.validation_cases),
             recipe=self.recipe,
             version=package_version(),
-            stored=self.store.digests([*self.training_cases, *self.validation_cases]),
+            stored=self.store.digests(cases),
+            previous={} if self.previous is None else self.previous.made_by(cases),
             citations=tuple(self.plan.pretrain_info.get("citations") or ()),
         )
         if workers is None:
@@ -156,10 +161,6 @@ class PretrainedTrainer:
             raise ConfigurationError(f"workers: expected 0 or more, got {workers}")
         self.checkpointing = not disable_checkpointing
         self.folder = RunFolder.of(self.plan, self.recipe.trainer_name, self.fold, results_folder)
-        self.previous = previous_stage(self.plan, self.recipe.trainer_name, results_folder)
-        cases = [*self.training_cases, *self.validation_cases]
-        splits = splits_of(self.plan, self.store.identifiers, self.file_ending, splits_file) if self.previous else []
-        check_previous_stage(self.previous, self.plan, self.fold, cases, splits)
         self.progress = progress
         self.trackers = check_trackers(trackers) if self.ranks.is_main else ()
         self.accept_changed: frozenset[str] = frozenset()

@@ -184,6 +184,10 @@ def _changes(then: Mapping[str, Any], run: RunIdentity) -> Iterator[Change]:
             yield Change(
                 DATA, f"the stored voxels of {and_more(other)}: they were preprocessed again since, from other files"
             )
+    if other := [case for case, by in then["previous_stage"].items() if now["previous_stage"].get(case, by) != by]:
+        yield Change(
+            DATA, f"the previous stage's labels of {and_more(other)}: they were predicted again since, by other weights"
+        )
     for key, words in (("labels", "labels"), ("regions_class_order", "order of the regions"), ("channels", "channels")):
         if then[key] != now[key]:
             yield Change(key, f"{words}: {_value(then[key])} then, {_value(now[key])} now")

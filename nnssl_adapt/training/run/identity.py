@@ -30,6 +30,7 @@ class RunIdentity:
         recipe: of the run.
         version: of this package.
         stored: digest of each case's stored voxels.
+        previous: of a cascade, what predicted each case's labels of the previous stage.
         seen_before: cases that it was trained on before the splits were changed.
         weights: what the weights that it started from are, as :class:`~nnssl_adapt.weights.sources.resolved.Origin`; None for
             random ones.
@@ -44,6 +45,7 @@ class RunIdentity:
     recipe: Recipe
     version: str
     stored: Mapping[str, str] = field(default_factory=dict)
+    previous: Mapping[str, str] = field(default_factory=dict)
     seen_before: tuple[str, ...] = ()
     weights: Mapping[str, Any] | None = None
     citations: tuple[dict[str, Any], ...] = ()
@@ -71,6 +73,7 @@ class RunIdentity:
             "seen_before": list(self.seen_before),
             "preprocessing": self.plan.settings.to_dict(),
             "stored": dict(self.stored),
+            "previous_stage": dict(self.previous),
             **described_dataset(self.dataset),
             "weights": None if self.weights is None else dict(self.weights),
         }

@@ -262,14 +262,18 @@ def _cnns(
     """Skips of both encoders, as far as they are meant to agree."""
     target: Any = network
     # Two voxels at the bottom along every axis: normalising one would hide everything.
-    deepest = [math.prod(step[axis] for step in target.encoder.strides) for axis in range(3)]
-    shape = [2 * max(a, b) for a, b in zip(checkpoint.architecture.total_stride, deepest, strict=True)]
+    axes = len(target.encoder.strides[0])
+    deepest = [math.prod(step[axis] for step in target.encoder.strides) for axis in range(axes)]
+    sides = [2 * max(a, b) for a, b in zip(checkpoint.architecture.total_stride[-axes:], deepest, strict=True)]
+    shape = (*(1,) * (3 - axes), *sides)  # one slice for a 2D network
     decoder = settings.scope == "encoder+decoder" or (settings.scope == "auto" and checkpoint.plan.supervised)
     source: Any = pretrained_network(checkpoint, (shape[0], shape[1], shape[2]), decoder=decoder, beside=network)
     old, new = checkpoint.plan.num_input_channels, _input_channels(network) - silent
     before, after, how = _images(settings.channel_numbers, old, new, shape)
     after = _with_previous_stage(after, silent)
     notes += [how] if how else []
+    if axes == 2:
+        before, after = before[:, :, 0], after[:, :, 0]
     skips, others = source.encoder(before), target.encoder(after)
     beside = lacking_names(checkpoint, NetworkParts.of(source))
     if beside:

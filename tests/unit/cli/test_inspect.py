@@ -4,6 +4,8 @@ import json
 
 import pytest
 from support.nnssl_families import FAMILIES
+from support.pictures import write_picture_dataset
+from support.planar import write_planar_model
 from support.synthetic import make_dataset
 
 from nnssl_adapt.cli.main import main
@@ -112,3 +114,17 @@ def test_a_source_that_is_none_is_one_line(capsys, tmp_path):
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_2d_weights_are_proven_and_volumes_of_pictures_refused(small_resenc, nnunet_folders, capsys):
+    pytest.importorskip("PIL")
+    write_picture_dataset(nnunet_folders / "nnUNet_raw" / "Dataset702_Cells")
+    planar = write_planar_model(nnunet_folders / "others")
+    code, out, _ = inspect(capsys, planar, "-d", "702", "--prove")
+    assert code == 0 and "PROVEN" in out and "decoder 1" in out
+    code, _, err = inspect(capsys, small_resenc, "-d", "702")
+    assert code == 1 and "pictures" in err and "-c 2d" in err
+    code, _, err = inspect(capsys, small_resenc, "-d", "702", "-c", "2d")
+    assert code == 1 and "3D network" in err
+    code, _, err = inspect(capsys, planar, "-c", "3d_fullres")
+    assert code == 1 and "two axes" in err

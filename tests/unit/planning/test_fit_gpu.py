@@ -12,7 +12,7 @@ import nnssl_adapt as na
 from nnssl_adapt.errors import ConfigurationError, DeviceUnavailable, PlanError
 from nnssl_adapt.planning import fit_gpu
 from nnssl_adapt.planning.fit_gpu import fit_plan, memory_budget, plan_memory, usual_step
-from nnssl_adapt.planning.memory import CONTEXT, GIB, estimate_memory
+from nnssl_adapt.planning.memory import CONTEXT, GIB, StepSettings, estimate_memory
 from nnssl_adapt.planning.plan import FinetunePlan
 from nnssl_adapt.weights.network.architectures import build_network
 
@@ -139,3 +139,13 @@ def test_auto_on_a_gpu(cuda_device):
     if cuda_device.type == "cpu":
         pytest.skip("is about a card's memory")
     assert GIB + CONTEXT < memory_budget(fit_gpu.AUTO) == torch.cuda.get_device_properties(0).total_memory
+
+
+def test_the_channels_of_a_cascade_are_counted():
+    plan, step = plan_of(CNN, (48.0, 64.0, 48.0)), StepSettings(device="cpu")
+    budget = plan_memory(plan.replaced(patch_size=(32, 48, 32)), 9, step).total
+    wish = f"{budget / 2**20 + 0.1:.4f}MiB"
+    alone, with_stage = (fit_plan(plan, 9, 40, wish, step, stage_channels=more) for more in (0, 8))
+    assert math.prod(with_stage.patch_size) * with_stage.batch_size < math.prod(alone.patch_size) * alone.batch_size
+    needed = [plan_memory(fitted, 9, step, stage_channels=8).total for fitted in (with_stage, alone)]
+    assert needed[0] <= budget + 2**20 < needed[1]

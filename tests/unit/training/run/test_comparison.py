@@ -53,6 +53,17 @@ def test_cases_that_were_preprocessed_again_can_be_accepted(tmp_path, caplog):
     assert "accepted as changed" in caplog.text
 
 
+def test_a_cascade_goes_on_with_the_same_labels_of_its_first_stage(tmp_path):
+    then, now = (identity_of(CNN, Recipe(), previous={"a": "w0", "b": digest}) for digest in ("w1", "w2"))
+    check_resumable(tmp_path, checkpoint_of(then), then)
+    (mistake,) = refused(then, now, tmp_path).mistakes
+    assert "previous stage" in mistake and " b:" in mistake and " a" not in mistake.partition(":")[0]
+    check_resumable(tmp_path, checkpoint_of(then), now, ["data"])
+    older = checkpoint_of(then)
+    del older["nnssl_adapt"]["identity"]["previous_stage"]  # of a version that didn't note it
+    check_resumable(tmp_path, older, now)
+
+
 def test_many_cases_are_told_by_what_came_and_went(tmp_path):
     many = tuple(f"case{n:03d}" for n in range(40))
     then, now = (identity_of(CNN, Recipe(), cases=(cases, ("v",))) for cases in (many, (*many[1:], "new")))
