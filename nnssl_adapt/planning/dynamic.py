@@ -75,7 +75,7 @@ def plan_dynamic(task: PlanningTask) -> FinetunePlan:
 
 
 def _topology(task: PlanningTask) -> FinetunePlan:
-    """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is asked for."""
+    """The plan whose network is kept: a file of nnU-Net's, or one by its rules where there is none or a preset is requested."""
     raw, request = task.raw, task.request
     preset = request.preset
     if preset is None and (found := find_topology(raw.name, request.base_plans)) is not None:

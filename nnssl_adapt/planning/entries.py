@@ -44,7 +44,7 @@ class BasePlans:
         if not path.is_file():
             if name is not None:
                 raise PlanError(
-                    f"no base plans {path}; found: {plans_beside(dataset_name)}. Leave -pl out to do without"
+                    f"no base plans {path}; found: {plans_beside(dataset_name)}. Leave -pl out to plan without it"
                 )
             return cls()
         plan = FinetunePlan.load(path, configuration)

@@ -46,8 +46,8 @@ def memory_budget(text: str) -> int:
     if requested == AUTO:
         if not torch.cuda.is_available():
             raise DeviceUnavailable(
-                "--fit-gpu auto: there is no CUDA device on this machine to ask. Say how much memory the GPU has that "
-                "will be used, e.g. --fit-gpu 24GB"
+                "--fit-gpu auto: this machine has no CUDA device. Give the memory of the GPU that will be used, such as "
+                "--fit-gpu 24GB"
             )
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", requested)
@@ -102,7 +102,7 @@ def fit_plan(
     shape = plan.settings_of_configuration.get("median_image_size_in_voxels")
     if not shape:
         raise PlanError(
-            f"plan {plan.plans_name} has no median_image_size_in_voxels, which --fit-gpu goes by: plan again"
+            f"plan {plan.plans_name} has no median_image_size_in_voxels, which --fit-gpu needs: make the plan again"
         )
     median = [float(n) for n in shape]
     voxels = COVERED * cases * math.prod(median)

@@ -140,8 +140,8 @@ def _configurations(task: PlanningTask, full: dict[str, Any], choice: SpacingCho
 def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: AdaptationPlan) -> list[int]:
     """``transpose_forward``: the pre-training's where it is followed, else coarsest axis first (nnU-Net's planner).
 
-    Weights for one orientation know their axes: they get them in their own order whatever the spacing. A segmentation
-    network too, unless nnU-Net's rule (median) was asked for, and not only fallen back to for want of a spacing to follow.
+    Weights for one orientation know their axes: they get them in their own order at every spacing. So does a
+    segmentation network, unless nnU-Net's rule (median) was requested, and not only taken because no spacing is known.
     """
     as_trained = pretraining.supervised and (choice.mode != "median" or bool(choice.note))
     if choice.mode in ("like_pretrained", "no_resample") or as_trained or pretraining.orientation is not None:

@@ -55,7 +55,8 @@ def make_plan(
         An unsaved plan; call ``.save()``, or :func:`preprocess_dataset`, which saves it.
 
     Raises:
-        DatasetError: the dataset is missing or inconsistent (all problems at once), or lies another way than the weights want.
+        DatasetError: the dataset is missing or inconsistent (all problems at once), or its images don't lie as the weights need
+            them.
         TransferError: the weights don't fit the network; has the table of what does.
         PlanError: ``base_plans`` does not exist, or ``plans_name`` is somebody else's.
         ConfigurationError: mode, name, spacing or orientation make no sense.

@@ -79,7 +79,7 @@ class FinetunePlan:
     def find(cls, dataset_name: str, plans: str, configuration: str = CONFIGURATION) -> FinetunePlan:
         """Read the plan called ``plans`` (with or without ``.json``, or a path) of a preprocessed dataset, for training.
 
-        A copied file goes by its own name, whatever plan it was copied from, so that their runs have different folders.
+        A copied file has the name of its own file, not of the plan it was copied from, so that their runs have different folders.
 
         Raises PlanError naming the file and the key that is wrong, also for keys that would be ignored where they stand.
         """
@@ -92,7 +92,7 @@ class FinetunePlan:
         if path.stem in (plan.plans_name, COPY_IN_MODEL_FOLDER):
             return plan
         logger.warning(
-            "%s calls itself %s inside, as the plan it was copied from: it goes by its file's name, so that their runs "
+            "%s has the name %s inside, from the plan it was copied from: its file's name is used, so that their runs "
             "don't share a folder",
             path,
             plan.plans_name,

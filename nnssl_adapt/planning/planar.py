@@ -85,7 +85,7 @@ def refuse_volumes_of_pictures(raw: RawDataset, configurations: Sequence[str]) -
     volumetric = [name for name in configurations if name != PLANAR]
     if raw.image_reader == NATURAL_2D and volumetric:
         raise ConfigurationError(
-            f"{raw.name} has pictures ({raw.json.file_ending}), which {', '.join(volumetric)} can't be made of: plan them "
+            f"{raw.name} has pictures ({raw.json.file_ending}), and {', '.join(volumetric)} needs volumes: plan them "
             f"with -c {PLANAR}, from the weights of a 2D network (-pc) or from scratch (without -pc)"
         )
 
@@ -102,7 +102,7 @@ def refuse_other_sources(architecture: Architecture, configurations: Sequence[st
     kind = "a 3D transformer, whose tokens are cubes" if architecture.is_transformer else "a 3D network"
     raise ConfigurationError(
         f"-c {PLANAR} trains a network of slices, and these weights are of {kind} ({architecture}): its kernels have three "
-        f"axes, and there is no rule by which they would compute the same in two. Use -c {CONFIGURATION}; or for {PLANAR} a 2D "
+        f"axes, and no rule makes them compute the same with two. Use -c {CONFIGURATION}; or for {PLANAR} a 2D "
         "nnU-Net as the source, or none (leave -pc out) to train from scratch"
     )
 

@@ -112,7 +112,7 @@ def refuse_ignored_keys(configuration: Mapping[str, Any], name: str, path: Path)
         )
         raise PlanError(
             f"{path}: configuration {name} has {', '.join(ignored)} beside 'architecture', where nnU-Net ignores them "
-            f"({shown}). They belong into architecture.arch_kwargs; a plan with the pre-training's network and patch is "
+            f"({shown}). They belong in architecture.arch_kwargs; a plan with the pre-training's network and patch is "
             "made by: nnUNetv2_preprocess_like_nnssl -d DATASET -pc WEIGHTS -n NAME --plans_name "
             "nnUNetPlans_contrast_agnostic"
         )
@@ -179,7 +179,7 @@ def check_plans_name(name: str) -> str:
     return name
 
 
-def refuse_to_replace_stranger(path: Path) -> None:
+def refuse_to_replace_unknown(path: Path) -> None:
     """Raise PlanError if ``path`` is a plan that somebody else made."""
     if not path.is_file():
         return

@@ -54,7 +54,7 @@ def check_orientation(raw: RawDataset, wanted: str) -> None:
     """
     others = find_other_orientations(raw, wanted)
     if not others:
-        logger.info("all images are %s, as the weights want them", wanted)
+        logger.info("all images are %s, as the weights need them", wanted)
         return
     by_code: dict[str, list[str]] = {}
     for name, code in others.items():

@@ -18,7 +18,7 @@ from nnssl_adapt.errors import PlanError
 from nnssl_adapt.files import atomic_path, write_json
 from nnssl_adapt.planning.dataset_files import copy_dataset_json
 from nnssl_adapt.planning.plan import CONFIGURATION, FinetunePlan
-from nnssl_adapt.planning.plans_file import read_plans, refuse_to_replace_stranger
+from nnssl_adapt.planning.plans_file import read_plans, refuse_to_replace_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def part_record(plan: FinetunePlan, shard: Shard) -> Path:
 
 def refuse_to_replace_another(plan: FinetunePlan, overwrite: bool = False) -> None:
     """Raise PlanError where a plan of this name was made from other weights or settings: runs may still need it."""
-    refuse_to_replace_stranger(plan.plans_file)
+    refuse_to_replace_unknown(plan.plans_file)
     if overwrite or not plan.plans_file.is_file():
         return
     difference = _difference(_saved(plan.plans_file), plan)

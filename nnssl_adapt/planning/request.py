@@ -62,7 +62,7 @@ class PlanRequest:
 
     @property
     def wants_stages(self) -> bool:
-        """Whether a low resolution, or the cascade that goes on from it, is requested."""
+        """Whether a low resolution, or the cascade that continues it, is requested."""
         return bool({LOW_RESOLUTION, CASCADE} & set(self.configurations))
 
     @property

@@ -11,7 +11,7 @@ from nnssl_adapt.data.reorient import reorient_dataset
 from nnssl_adapt.data.verifying.fingerprint import DatasetFingerprint
 from nnssl_adapt.paths import preprocessed_folder
 from nnssl_adapt.planning.dataset_files import load_or_make_fingerprint
-from nnssl_adapt.planning.plans_file import refuse_to_replace_stranger
+from nnssl_adapt.planning.plans_file import refuse_to_replace_unknown
 from nnssl_adapt.planning.preflight import check_orientation, find_other_orientations
 from nnssl_adapt.planning.request import PlanRequest
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
@@ -80,5 +80,5 @@ class PlanningTask:
         if wanted is not None and not request.ignore_orientation:
             check_orientation(raw, wanted)
         if request.plans_name is not None:
-            refuse_to_replace_stranger(preprocessed_folder() / raw.name / f"{request.plans_name}.json")
+            refuse_to_replace_unknown(preprocessed_folder() / raw.name / f"{request.plans_name}.json")
         return replace(self, raw=raw)

@@ -147,7 +147,7 @@ _DEEPEST = 50
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Python's unpickler with a short list of names; whatever else a file asks for is refused."""
+    """Python's unpickler with a short list of names; all else that a file asks for is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:

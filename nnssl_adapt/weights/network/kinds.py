@@ -46,7 +46,7 @@ class NetworkKind:
         size: what messages say of its size.
         blocks: of each stage of its encoder, where they are numbered; a transformer has the one stage None.
         stages: how many stages (blocks, of a Primus) can be frozen or get a learning rate of their own.
-        recipe: with which it is trained unless another is asked for.
+        recipe: with which it is trained unless another is requested.
         optimizer: of that recipe, for estimates of memory.
         is_resizable: whether weights can be fitted to one of other widths.
         has_attention: whether adapters (LoRA) find a place.

@@ -299,7 +299,7 @@ def _cnns(
             truth |= _decoded(source, skips)
             found |= _decoded(target, others)
         else:
-            notes.append("the decoder is another one and can't be compared")
+            notes.append("the decoder differs and can't be compared")
     return truth, found
 
 

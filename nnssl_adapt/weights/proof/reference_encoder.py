@@ -169,8 +169,8 @@ def _positions_on(grid: Shape, checkpoint: Checkpoint, order: str, notes: list[s
     return positions, trained
 
 
-_MANY_TOKENS = 10_000
-_SAMPLE = 2_048
+MANY_TOKENS = 10_000
+SAMPLE = 2_048
 
 
 def sampled_places(grid: Shape) -> Tensor | None:
@@ -180,9 +180,9 @@ def sampled_places(grid: Shape) -> Tensor | None:
     13,824 tokens of nnFoundationViT it would take an hour on a CPU.
     """
     count = math.prod(grid)
-    if count <= _MANY_TOKENS:
+    if count <= MANY_TOKENS:
         return None
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE].sort().values
 
 
 def _tokens_at(places: Tensor, grid: Shape, order: str) -> Tensor:

@@ -80,7 +80,7 @@ def _check_scheme(url: str) -> None:
     if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK):
         return
     if parts.scheme == "http":
-        raise SourceError(f"{url}: files could be exchanged on the way over http; give its https address")
+        raise SourceError(f"{url}: files sent over http can be changed on the way; give its https address")
     raise SourceError(f"{url} is neither an https address nor a Hugging Face one")
 
 
@@ -141,7 +141,7 @@ def _fetch(address: Address, kept: Path) -> tuple[Path, str]:
 
 
 class _Transfer:
-    """One file on its way; goes on where a broken connection left it, if the server can."""
+    """The download of one file; resumes where the connection broke, if the server can."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -226,7 +226,7 @@ def _goes_on_at(start: int, response: Any) -> bool:
     return response.status == 206 and str(response.headers.get("Content-Range")).startswith(f"bytes {start}-")
 
 
-class _SafeRedirects(HTTPRedirectHandler):
+class SafeRedirects(HTTPRedirectHandler):
     """Follows redirects, but never to plain http or another scheme."""
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
@@ -241,7 +241,7 @@ class _SafeRedirects(HTTPRedirectHandler):
 
 
 def _opener() -> OpenerDirector:
-    return build_opener(_SafeRedirects)
+    return build_opener(SafeRedirects)
 
 
 def _refusal(error: HTTPError, address: Address) -> SourceError:

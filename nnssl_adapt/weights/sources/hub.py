@@ -21,7 +21,7 @@ from nnssl_adapt.files import explain_write_errors
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-# huggingface_hub brings an HTTP client: it is imported where a repository is asked for, not by all that read weights.
+# huggingface_hub brings an HTTP client: it is imported where a repository is requested, not by all that read weights.
 
 _TRANSPORT_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "h11", "hf_xet"}
 """Whose exceptions mean that the connection failed; huggingface_hub changed its HTTP client twice."""

@@ -126,15 +126,15 @@ def choose_files(names: Iterable[str], where: str, filename: str | None = None, 
     Args:
         names: every file below it, with ``/`` between folders.
         where: what to call the place in messages; a folder's path ends in its name.
-        filename: the file (or folder) asked for; a file or trained model folder may leave out the folders before it.
-        fold: the fold asked for: ``0``, ``all``, ``mean``, …
+        filename: the file (or folder) requested; a file or trained model folder may leave out the folders before it.
+        fold: the fold requested: ``0``, ``all``, ``mean``, …
 
     In this order: a checkpoint under one of nnssl's names; a trained model folder; the only weight file; the same in the
     only folder that has any; a zip.
 
     Raises:
         SourceNotFound: nothing fits, or several do; the message lists them.
-        SourceError: a fold is asked for and there are none.
+        SourceError: a fold is requested and there are none.
     """
     visible = sorted(name for name in names if not is_clutter(name))
     firsts = _without_later_shards(visible)
@@ -148,7 +148,7 @@ def choose_files(names: Iterable[str], where: str, filename: str | None = None, 
 def choose_file(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
     """One weight file with what belongs to it: its sidecar, its trained model, and its other shards.
 
-    Raises SourceError when a fold is asked for that it does not belong to, SourceNotFound when a shard is missing.
+    Raises SourceError when a fold is requested that it does not belong to, SourceNotFound when a shard is missing.
     """
     return _with_shards(_choose_single(_first_shard(name, names), names, where, fold), names, where)
 
@@ -271,7 +271,7 @@ def _choose_named(names: list[str], where: str, filename: str, fold: str | None)
 
 
 def _choose_single(name: str, names: Sequence[str], where: str, fold: str | None) -> Chosen:
-    """One weight file with what belongs to it; a fold asked for must be that of the trained model it lies in."""
+    """One weight file with what belongs to it; a fold that is requested must be that of the trained model it lies in."""
     for model in list_models(names):
         for its_fold, files in model.folds.items():
             if any(join_path(model.folder_of(its_fold), file) == name for file in files):

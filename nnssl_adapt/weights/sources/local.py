@@ -24,7 +24,7 @@ from nnssl_adapt.weights.sources.resolved import ResolvedSource, SourceOptions, 
 
 _FOLD_FOLDER = re.compile(r"fold_(\d+|all)")
 _DEPTH = 5  # folders below a source: wrapping/Dataset/Trainer/fold/file
-_MAX_FILES = 20_000
+MAX_FILES = 20_000
 
 
 def resolve_path(text: str, path: Path, options: SourceOptions) -> ResolvedSource:
@@ -81,9 +81,9 @@ def _names_below(folder: Path, depth: int = _DEPTH) -> list[str]:
         below = Path(place).relative_to(folder)
         names += [(below / name).as_posix() for name in files]
         folders[:] = sorted(name for name in folders if not name.startswith(".") and len(below.parts) + 1 < depth)
-        if len(names) > _MAX_FILES:
+        if len(names) > MAX_FILES:
             raise SourceError(
-                f"{folder} holds more than {_MAX_FILES} files: name the checkpoint itself, or its own folder"
+                f"{folder} holds more than {MAX_FILES} files: name the checkpoint itself, or its own folder"
             )
     return names
 

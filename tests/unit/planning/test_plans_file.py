@@ -45,7 +45,7 @@ def test_a_copied_plan_does_not_write_into_the_other_ones_runs(plan, caplog):
         caplog.clear()
         found = FinetunePlan.find(plan.dataset_name, given)
         assert found.plans_name == name
-        assert len([m for m in caplog.messages if f"calls itself {plan.plans_name} inside" in m]) == 1
+        assert len([m for m in caplog.messages if f"{plan.plans_name} inside" in m]) == 1
         assert RunFolder.of(found, "T", 0).model.name == f"T__{name}__3d_fullres"
         assert found.data_identifier == plan.data_identifier
         assert found.plans_file == plan.dataset_folder / f"{name}.json"

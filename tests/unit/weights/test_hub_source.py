@@ -84,7 +84,7 @@ def test_the_public_address_is_served_by_the_configured_endpoint(hub, files, cac
         ("https://huggingface.co/onlyowner", "not a Hugging Face address"),
         ("https://huggingface.co/owner/name/commits/main", "not a Hugging Face address"),
         ("ftp://huggingface.co/a/b", "neither an https address nor a Hugging Face one"),
-        ("http://example.invalid/weights.zip", "exchanged on the way"),
+        ("http://example.invalid/weights.zip", "over http"),
         ("https://example.invalid/weights.zip#md5=00", "must be sha256="),
     ],
 )

@@ -288,8 +288,8 @@ def test_many_blocks_that_agree_are_one_row():
 
 @pytest.mark.parametrize(("order", "passes"), [("auto", True), ("whd", False)])
 def test_of_very_many_tokens_some_are_compared(checkpoint, monkeypatch, order, passes):
-    monkeypatch.setattr("nnssl_adapt.weights.proof.reference_encoder._MANY_TOKENS", 10)
-    monkeypatch.setattr("nnssl_adapt.weights.proof.reference_encoder._SAMPLE", 7)
+    monkeypatch.setattr("nnssl_adapt.weights.proof.reference_encoder.MANY_TOKENS", 10)
+    monkeypatch.setattr("nnssl_adapt.weights.proof.reference_encoder.SAMPLE", 7)
     proof = prove_transfer(checkpoint("EvaMAE"), token_order=order)
     assert proof.passed == passes
     shapes = {stage.name: stage.shape for stage in proof.stages}

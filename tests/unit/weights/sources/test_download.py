@@ -272,7 +272,7 @@ def test_redirects_to_elsewhere_than_https_and_in_circles_are_refused(web, tmp_p
 @pytest.mark.parametrize("target", ["http://github.com/x.zip", "http://127.0.0.1:80/x.zip"])
 def test_https_is_never_left_for_http(target):
     request = Request("https://github.com/o/n/releases/download/t/x.zip")
-    handler = module._SafeRedirects()
+    handler = module.SafeRedirects()
     with pytest.raises(SourceError, match="which is not https: refused"):
         handler.redirect_request(request, None, 302, "Found", {}, target)
     followed = handler.redirect_request(request, None, 302, "Found", {}, "https://objects.example.org/x")

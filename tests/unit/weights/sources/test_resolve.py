@@ -110,7 +110,7 @@ def test_hidden_files_are_no_weights(tmp_path):
 
 
 def test_a_whole_disk_is_not_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr("nnssl_adapt.weights.sources.local._MAX_FILES", 3)
+    monkeypatch.setattr("nnssl_adapt.weights.sources.local.MAX_FILES", 3)
     for index in range(5):
         (tmp_path / f"{index}.txt").write_bytes(b"")
     with pytest.raises(SourceError, match="holds more than 3 files: name the checkpoint") as caught:
