@@ -1,7 +1,7 @@
 """Preprocessing of whole cases, from .nii.gz to the stored case: ours beside nnunetv2's, one thread, in one run.
 
     python benchmarks/preprocess.py [--cases A B …] [--repeats 3]
-    python benchmarks/preprocess.py --road [--cases A B …]
+    python benchmarks/preprocess.py --road [--cases A B …] [--repeats 1]
 
 Makes the volumes, runs both on the same files (ours alone where nnunetv2 is not installed), checks that labels are the same
 and intensities agree, and prints medians and ratios. Machines are noisy: read the ratios.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -156,8 +157,17 @@ def theirs(case: RawCase, labels: int, folder: Path) -> Callable[[], None] | Non
     return run
 
 
-def measured(which: str, folder: Path, name: str, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each run and the peak memory above the start (MB), in a process of its own; runs only here."""
+@dataclass(frozen=True)
+class Measured:
+    """What preprocessing one case took: median seconds on the clock and of the processor, and megabytes at the peak."""
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def measured(which: str, folder: Path, name: str, repeats: int) -> Measured:
+    """Run one side in this process, which does nothing else; the peak is above where it started."""
     labels = CASES[name][2]
     case = RawCase(name, (folder / f"{name}_0000.nii.gz",), folder / f"{name}.nii.gz")
     run = (ours if which == "ours" else theirs)(case, labels, folder / which)
@@ -170,12 +180,14 @@ def measured(which: str, folder: Path, name: str, repeats: int) -> tuple[list[fl
     warm_up()  # so that libraries are loaded, and their memory is not counted
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew (Linux)
     before = memory_in_kb("VmRSS")
-    times = []
+    wall, cpu = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         run()
-        times.append(time.perf_counter() - started)
-    return times, (memory_in_kb("VmHWM") - before) / 1024
+        wall.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - spent)
+    peak = (memory_in_kb("VmHWM") - before) / 1024
+    return Measured(statistics.median(wall), statistics.median(cpu), peak)
 
 
 def memory_in_kb(what: str) -> int:
@@ -184,12 +196,11 @@ def memory_in_kb(what: str) -> int:
     return int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
-def in_a_process(which: str, folder: Path, name: str, repeats: int) -> tuple[float, float]:
-    """Median seconds and peak megabytes of :func:`measured`."""
+def in_a_process(which: str, folder: Path, name: str, repeats: int) -> Measured:
+    """:func:`measured` in a process of its own."""
     command = [sys.executable, __file__, "--measure", which, str(folder), name, str(repeats)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    times, peak = json.loads(answer)
-    return statistics.median(times), peak
+    return Measured(**json.loads(answer))
 
 
 def differences(name: str, folders: tuple[Path, Path]) -> str:
@@ -204,45 +215,52 @@ def differences(name: str, folders: tuple[Path, Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["A", "A2", "B", "D", "C", "C2"], choices=list(CASES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=None, help="runs of each case (3), or rounds of the road (1)")
     parser.add_argument("--road", action="store_true", help="the whole commands, verification and fingerprint included")
     arguments = parser.parse_args()
     has_peer = importlib.util.find_spec("nnunetv2") is not None
     if arguments.road:
         with tempfile.TemporaryDirectory() as temporary:
-            compare(
-                Path(temporary), arguments.cases, max(CASES[name][2] for name in arguments.cases), make_case, has_peer
-            )
+            labels = max(CASES[name][2] for name in arguments.cases)
+            compare(Path(temporary), arguments.cases, labels, make_case, has_peer, arguments.repeats or 1)
         return
-    print(f"{'case':6s} {'ours s':>8s} {'nnunetv2 s':>11s} {'ratio':>6s} {'ours MB':>8s} {'peer MB':>8s}  differences")
-    ratios, shares = [], []
+    print(
+        f"{'case':6s} {'s':>14s} {'ratio':>6s} {'CPU s':>14s} {'ratio':>6s} {'MB':>11s}  differences   (ours, nnunetv2)"
+    )
+    wall, cpu, memory = [], [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_case(folder, "small")
         for name in arguments.cases:
             make_case(folder, name)
-            seconds, peak = in_a_process("ours", folder, name, arguments.repeats)
+            repeats = arguments.repeats or 3
+            our = in_a_process("ours", folder, name, repeats)
             if not has_peer:
                 print(
-                    f"{name:6s} {seconds:8.2f} {'-':>11s} {'-':>6s} {peak:8.0f}  nnunetv2 is not installed", flush=True
+                    f"{name:6s} {our.wall:6.2f} {our.cpu:6.2f} {our.peak:5.0f}  nnunetv2 is not installed", flush=True
                 )
                 continue
-            peer_seconds, peer_peak = in_a_process("theirs", folder, name, arguments.repeats)
-            ratios.append(peer_seconds / seconds)
-            shares.append(peak / peer_peak)
+            their = in_a_process("theirs", folder, name, repeats)
+            wall.append(their.wall / our.wall)
+            cpu.append(their.cpu / our.cpu)
+            memory.append(our.peak / their.peak)
             print(
-                f"{name:6s} {seconds:8.2f} {peer_seconds:11.2f} {ratios[-1]:6.1f} {peak:8.0f} {peer_peak:8.0f}  "
-                + differences(name, (folder / "ours", folder / "theirs")),
+                f"{name:6s} {our.wall:6.2f} {their.wall:7.2f} {wall[-1]:6.1f} {our.cpu:6.2f} {their.cpu:7.2f} {cpu[-1]:6.1f} "
+                f"{our.peak:5.0f} {their.peak:5.0f}  " + differences(name, (folder / "ours", folder / "theirs")),
                 flush=True,
             )
-    if ratios:
-        print(f"geometric mean of the ratios: {statistics.geometric_mean(ratios):.1f}, least {min(ratios):.1f}")
-        print(f"peak memory above the start, ours by theirs: at most {max(shares):.2f}")
+    for what, ratios in (("on the clock", wall), ("in CPU seconds", cpu)):
+        if ratios:
+            print(
+                f"theirs by ours {what}: geometric mean {statistics.geometric_mean(ratios):.1f}, least {min(ratios):.1f}"
+            )
+    if memory:
+        print(f"peak memory above the start, ours by theirs: at most {max(memory):.2f}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         which, where, name, repeats = sys.argv[2:]
-        print(json.dumps(measured(which, Path(where), name, int(repeats))))
+        print(json.dumps(asdict(measured(which, Path(where), name, int(repeats)))))
     else:
         main()

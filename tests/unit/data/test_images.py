@@ -18,6 +18,7 @@ from nnssl_adapt.data.images import (
     read_labels,
     write_labels,
 )
+from nnssl_adapt.data.nifti import unpacked
 from nnssl_adapt.errors import CaseError, OutputError
 
 SHAPE = (6, 10, 14)
@@ -77,6 +78,17 @@ def test_big_endian_nifti(tmp_path: Path) -> None:
         nibabel.Nifti1Image(voxels.transpose(2, 1, 0), np.diag([1.1, 0.7, 2.5, 1]), header), tmp_path / "x.nii.gz"
     )
     np.testing.assert_array_equal(read_image([tmp_path / "x.nii.gz"])[0][0], voxels.astype(np.float32))
+
+
+def test_gzip_is_unpacked_in_small_pieces_however_well_it_was_packed(tmp_path: Path) -> None:
+    content = b"nothing" * 300_000
+    path = tmp_path / "packed.gz"
+    path.write_bytes(gzip.compress(content))
+
+    pieces = list(unpacked(path))
+
+    assert b"".join(pieces) == content
+    assert max(map(len, pieces)) <= 1 << 18
 
 
 def test_gzip_of_several_members_is_whole(tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def test_many_classes_and_the_largest_labels():
     assert set(np.unique(resample_labels(labels, (5, 6, 7), ONE, ONE))) == {0, 32767}
 
 
+@pytest.mark.parametrize("values", [(-32768, 32767), (-100, 200), (-1, 40_000)])
+def test_labels_far_apart_are_resampled_like_their_ranks(values):
+    ranks = np.random.default_rng(3).integers(0, 2, (1, 5, 7, 6))
+    kind = np.int64 if max(values) > 32767 else np.int16
+    new_shape, spacing, new_spacing = (8, 5, 9), (1, 1, 1), (0.6, 1.4, 0.7)
+
+    found = resample_labels(np.array(values, kind)[ranks], new_shape, spacing, new_spacing)
+
+    expected = resample_labels(ranks.astype(np.int16), new_shape, spacing, new_spacing)
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, np.array(values, kind)[expected])
+
+
 def test_labels_are_the_winners_of_the_logits():
     logits = np.random.default_rng(0).normal(size=(4, 6, 9, 7)).astype(np.float32)
     for new_shape, spacing in (((8, 7, 11), ONE), ((12, 9, 7), (5.0, 1.0, 1.0)), ((6, 9, 7), ONE)):
