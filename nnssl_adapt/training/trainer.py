@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from nnssl_adapt.planning.provenance import package_version
 from nnssl_adapt.training.batches.patches import explained_worker_death
 from nnssl_adapt.training.batches.staging import staged
 from nnssl_adapt.training.batches.store_check import store_compared
+from nnssl_adapt.training.description import describe_run
 from nnssl_adapt.training.device.layout import Layout
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
@@ -59,14 +59,12 @@ from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
     batches_of_fold,
-    ignored_variables,
     layout_of_run,
     preparation,
     restored_random_state,
     without_pretraining,
 )
 from nnssl_adapt.training.start import RunStart, new_network
-from nnssl_adapt.training.starting_weights import describe_citations
 from nnssl_adapt.training.validation import FoldValidation
 from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 
@@ -244,7 +242,17 @@ class PretrainedTrainer:
             return None
         state, self.identity = begun.state, begun.identity
         self.plan, self.history = self.identity.plan, state.history
-        self._describe(state, stop)
+        describe_run(
+            self.identity,
+            self.recipe,
+            state.network,
+            self.folder,
+            self.device,
+            autocast_dtype=self.autocast_dtype,
+            workers=self.workers,
+            stopping=stop.describe(),
+            is_main=self.ranks.is_main,
+        )
         self._train(state, stop)
         self._trained_here = True
         if self.checkpointing:
@@ -329,43 +337,6 @@ class PretrainedTrainer:
             copies=copies,
             previous=self.previous,
         )
-
-    def _describe(self, state: TrainingState, stop: StopRequest) -> None:
-        """Log what is about to run, and keep it in debug.json."""
-        parameters = sum(p.numel() for p in state.network.parameters())
-        logger.info("%s\n%s\n%s", self.plan, self.recipe, f"  {parameters:,} parameters on {self.device}")
-        logger.info(
-            "fold %s: %d training and %d validation cases, %d data workers; results in %s",
-            self.fold,
-            len(self.training_cases),
-            len(self.validation_cases),
-            self.workers,
-            self.folder.path,
-        )
-        for warning in ignored_variables(os.environ):
-            logger.warning("%s", warning)
-        for line in (describe_citations(self.identity.citations), stop.describe()):
-            if line:
-                logger.info("%s", line)
-        content = {
-            "nnssl_adapt": package_version(),
-            "plans": self.plan.plans_name,
-            "plans_file": str(self.plan.plans_file),
-            "pretrained_weights": self.identity.weights,
-            "citations": list(self.identity.citations),
-            "fold": self.fold,
-            **self.identity.to_dict(),
-            "recipe": self.recipe.to_dict(),
-            "network": self.identity.network,
-            "parameters": parameters,
-            "patch_size": list(self.plan.patch_size),
-            "batch_size": self.plan.batch_size,
-            "batch_dice": self.plan.batch_dice if self.recipe.batch_dice is None else self.recipe.batch_dice,
-            "autocast": str(self.autocast_dtype) if self.autocast_dtype else None,
-            "data_workers": self.workers,
-        }
-        if self.ranks.is_main:
-            self.folder.write_debug(content, self.device)
 
     # -- after it ----------------------------------------------------------------------------------------------------
 

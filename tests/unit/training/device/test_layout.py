@@ -140,12 +140,12 @@ def test_a_run_uses_what_was_chosen_and_records_what_was_asked(plan, recipe, mon
     monkeypatch.setattr(trainer_module, "layout_of_run", lambda *arguments: layout)
     layouts = []
 
-    def describe(self, state, stop):
-        block = state.network.encoder.stages[0].blocks[0]
+    def describe(identity, recipe, network, *arguments, **named):
+        block = network.encoder.stages[0].blocks[0]
         last = block.conv1.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
         layouts.append(Layout(last, isinstance(block.conv1.norm, FusedNorm)))
 
-    monkeypatch.setattr(trainer_module.PretrainedTrainer, "_describe", describe)
+    monkeypatch.setattr(trainer_module, "describe_run", describe)
     trainer = trainer_of(plan, recipe)
     model = trainer.run()
     assert layouts == [layout]
