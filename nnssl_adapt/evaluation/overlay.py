@@ -62,8 +62,9 @@ def overlay_figure(
         title: headline.
         direction: nine cosines, ITK's; None: not known, so that planes are drawn as they are stored, and have no names.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    from nnssl_adapt.figures import ShownFigure
 
     turn = Turn() if direction is None else Turn.to(UPRIGHT, direction)
     image, spacing = turn.apply(image), [spacing[axis] for axis in turn.axes]
@@ -75,7 +76,7 @@ def overlay_figure(
     is_picture = len(image) == 1 and direction is None
     planes, origin = ((0,), "upper") if is_picture else ((0, 1, 2), "lower")
     height = 10 * len(planes) / 3
-    figure = Figure(figsize=(10 / 3 * max(2, len(columns)), height), layout="constrained", facecolor="white")
+    figure = ShownFigure(figsize=(10 / 3 * max(2, len(columns)), height), layout="constrained", facecolor="white")
     axes = figure.subplots(len(planes), len(columns), squeeze=False)
     labelled = [labels for labels in columns.values() if labels is not None]
     centre = _centre(next((labels for labels in labelled if (labels > 0).any()), np.zeros(image.shape, bool)))

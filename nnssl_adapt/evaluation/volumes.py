@@ -61,7 +61,10 @@ def widget_available() -> bool:
 
 
 def niivue_widget(image: bytes, labels: Mapping[str, bytes], class_names: Sequence[str]) -> Any:
-    """An ``ipyniivue.NiiVue`` with an image and label maps over it, each a gzipped NIfTI file; in planes and in 3D."""
+    """An ``ipyniivue.NiiVue`` with an image and label maps over it, each a gzipped NIfTI file; in planes and in 3D.
+
+    The patient's right is on the left, as in every other picture of ours.
+    """
     ipyniivue = importlib.import_module("ipyniivue")
     colours = [class_colour(index) for index in range(len(class_names))]
     red, green, blue = ([0, *(int(colour[at : at + 2], 16) for colour in colours)] for at in (1, 3, 5))
@@ -74,6 +77,12 @@ def niivue_widget(image: bytes, labels: Mapping[str, bytes], class_names: Sequen
         volume = ipyniivue.Volume(data=content, name=f"{what}.nii.gz", opacity=0.5, colorbar_visible=False)
         volume.set_colormap_label(table)
         volumes.append(volume)
-    widget = ipyniivue.NiiVue(height=420)
+    widget = ipyniivue.NiiVue(
+        height=420,
+        is_radiological_convention=True,
+        multiplanar_show_render=ipyniivue.ShowRender.ALWAYS,
+        crosshair_width=0.5,
+        back_color=(0.07, 0.07, 0.07, 1.0),
+    )
     widget.load_volumes(volumes)
     return widget

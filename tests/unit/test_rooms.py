@@ -15,6 +15,7 @@ ROOMS = [
     "files",
     "paths",
     "text",
+    "figures",
     "machine",
     "geometry",
     "data",

@@ -57,10 +57,10 @@ def draw_rows(rows: Sequence[TargetRow], title: str = "", path: str | Path | Non
 
     Raises OutputError when the file can't be written.
     """
-    from matplotlib.figure import Figure
+    from nnssl_adapt.figures import ShownFigure
 
     bars = _bars(rows)
-    figure = Figure(figsize=(8, 1.5 + _BAR * max(len(bars), 3)), layout="constrained")
+    figure = ShownFigure(figsize=(8, 1.5 + _BAR * max(len(bars), 3)), layout="constrained")
     axes = figure.add_subplot()
     _draw_bars(axes, bars)
     _describe(figure, axes, _title(rows, title), bars)

@@ -91,6 +91,11 @@ def test_interactive_where_ipyniivue_is_installed(tmp_path):
     (tmp_path / "c.nii.gz").write_bytes(over.data)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "c.nii.gz")), labels)
     assert over.colormap_label.labels[2] == "cord" and 0 < over.opacity < 1
+    assert widget.opts.is_radiological_convention
+
+
+def test_a_notebook_without_pyplot_shows_the_figure():
+    assert na.show(*volumes())._repr_png_().startswith(b"\x89PNG")
 
 
 def test_interactive_without_ipyniivue_is_the_figure_and_says_so(monkeypatch, caplog):
