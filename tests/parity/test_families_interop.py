@@ -53,17 +53,22 @@ def content_of(family):
     return seg_res_net(family)[1]
 
 
+def changed(**fields):
+    return [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+
+
 @pytest.mark.parametrize(
-    ("family", "more"),
+    ("family", "more", "frozen"),
     [
-        ("vocomni", ["--llrd", "0.8"]),
-        ("nvidia", ["--freeze", "stages:3"]),
-        ("ctfm", ["--set", "deep_supervision=true"]),
-        ("suprem", ["--freeze", "encoder"]),
-        ("vista3d", []),
+        ("vocomni", changed(layer_decay=0.8, ema_decay=0.9, channels_last=True, activation_checkpointing=True), ()),
+        ("nvidia", ["--lora", "2"], ("encoder.stem", "encoder.stages.2.swin.blocks.0.mlp.")),
+        ("ctfm", changed(deep_supervision=True, accumulate=2, loss="dice", class_weights="none"), ()),
+        ("suprem", ["--freeze", "encoder"], ("encoder.",)),
+        ("vista3d", changed(decoder_warmup_epochs=1, warmup_epochs=0, encoder_learning_rate=1e-4, optimizer="sgd"), ()),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_fine_tuned_and_predicted_with(world, family, more):
+def test_fine_tuned_and_predicted_with(world, family, more, frozen):
     weights = world / f"{family}.pt"
     torch.save(content_of(family), weights)
     flags = [
@@ -91,6 +96,12 @@ def test_fine_tuned_and_predicted_with(world, family, more):
     ours = world / f"{family}_ours"
     na.Predictor(model, device="cpu", accumulation_dtype=torch.float16).predict(world / "images", ours)
     assert (ours / "case_01.nii.gz").is_file()
+    started = na.open_checkpoint(weights).tensors
+    found = folder.load_weights(0).network_weights
+    known = {name for name, tensor in found.items() if name in started and started[name].shape == tensor.shape}
+    same = {name for name in known if torch.equal(found[name], started[name])}
+    assert not frozen or {name for name in known if name.startswith(frozen)} <= same
+    assert known - same, "nothing of what was pre-trained has learned"
     if family in BY_NNUNET_TOO:
         check_nnunets_prediction(model, world / "images", ours, world / f"{family}_theirs")
 
