@@ -140,7 +140,7 @@ def our_export(name: str, logits: torch.Tensor) -> Callable[[], np.ndarray]:
     return lambda: logits_to_segmentation(logits, properties_of(name), plan, labels)
 
 
-def their_export(name: str, logits: torch.Tensor) -> Callable[[], np.ndarray]:
+def their_export(name: str, logits: torch.Tensor, threads: int = 1) -> Callable[[], np.ndarray]:
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -148,7 +148,7 @@ def their_export(name: str, logits: torch.Tensor) -> Callable[[], np.ndarray]:
     configuration = manager.get_configuration("3d_fullres")
     labels = manager.get_label_manager(dataset_json(CASES[name][4]))
     return lambda: convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, manager, configuration, labels, properties_of(name), num_threads_torch=1
+        logits, manager, configuration, labels, properties_of(name), num_threads_torch=threads
     )
 
 

@@ -79,5 +79,5 @@ def compiler(setting: Setting) -> None:
     found = torch.compile(normalised)(x)
     setting.wait()
     seconds = time.perf_counter() - started
-    right = torch.allclose(found, normalised(x), atol=1e-5)
+    right = torch.allclose(found, normalised(x), atol=1e-4)
     setting.write("torch.compile", seconds, "s for a small function", passed=right)

@@ -44,8 +44,8 @@ def labels_of(classes: int) -> Any:
     return LabelScheme.from_dataset_json({"labels": {"background": 0, **{f"part {n}": n for n in range(1, classes)}}})
 
 
-def losses_of(classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """By name: the readable reference, the same compiled, and the one that trains."""
+def losses_of(classes: int, recipe: Any = None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """By name: the readable reference, the same compiled, and the one that trains by a recipe (None: the default)."""
     from nnssl_adapt.training.optimise.loss_choice import choose_loss
     from nnssl_adapt.training.optimise.losses import build_loss
     from nnssl_adapt.training.recipe.recipe import Recipe
@@ -54,7 +54,7 @@ def losses_of(classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {
         "reference": build_loss(labels, False),
         "reference compiled": torch.compile(build_loss(labels, False)),
-        "as trained": choose_loss(Recipe(), labels, False),
+        "as trained": choose_loss(recipe or Recipe(), labels, False),
     }
 
 

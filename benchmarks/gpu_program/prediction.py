@@ -76,7 +76,7 @@ def labels(setting: Setting, name: str, size: tuple[int, ...], shape: tuple[int,
 
 
 def peer(setting: Setting, name: str, size: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """nnunetv2's export of the same logits, in float16 on the CPU, as its predictor hands them over."""
+    """nnunetv2's export of the same logits, in float16 on the CPU, as its predictor hands them over; with its eight threads."""
     if importlib.util.find_spec("nnunetv2") is None:
         setting.write(f"nnunetv2, logits to labels, {name}", "not installed")
         return
@@ -84,7 +84,7 @@ def peer(setting: Setting, name: str, size: tuple[int, ...], shape: tuple[int, .
 
     predict.CASES[name] = (size, ONE, shape, ONE, CLASSES)
     logits = smooth_logits(size, CLASSES, setting.device, torch.float16).cpu()
-    seconds, found = setting.once(predict.their_export(name, logits))
+    seconds, found = setting.once(predict.their_export(name, logits, setting.choose(8, 1)))
     setting.write(f"nnunetv2, logits to labels, {name}", seconds, "s")
     from nnssl_adapt.geometry.logits_on_device import labels_on_device
 

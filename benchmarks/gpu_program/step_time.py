@@ -60,7 +60,7 @@ def steps(
     """Steps of one network in one layout, compiled once, with each loss."""
     with setting.surviving(step_name(network, classes, layout, compile, "any")):
         step = Step.of(setting, architecture, classes, layout, compile)
-        for loss_name, loss in losses_of(classes).items():
+        for loss_name, loss in losses_of(classes, step.recipe).items():
             if only in (None, loss_name):
                 name = step_name(network, classes, layout, compile, loss_name)
                 with setting.surviving_part(name):

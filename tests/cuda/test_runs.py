@@ -18,6 +18,7 @@ from support.card import (
     memory_limited_to,
     network_of,
     recipe_of,
+    relative_error,
 )
 from support.card_ranks import STEPS
 from support.tiny_plans import identity_of
@@ -109,12 +110,14 @@ def test_ten_steps_are_five_and_five(optimizer, layouts, cuda_device, tmp_path):
         second = training_in(layouts[1])
         restore(second.state, load_checkpoint(tmp_path / LATEST), second.recipe)
         second.step(*batches[5:])
-    assert second.state.iteration == 10 and len(second.state.losses) == 10
-    assert_close(second.weights(), whole.weights(), rtol=1e-2, atol=2e-4)
-    averages = [
-        {name: tensor.cpu() for name, tensor in each.state.average.weights().items()} for each in (second, whole)
-    ]
-    assert_close(*averages, rtol=1e-2, atol=2e-4)
+    assert second.state.iteration == 10 and second.state.losses == pytest.approx(whole.state.losses, rel=1e-3)
+    assert relative_error(second.logits(), whole.logits()) < 1e-2
+    if (
+        optimizer == "sgd"
+    ):  # Adam makes steps of full length of gradients that are noise, as those of biases before a norm
+        assert_close(second.weights(), whole.weights(), rtol=1e-2, atol=2e-4)
+        averages = [{n: t.cpu() for n, t in each.state.average.weights().items()} for each in (second, whole)]
+        assert_close(*averages, rtol=1e-2, atol=2e-4)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------

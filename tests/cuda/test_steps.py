@@ -101,7 +101,6 @@ OPTIONS = {
     "frozen": (RESENC, {"freeze": "encoder"}),
     "lora": (PRIMUS, {"lora_rank": 2, "optimizer": "adamw", "learning_rate": 0.001}),
     "recomputed": (RESENC, {"activation_checkpointing": True}),
-    "layer_decay": (RESENC, {"layer_decay": 0.5}),
     "fused": (RESENC, {"channels_last": True, "fused_norm": "on", "ema_decay": 0.9, "freeze": "encoder"}),
 }
 
@@ -113,13 +112,14 @@ def test_options_under_the_compiler(option, cuda_device, caplog):
         pytest.importorskip("peft")
     architecture, fields = OPTIONS[option]
     batches = [batch_of(seed=seed) for seed in range(4)]
-    ends, averages = [], []
+    ends, averages, logits = [], [], []
     for compile in ("off", "on"):
         training = Training(cuda_device, recipe_of(compile=compile, **fields), architecture)
         before = training.weights()
         with exact_float32(cuda_device):
             training.step(*batches)
         ends.append(training.weights())
+        logits.append(training.logits())
         averages.append(training.state.average and training.state.average.weights())
         changed = {name for name, tensor in before.items() if not torch.equal(tensor, ends[-1][name])}
         if fields.get("freeze"):
@@ -127,7 +127,9 @@ def test_options_under_the_compiler(option, cuda_device, caplog):
         if option == "lora":
             assert any("lora_" in name for name in changed) and not [name for name in changed if "base_layer" in name]
     assert NO_COMPILER not in caplog.text
-    assert_close(ends[1], ends[0], rtol=1e-2, atol=2e-4)
+    assert relative_error(logits[1], logits[0]) < 1e-2
+    if option != "lora":  # AdamW, see test_ten_steps_are_five_and_five
+        assert_close(ends[1], ends[0], rtol=1e-2, atol=2e-4)
     if fields.get("ema_decay"):
         assert_close(
             *({name: tensor.cpu() for name, tensor in average.items()} for average in reversed(averages)),

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.inference.convolutions import exact_float32
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.adapters import add_adapters
 from nnssl_adapt.training.optimise.ema import WeightAverage
@@ -89,6 +90,15 @@ class Training:
         self.loop.settle(self.state)
         return self.state.losses
 
+    @torch.no_grad()
+    def logits(self):
+        """Of a batch that was not trained on, by the network as it is now; on the CPU."""
+        network = self.state.network.eval()
+        with exact_float32(self.device):
+            found = network(batch_of(seed=99)["image"].to(self.device)).float().cpu()
+        network.train()
+        return found
+
     def weights(self):
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state.network.state_dict().items()}
 
@@ -112,9 +122,10 @@ def memory_limited_to(size, device):
         return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved(device) + size) / total), device)
+    limit = min(1.0, (torch.cuda.memory_reserved(device) + size) / total)
+    torch.cuda.set_per_process_memory_fraction(limit)  # of the present card; it refuses a device without a number
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

@@ -22,7 +22,10 @@ def program():
         patched.syspath_prepend(str(BENCHMARKS))
         names = {
             "gpu": "gpu",
-            **{name: f"gpu_program.{name}" for name in ("results", "setting", "step_time", "correctness")},
+            **{
+                name: f"gpu_program.{name}"
+                for name in ("results", "setting", "step_time", "correctness", "networks", "machine")
+            },
         }
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
 
@@ -122,6 +125,72 @@ def test_waits_are_listed_by_where_they_are(program, tmp_path):
             warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert len(places) == 1 and places[0].startswith(f"{Path(__file__).name}:")
+
+
+class Counted:
+    """An event that counts the milliseconds between itself and others, one each."""
+
+    number = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Counted.number += 1
+        self.number = Counted.number
+
+    def elapsed_time(self, other):
+        return float(other.number - self.number)
+
+
+@pytest.fixture
+def pretended_card(program, tmp_path, monkeypatch):
+    """A setting whose tensors are on the CPU and that asks torch.cuda for names, events and memory."""
+
+    class Pretended(program.setting.Setting):
+        on_gpu = True
+
+    card = {
+        "get_device_name": lambda: "Card X",
+        "device_count": lambda: 1,
+        "mem_get_info": lambda: (60 * 2**30, 80 * 2**30),
+        "get_device_properties": lambda index: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 1000 + 2 * 2 * 30 * 16 * 16 * 24,  # a gradient as large as the logits
+        "max_memory_reserved": lambda: 3 * 2**30,
+        "set_sync_debug_mode": lambda mode: None,
+        "Event": Counted,
+    }
+    for name, function in card.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", function)
+    return Pretended(tmp_path, 2, rehearse=True)
+
+
+def test_times_and_memory_of_a_card(program, pretended_card):
+    setting, found = pretended_card, lambda name: {each["name"]: each for each in rows()}[name]
+
+    def rows():
+        return program.results.read_rows(setting.folder)
+
+    assert setting.seconds(lambda: None) == [0.001]
+    with setting.compiler():
+        program.step_time.loss_alone(setting, 30)
+        architecture = program.networks.architecture_of(setting, "ResEncL")
+        program.step_time.steps(setting, "ResEnc-L", architecture, 5, "NCDHW", "off", only="as trained")
+        program.step_time.waits_of_step(setting, architecture)
+    memory = found("loss as trained, 30 classes, memory")
+    assert (
+        memory["value"] == pytest.approx(1) and memory["met"] and memory["goal"] == "at most 1.2" and memory["on_gpu"]
+    )
+    step = found(program.step_time.step_name("ResEnc-L", 5, "NCDHW", "off", "as trained"))
+    assert step["value"] == pytest.approx(1) and step["peak_gib"] == 4  # with what the driver takes
+    assert step["estimate_error"] == pytest.approx(step["estimate_gib"] / 4 - 1)
+    program.machine.run(setting)
+    assert found("of it free")["value"] == 60 and found("compute capability")["value"] == "9.0"
+    assert set(program.results.failures(rows())) <= {"bandwidths"}  # memory can't be pinned here
 
 
 def test_the_layout_of_stage_3_is_the_fastest_of_stage_2(program):
