@@ -14,6 +14,7 @@ from nnssl_adapt.weights.checkpoint.checkpoint import open_checkpoint
 from nnssl_adapt.weights.modules.max_pool_unet import OwnStatistics
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.proof.prove import prove_transfer
+from nnssl_adapt.weights.sources.published import fitting_models
 from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 
@@ -129,6 +130,20 @@ def test_what_the_families_know(tmp_path):
         "Pretraining: Models Genesis",
         "Pretraining: FOMO25 baseline",
     }
+
+
+@pytest.mark.parametrize(
+    ("widths", "norm", "supervised", "entry"),
+    [
+        ([64, 128, 256, 512], "own_statistics", False, "genesis-chest-ct"),
+        ([64, 128, 256, 512], "own_statistics", True, "suprem-unet"),
+        ([32, 64, 128, 256, 512], "instance", False, "fomo25-unet-b"),
+        ([64, 128, 256, 512, 1024], "instance", False, "fomo25-unet-xl"),
+    ],
+)
+def test_the_catalogue_recognises_the_published_sizes(widths, norm, supervised, entry):
+    kwargs = {"features_per_stage": widths, "norm": norm}
+    assert [model.id for model in fitting_models("MaxPoolUNet", kwargs, 1, None, supervised)] == [entry]
 
 
 def test_a_supervised_backbone_is_taken_with_its_decoder(tmp_path):

@@ -15,7 +15,7 @@ from nnssl_adapt.weights.checkpoint.checkpoint import Checkpoint
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 from nnssl_adapt.weights.sources.resolved import Origin
 from nnssl_adapt.weights.transfer.token_order import file_order, network_order
-from nnssl_adapt.weights.transfer.token_order_measured import measure_order
+from nnssl_adapt.weights.transfer.token_order_measured import measure_order, measure_smoothness
 from nnssl_adapt.weights.transfer.transfer import transfer_weights
 
 
@@ -180,6 +180,14 @@ def autoencoder_checkpoint(tensors, **named):
     kwargs = {**PRIMUS, "embed_dim": tiny_autoencoder.WIDTH, "patch_embed_size": tiny_autoencoder.KERNEL}
     changed = checkpoint.plan.model_copy(update={"architecture": Architecture("Primus", kwargs)})
     return dataclasses.replace(checkpoint, plan=changed)
+
+
+@pytest.mark.parametrize("order", ["hwd", "whd"])
+def test_learned_positions_are_smoother_in_the_order_of_training(autoencoders, order):
+    other = {"hwd": "whd", "whd": "hwd"}[order]
+    for name in ("eva.pos_embed", "decoder.pos_embed"):
+        found = measure_smoothness(autoencoders[order][name], tiny_autoencoder.GRID)
+        assert getattr(found, order) < getattr(found, other) and found.order in (order, None)
 
 
 @pytest.mark.parametrize("order", ["hwd", "whd"])
