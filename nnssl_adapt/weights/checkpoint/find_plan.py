@@ -71,6 +71,10 @@ def find_plan(
         axes = "xyz" if is_lightning and family is None else axes
         candidates = {"of the tensors": plan}
     plan, corrected, others = reconcile_best(candidates, tensors, where)
+    if family is not None:  # nnU-Net's plans say nothing of who trained with its trainers
+        cited = {entry.get("name") for entry in plan.citations}
+        more = (dict(entry) for entry in family.facts.citations if entry.get("name") not in cited)
+        plan = plan.model_copy(update={"citations": (*plan.citations, *more)})
     for name, value in told.items():
         if plan.architecture.kwargs.get(name) != value:
             raise ConfigurationError(

@@ -107,6 +107,7 @@ def test_a_folder_of_version_2_is_read_and_predicted_with(version_2, tmp_path):
     assert checkpoint.architecture.preset == "STUNetS" and kwargs["features_per_stage"] == SMALL["features_per_stage"]
     assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], *([[1, 1, 1]] * 3)]
     assert checkpoint.plan.supervised and checkpoint.plan.head_names == ("background", "core", "rim")
+    assert {entry["name"] for entry in checkpoint.citations} == {"nnU-Net", "STU-Net"}
     opened = ModelFolder.open(model)
     ours = opened.build_network(empty=True).eval()
     opened.load_into(ours, opened.load_weights(0), model)
