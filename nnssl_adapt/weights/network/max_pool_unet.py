@@ -49,6 +49,8 @@ def read(tensors: Tensors, hints: Mapping[str, Any]) -> Reading | None:
     inside, decoder = (_below(tensors, join_name(root, part)) for part in ("encoder", "decoder"))
     kernels = {(int(m[1]), int(m[2])): t for name, t in inside.items() if (m := _KERNEL.fullmatch(name))}
     stages = len(kernels) // 2
+    if any(kernel.ndim != 5 for kernel in kernels.values()):
+        raise ArchitectureError("its convolutions have two axes: it is a 2D network, and only 3D ones can be used")
     if set(kernels) != {(stage, conv) for stage in range(stages) for conv in (0, 1)}:
         raise ArchitectureError(f"its convolutions are numbered {sorted(kernels)[:8]}, expected two for each stage")
     if any(tuple(t.shape[2:]) != (3, 3, 3) for t in kernels.values()):

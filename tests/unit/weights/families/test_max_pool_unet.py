@@ -5,7 +5,7 @@ import torch
 from support.max_pool_files import PATCH, PublishedBaseline, PublishedUNet3D, fomo25, genesis, randomised, suprem
 from torch import nn
 
-from nnssl_adapt.errors import ArchitectureError, ConfigurationError, UnreadableCheckpoint
+from nnssl_adapt.errors import AdaptationPlanError, ArchitectureError, ConfigurationError, UnreadableCheckpoint
 from nnssl_adapt.planning.memory import StepSettings, estimate_memory
 from nnssl_adapt.training.optimise.layers import frozen_layers, layers_of
 from nnssl_adapt.training.optimise.network_options import recompute_activations
@@ -176,6 +176,22 @@ def test_a_name_of_another_network_is_refused(tmp_path, make):
     content["state_dict"]["module.attention.weight"] = torch.zeros(3)
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(UnreadableCheckpoint, match="attention"):
+        open_checkpoint(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda name, tensor: tensor[..., 0] if tensor.ndim == 5 else tensor, "2D network"),
+        (lambda name, tensor: None if "down_tr128.ops.1.conv1" in name else tensor, "two for each stage"),
+        (lambda name, tensor: tensor[..., :1] if "down_tr128.ops.1.conv1.weight" in name else tensor, "other kernels"),
+    ],
+)
+def test_what_is_no_such_network_is_said(tmp_path, damage, word):
+    content = genesis(randomised(PublishedUNet3D()))
+    changed = {name: damage(name, tensor) for name, tensor in content["state_dict"].items()}
+    torch.save({"state_dict": {name: t for name, t in changed.items() if t is not None}}, tmp_path / "file.pt")
+    with pytest.raises(AdaptationPlanError, match=word):
         open_checkpoint(tmp_path / "file.pt")
 
 
