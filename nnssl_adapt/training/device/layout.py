@@ -21,9 +21,10 @@ from nnssl_adapt.data.preprocess import digest_of
 from nnssl_adapt.errors import NnsslAdaptError
 from nnssl_adapt.files import write_json
 from nnssl_adapt.text import read_record
+from nnssl_adapt.training.fused.failures import BACKEND_FAILURES, in_words
 from nnssl_adapt.training.fused.modules import FusedNorm
 from nnssl_adapt.training.fused.norm import has_kernels
-from nnssl_adapt.training.optimise.network_options import BACKEND_FAILURES, to_device, training_forward
+from nnssl_adapt.training.optimise.network_options import to_device, training_forward
 from nnssl_adapt.training.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class LayoutTrial:
         except BACKEND_FAILURES as error:
             if not layout.fused_norm:
                 raise
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failure = in_words(error)
         if failure is not None:
             logger.warning("fused norms don't work here (%s); training does without (--fused-norm off)", failure)
             found = math.inf

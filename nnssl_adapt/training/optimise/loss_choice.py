@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.text import and_more
 from nnssl_adapt.training.optimise.losses import SMOOTH, DeepSupervisionLoss, Reduce, alone, build_loss
+from nnssl_adapt.training.optimise.network_options import wants_compiling
 from nnssl_adapt.training.optimise.one_pass import in_one_pass
 from nnssl_adapt.training.optimise.other_losses import (
     FOCAL_GAMMA,
@@ -45,7 +47,8 @@ def choose_loss(
     """
     pooled = batch_dice if recipe.batch_dice is None else recipe.batch_dice
     if recipe.loss == "dice_ce" and recipe.dice_smooth == SMOOTH and not recipe.class_weights:
-        return in_one_pass(build_loss(labels, pooled, deep_supervision_strides, reduce))
+        compiles = wants_compiling(recipe, torch.device("cuda"))  # the only device that it makes a difference on
+        return in_one_pass(build_loss(labels, pooled, deep_supervision_strides, reduce), compiles)
     overlap = partial(Overlap, pooled, recipe.dice_smooth, reduce=reduce)
     tversky = partial(overlap, false_positives=TVERSKY_FALSE_POSITIVES, false_negatives=TVERSKY_FALSE_NEGATIVES)
     voxels = partial(CrossEntropy, labels.ignore_label, weights_in_order(recipe, labels), reduce=reduce)

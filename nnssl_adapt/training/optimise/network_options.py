@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnssl_adapt.errors import ConfigurationError
 from nnssl_adapt.planning.traced_step import is_recomputed
+from nnssl_adapt.training.fused.failures import BACKEND_FAILURES
 from nnssl_adapt.training.fused.modules import fuse_norms
 from nnssl_adapt.training.recipe.recipe import Recipe
 
@@ -201,20 +202,6 @@ class CompiledForward:
             reason,
         )
         self._compiled = None
-
-
-BACKEND_FAILURES = (
-    RuntimeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ImportError,
-    OSError,
-    AssertionError,
-)
-"""What compilers raise in the backward pass, where dynamo does not wrap it. An error of the network itself comes again when
-it runs as it is."""
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -8,10 +8,22 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nnssl_adapt.training.fused import norm_kernels
+from nnssl_adapt.training.fused import loss_kernels, norm_kernels
 
 HALF = {"x", "y", "residual", "gradient", "of_x", "of_residual", "logits"}
-SIZES = {"voxels", "channels", "per_chunk", "chunks", "samples"}
+SIZES = {
+    "voxels",
+    "channels",
+    "per_chunk",
+    "chunks",
+    "samples",
+    "classes",
+    "by_sample",
+    "by_class",
+    "by_voxel",
+    "ignored",
+}
+BYTES = {"labels": "*i16", "target": "*u8"}
 NUMBERS = {"eps", "slope"}
 
 
@@ -19,7 +31,15 @@ def compiled(kernel, half="*bf16", **constants):
     names = kernel.arg_names
     signature = {}
     for name in names:
-        kind = "i32" if name in SIZES else "fp32" if name in NUMBERS else half if name in HALF else "*fp32"
+        kind = (
+            "i32"
+            if name in SIZES
+            else "fp32"
+            if name in NUMBERS
+            else half
+            if name in HALF
+            else BYTES.get(name, "*fp32")
+        )
         signature[name] = "constexpr" if name in constants else kind
     if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
         places = {(names.index(name),): value for name, value in constants.items()}
@@ -43,7 +63,16 @@ def norms():
         yield compiled(norm_kernels._input_gradient, **both)
 
 
+def losses():
+    tile = {"ROWS": 32, "COLUMNS": 128}
+    yield compiled(loss_kernels._label_sums, **tile)
+    yield compiled(loss_kernels._label_gradient, **tile)
+    for ignore in (0, 1):
+        yield compiled(loss_kernels._region_sums, IGNORE=ignore, ROWS=512, COLUMNS=4)
+        yield compiled(loss_kernels._region_gradient, IGNORE=ignore, ROWS=512, COLUMNS=4)
+
+
 if __name__ == "__main__":
-    found = list(norms())
+    found = [*norms(), *losses()]
     assert all(code["ptx"] for code in found)
     sys.stdout.write(f"{len(found)} kernels compiled\n")

@@ -19,8 +19,9 @@ def run(script, tmp_path, **variables):
 
 
 @needs_triton
-def test_kernels_equal_torchs_operations(tmp_path):
-    done = run("interpreted.py", tmp_path, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("script", ["interpreted.py", "interpreted_loss.py"])
+def test_kernels_equal_torchs_operations(tmp_path, script):
+    done = run(script, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0 and "cases agree" in done.stdout, done.stdout + done.stderr
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnssl_adapt.training.optimise import one_pass
+from nnssl_adapt.training.fused import loss_slabs
 from nnssl_adapt.training.optimise.losses import DeepSupervisionLoss, DiceBCELoss, DiceCELoss
 from nnssl_adapt.training.optimise.one_pass import OnePassDiceBCELoss, OnePassDiceCELoss
 
@@ -35,7 +35,7 @@ def doubled(tensor):
 
 @pytest.fixture(autouse=True)
 def _several_slabs(monkeypatch):
-    monkeypatch.setattr(one_pass, "_SLAB_ON_CPU", 5000)
+    monkeypatch.setattr(loss_slabs, "_SLAB_ON_CPU", 5000)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
