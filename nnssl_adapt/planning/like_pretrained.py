@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZE = 2
 """Samples a batch, nnU-Net's minimum and what the published fine-tunings used."""
 
+_XYZ = (2, 1, 0)
+"""``transpose_forward`` to MONAI's (x, y, z) arrays."""
+
 _SPACING_UNKNOWN = (
     "the file does not say at which spacing this network was trained: using the dataset's median. Where you know it, give it "
     "with -am fixed -os Z Y X"
@@ -141,10 +144,13 @@ def _axis_order(choice: SpacingChoice, spacing: Sequence[float], pretraining: Ad
     """``transpose_forward``: the pre-training's where it is followed, else coarsest axis first (nnU-Net's planner).
 
     Weights for one orientation know their axes: they get them in their own order at every spacing. So does a
-    segmentation network, unless nnU-Net's rule (median) was requested, and not only taken because no spacing is known.
+    segmentation network, unless nnU-Net's rule (median) was requested, and not only taken because no spacing is known. A
+    network that is not symmetric and saw (x, y, z) arrays always gets images turned to that: its weights can't be turned.
     """
     as_trained = pretraining.supervised and (choice.mode != "median" or bool(choice.note))
-    if choice.mode in ("like_pretrained", "no_resample") or as_trained or pretraining.orientation is not None:
+    turned = not pretraining.architecture.kind.has_symmetric_axes and pretraining.transpose_forward == _XYZ
+    in_own_order = as_trained or turned or pretraining.orientation is not None
+    if choice.mode in ("like_pretrained", "no_resample") or in_own_order:
         return list(pretraining.transpose_forward)
     coarsest = int(np.argmax(spacing))
     return [coarsest, *(axis for axis in range(3) if axis != coarsest)]

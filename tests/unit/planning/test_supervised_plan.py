@@ -193,3 +193,16 @@ def test_a_waiver_that_fits_nothing_is_found_now_and_not_after_preprocessing(tin
     tiny_dataset()
     with pytest.raises(TransferError, match="encoder.stagez"):
         na.make_plan(991, na.open_checkpoint(small_resenc), transfer=TransferSettings(waive=("encoder.stagez.*",)))
+
+
+@pytest.mark.parametrize("mode", ["median", "like_pretrained", "no_resample"])
+def test_images_are_turned_for_a_network_of_xyz_arrays_that_is_not_symmetric(tiny_dataset, tmp_path, mode):
+    """A Swin UNETR of unknown origin has no orientation, and its axes are (x, y, z) at any spacing."""
+    from support.monai_files import swin_file, swin_unetr
+
+    tiny_dataset(spacing=(2.0, 1.0, 1.3), channels=1)
+    torch.save(swin_file("unknown", swin_unetr(1, 5)), tmp_path / "unknown.pt")
+    checkpoint = na.open_checkpoint(tmp_path / "unknown.pt", patch_merging="old")
+    plan = na.make_plan(991, checkpoint, mode=mode, workers=1)
+    assert plan.content["transpose_forward"] == [2, 1, 0]
+    assert mode == "no_resample" or plan.spacing == pytest.approx((1.3, 1.0, 2.0))
