@@ -46,7 +46,11 @@ class Affines:
         """From nnU-Net's ``nibabel_stuff``. Raises CaseError for other entries."""
         try:
             turned = stuff.get("reoriented_affine")
-            return cls.of(np.asarray(stuff["original_affine"]), None if turned is None else np.asarray(turned))
+            affines = cls.of(np.asarray(stuff["original_affine"]), None if turned is None else np.asarray(turned))
+            numbers = np.array([affines.original, affines.reoriented or affines.original])
+            if not (np.abs(numbers) <= np.finfo(np.float32).max).all():  # what a header can hold; not true of NaN
+                raise ValueError("an affine that is not finite")
+            return affines
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CaseError(f"the case's 'nibabel_stuff' is not nnU-Net's ({error}): preprocess it again") from None
 

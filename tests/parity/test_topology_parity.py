@@ -177,7 +177,7 @@ def test_planned_as_by_nnunet(planned, number):
         assert Architecture.from_plans_dict(low["architecture"]) == ours.architecture
 
 
-@pytest.mark.parametrize("number", filter(has_planar, range(len(TABLE))))
+@pytest.mark.parametrize("number", [*filter(has_planar, range(len(TABLE)))])
 def test_networks_of_slices_are_planned_as_by_nnunet(planned, number):
     row = planned[number]
     spacings, shapes = row.fingerprint["spacings"], row.fingerprint["shapes_after_crop"]

@@ -1,6 +1,7 @@
 """MONAI's own networks with random weights, and what they compute: what published files are compared with."""
 
 import re
+from inspect import signature
 
 import torch
 from torch import nn
@@ -34,7 +35,10 @@ def swin_unetr(channels=1, classes=5, version=1, merging="old", seed=0):
 
     torch.manual_seed(seed)
     down = OldPatchMerging if merging == "old" else "merging"
-    network = SwinUNETR(channels, classes, feature_size=WIDTH, use_v2=version == 2, downsample=down)
+    size = {"img_size": (64, 32, 32)} if "img_size" in signature(SwinUNETR).parameters else {}  # up to 1.4, and not used
+    network = SwinUNETR(
+        in_channels=channels, out_channels=classes, feature_size=WIDTH, use_v2=version == 2, downsample=down, **size
+    )
     for name, parameter in network.named_parameters():
         if "relative_position_bias_table" in name or "norm" in name:
             nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.3)

@@ -26,7 +26,7 @@ def test_the_surface_is_what_has_a_neighbour_outside():
     assert surface(touching).sum() == 4 * 5 * 6 - 2 * 3 * 4
 
 
-@pytest.mark.parametrize(("axis", "step"), enumerate(SPACING))
+@pytest.mark.parametrize(("axis", "step"), [*enumerate(SPACING)])
 def test_two_voxels_apart_along_each_axis(axis, step):
     first, second = np.zeros((2, 10, 20, 30), bool)
     place = [4, 5, 6]
