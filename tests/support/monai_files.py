@@ -35,7 +35,9 @@ def swin_unetr(channels=1, classes=5, version=1, merging="old", seed=0):
 
     torch.manual_seed(seed)
     down = OldPatchMerging if merging == "old" else "merging"
-    size = {"img_size": (64, 32, 32)} if "img_size" in signature(SwinUNETR).parameters else {}  # up to 1.4, and not used
+    size = (
+        {"img_size": (64, 32, 32)} if "img_size" in signature(SwinUNETR).parameters else {}
+    )  # up to 1.4, and not used
     network = SwinUNETR(
         in_channels=channels, out_channels=classes, feature_size=WIDTH, use_v2=version == 2, downsample=down, **size
     )

@@ -180,7 +180,7 @@ def test_a_cases_files_are_checked(tmp_path: Path) -> None:
     dataset = RawDataset.open(root)
     write_image(root / "labelsTr" / "case_00.nii.gz", np.zeros((8, 12, 11), np.uint8), SPACING)
     write_image(root / "labelsTr" / "case_01.nii.gz", np.full((9, 13, 11), 7, np.uint8), SPACING)
-    with pytest.raises(CaseError, match=r"case_00\.nii\.gz: shape .* labels must lie on the image's grid"):
+    with pytest.raises(CaseError, match=r"case_00\.nii\.gz: shape.*grid"):
         preprocess_case(dataset.cases[0], settings(), dataset.labels)
     with pytest.raises(CaseError, match=r"case_01\.nii\.gz has label value\(s\) 7"):
         preprocess_case(dataset.cases[1], settings(), dataset.labels)

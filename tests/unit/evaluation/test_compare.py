@@ -155,10 +155,10 @@ def test_what_is_refused(results, tmp_path):
     with pytest.raises(CaseError, match=r"a and c have no case in common \(e\.g\. case_0 and x\)"):
         compare(first, strangers)
     other = write_summary(tmp_path / "d.json", {"case_1": (0.1, 0.2)}, names={"1": "heart", "2": "lung"})
-    with pytest.raises(CaseError, match="no class in common: a has cord, lesion; d has heart, lung"):
+    with pytest.raises(CaseError, match="a has cord, lesion.*d has heart, lung"):
         compare(first, load_results(other, name="d"))
     moved = write_summary(tmp_path / "e.json", {"case_1": (0.1, 0.2)}, n_ref=101)
-    with pytest.raises(CaseError, match="case_1 was evaluated against different labels: cord has 100 voxels"):
+    with pytest.raises(CaseError, match="case_1.*different labels.*100 voxels"):
         compare(first, load_results(moved, name="e"))
     assert second.values
 

@@ -108,7 +108,7 @@ def test_what_is_missing_is_named(models):
         find_best(991, folds=[0, 4])
     for path in (models / GOOD / "fold_1" / "validation").glob("*.npz"):
         path.unlink()
-    with pytest.raises(CaseError, match=r"fold_1/validation has no probabilities .* --disable_ensembling"):
+    with pytest.raises(CaseError, match=r"fold_1/validation.*--disable_ensembling"):
         find_best(991)
     shutil.rmtree(models / GOOD / "fold_2")
     with pytest.raises(ModelFolderError, match=f"{GOOD}: 2"):
@@ -120,7 +120,7 @@ def test_what_is_missing_is_named(models):
 def test_models_that_cant_be_compared(models):
     validation = models / GOOD / "fold_1" / "validation"
     (validation / "b.nii.gz").rename(validation / "x.nii.gz")
-    with pytest.raises(CaseError, match=r"were not validated on the same cases \(b, x in only one of them\)"):
+    with pytest.raises(CaseError, match=r"same cases.*b, x"):
         find_best(991)
     (validation / "x.nii.gz").rename(validation / "b.nii.gz")
     shutil.copy(validation / "b.nii.gz", models / GOOD / "fold_0" / "validation")

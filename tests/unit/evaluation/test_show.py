@@ -67,7 +67,7 @@ def test_however_it_is_stored_it_is_drawn_upright(code):
 
 def test_what_does_not_fit_is_said():
     image, labels = volumes()
-    with pytest.raises(CaseError, match=r"the label has shape \(6, 9, 11\), the image \(6, 9, 12\)"):
+    with pytest.raises(CaseError, match=r"\(6, 9, 11\).*\(6, 9, 12\)"):
         na.show(image, labels[..., 1:])
     with pytest.raises(CaseError, match="the prediction has values that are not whole"):
         na.show(image, labels, image)

@@ -125,7 +125,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(CaseError, match=r"second lacks b\.npz, which another folder has"):
         ensemble_folders([first, second], tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CaseError, match=r"empty has no probabilities \(\.npz\): predict with --save-probabilities"):
+    with pytest.raises(CaseError, match=r"empty.*\.npz.*--save-probabilities"):
         ensemble_folders([first, tmp_path / "empty"], tmp_path / "out")
     with pytest.raises(CaseError, match="no such folder"):
         ensemble_folders([first, tmp_path / "nowhere"], tmp_path / "out")
@@ -138,9 +138,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(DatasetJsonError, match=r"first/dataset\.json is missing"):
         ensemble_folders([first, second], tmp_path / "out")
     write_folder(first, {"labels": {"background": 0, "cord": 1}}, {})
-    with pytest.raises(
-        PredictionError, match=r"expected probabilities \(2, Z, Y, X\) by dataset.json, got \(3, 2, 3, 4\)"
-    ):
+    with pytest.raises(PredictionError, match=r"\(2, Z, Y, X\).*\(3, 2, 3, 4\)"):
         ensemble_folders([first], tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 

@@ -80,7 +80,7 @@ def test_several_files_of_one_channel_are_several_images(make_model, tmp_path):
     assert predictor.predict(files).keys() == {"a", "b"}
     twin = tmp_path / "other" / "a_0000.nii.gz"
     twin.write_bytes(files[0].read_bytes())
-    with pytest.raises(PredictionError, match="a is the name of files in different folders.*--keep-folders"):
+    with pytest.raises(PredictionError, match="different folders.*--keep-folders"):
         predictor.predict([*files, twin])
     written = predictor.predict([*files, twin], tmp_path / "out", keep_folders=True)
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in written) == [
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_plan(make_model):
     first = next(iter(content["network_weights"]))
     content["network_weights"][first] = torch.zeros(9, 1, 3, 3, 3)
     torch.save(content, path)
-    with pytest.raises(ModelFolderError, match=r"fold_1/checkpoint_final\.pth is not of the network in plans\.json"):
+    with pytest.raises(ModelFolderError, match=r"fold_1/checkpoint_final\.pth.*plans\.json"):
         predictor_of(model)
     assert predictor_of(model, folds=0).folds == (0,)
 

@@ -117,9 +117,7 @@ def test_the_right_folder_is_proposed(make_model, tmp_path):
 def test_missing_folds_are_listed_with_those_there_are(make_model):
     folder = make_model(folds=(0, 1))
     model = ModelFolder.open(folder)
-    with pytest.raises(
-        ModelFolderError, match=r"no fold_4/checkpoint_final\.pth; trained folds: 0 \(final\), 1 \(final\)"
-    ):
+    with pytest.raises(ModelFolderError, match=r"fold_4/checkpoint_final\.pth.*0 \(final\), 1 \(final\)"):
         model.load_weights(4)
     with pytest.raises(ModelFolderError, match=r"no fold_0/checkpoint_best\.pth"):
         model.checkpoint_path(0, "best")

@@ -137,11 +137,9 @@ def test_a_preset_is_taken_whatever_plans_there_are(base, small_resenc):
 def test_plans_named_but_missing(tiny_dataset, small_resenc):
     tiny_dataset()
     checkpoint = na.open_checkpoint(small_resenc)
-    with pytest.raises(
-        PlanError, match=r"-pl nnUNetResEncUNetLPlans: there is no .*found: none.*with --preset ResEncL"
-    ):
+    with pytest.raises(PlanError, match=r"nnUNetResEncUNetLPlans.*none.*--preset ResEncL"):
         na.make_plan(991, checkpoint, keep_topology=True, base_plans="nnUNetResEncUNetLPlans", workers=1)
-    with pytest.raises(PlanError, match=r"-pl mine: there is no .*without it, or with another name"):
+    with pytest.raises(PlanError, match=r"-pl mine.*another name"):
         na.make_plan(991, checkpoint, keep_topology=True, base_plans="mine", workers=1)
 
 
@@ -186,7 +184,7 @@ def changed(base, **entries):
 def test_base_plans_that_can_not_be_followed(base, small_resenc):
     checkpoint = na.open_checkpoint(small_resenc)
     changed(base, resampling_fn_seg="resample_torch_fornnunet")
-    with pytest.raises(PlanError, match="resampling_fn_seg is resample_torch_fornnunet, not supported yet"):
+    with pytest.raises(PlanError, match="resampling_fn_seg.*resample_torch_fornnunet"):
         na.make_plan(991, checkpoint, keep_topology=True, workers=1)
     changed(base, normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[False])
     with pytest.raises(PlanError, match="is for 1 channel.*has 2"):

@@ -281,9 +281,7 @@ def test_more_memory_for_a_whole_image_makes_larger_batches():
 
 def test_a_budget_too_small_says_what_is_needed():
     needed = estimate_memory(CNN, 1, 3, (8, 4, 4), 2)
-    with pytest.raises(
-        ConfigurationError, match=rf"its smallest patch, 8 × 4 × 4, needs about {gib(needed.total)} at batch 2"
-    ):
+    with pytest.raises(ConfigurationError, match=rf"8 × 4 × 4.*{gib(needed.total)}"):
         largest_fit(CNN, 1, 3, (60, 50, 40), needed.total - 1)
     assert largest_fit(CNN, 1, 3, (60, 50, 40), needed.total)[0] == (8, 4, 4)
 

@@ -84,13 +84,13 @@ def test_flat_keys_that_agree_are_harmless(plan):
     name = saved(plan, n_conv_per_stage=2)  # one number for a list of it
     assert FinetunePlan.find(plan.dataset_name, name)
     name = saved(plan, n_conv_per_stage=1)
-    with pytest.raises(PlanError, match=r"has n_conv_per_stage beside .*is 1 there, the network has \[2, 2, 2, 2\]"):
+    with pytest.raises(PlanError, match=r"n_conv_per_stage.*1.*\[2, 2, 2, 2\]"):
         FinetunePlan.find(plan.dataset_name, name)
 
 
 def test_flat_keys_of_another_kind_of_network(plan):
     name = saved(plan, n_blocks_per_stage=[1, 3, 4, 6])
-    with pytest.raises(PlanError, match="n_blocks_per_stage is .* there, the network has no such key"):
+    with pytest.raises(PlanError, match="n_blocks_per_stage.*no such key"):
         FinetunePlan.find(plan.dataset_name, name)
 
 

@@ -40,7 +40,7 @@ def test_stopped_and_resumed_equals_uninterrupted(make_plan, recipe, tmp_path, a
     whole = trainer_of(plan, recipe, results_folder=tmp_path / "whole").run()
     with pytest.MonkeyPatch.context() as patched:
         interrupt(patched, **where)
-        with pytest.raises(TrainingStopped, match=r"stopped by SIGTERM in epoch \d after \d of 3 steps; .*--c"):
+        with pytest.raises(TrainingStopped, match=r"SIGTERM in epoch \d after \d of 3.*--c"):
             trainer_of(plan, recipe, results_folder=tmp_path / "parts").run()
     model = trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True)
     assert_same_training(whole, model)
@@ -133,7 +133,7 @@ def test_auto_starts_or_goes_on_or_stays_finished(plan, recipe, tmp_path, packag
 
 
 def test_nothing_to_resume(plan, recipe):
-    with pytest.raises(NothingToResume, match=r"has no checkpoint_latest\.pth .*leave --c out"):
+    with pytest.raises(NothingToResume, match=r"checkpoint_latest\.pth.*--c"):
         trainer_of(plan, recipe).run(resume=True)
 
 
@@ -155,13 +155,13 @@ def stopped(plan, recipe):
 
 def test_nothing_to_validate(plan, recipe):
     trainer = trainer_of(plan, recipe)
-    with pytest.raises(NothingToResume, match=r"no checkpoint_final\.pth to validate: train it first"):
+    with pytest.raises(NothingToResume, match=r"checkpoint_final\.pth.*train"):
         trainer.run(validate_only=True)
     assert not trainer.folder.model.exists()
 
 
 def test_validating_what_is_not_finished(plan, recipe, stopped):
-    with pytest.raises(NothingToResume, match=r"no checkpoint_final\.pth .*go on with --c; --val_best validates"):
+    with pytest.raises(NothingToResume, match=r"checkpoint_final\.pth.*--c.*--val_best"):
         trainer_of(plan, recipe).run(validate_only=True)
     trainer_of(plan, recipe).run(validate_only=True, checkpoint_for_validation="best")
 
@@ -309,7 +309,7 @@ def test_validation_goes_on_where_it_stopped(plan, recipe, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "nnssl_adapt")
     monkeypatch.setattr(validation, "logits_by_tiles", stopping)
     recipe = recipe.override(epochs=1, warmup_epochs=0)
-    with pytest.raises(TrainingStopped, match="stopped by SIGTERM in validation, [12] of 5 cases done; .*--val"):
+    with pytest.raises(TrainingStopped, match="SIGTERM in validation, [12] of 5.*--val"):
         trainer_of(plan, recipe, fold="all").run()
     model = trainer_of(plan, recipe, fold="all").run(validate_only=True)
     names = [f"case_{number:02d}" for number in range(5)]

@@ -72,7 +72,7 @@ def test_a_relative_source_is_found_by_the_hint(plan):
 
 
 def test_other_weights_are_refused(plan, small_resenc):
-    with pytest.raises(DigestMismatch, match="is not the checkpoint that plan ptPlans__small.* was made for"):
+    with pytest.raises(DigestMismatch, match="ptPlans__small"):
         find_checkpoint(plan, small_resenc.parent / "small_resenc_noresample")
 
 
@@ -82,9 +82,7 @@ def test_nnunets_own_nnssl_plans_have_only_the_hint(plan):
 
 def test_plans_without_weights_need_from_scratch(plan):
     bare = without(plan, "nnssl_adapt", "pretrain_info")
-    with pytest.raises(
-        ConfigurationError, match="names no pre-trained weights: give them with -pretrained_weights, train with --from"
-    ):
+    with pytest.raises(ConfigurationError, match="-pretrained_weights.*--from"):
         find_checkpoint(bare)
     network = build_initial_network(bare, 3, seed=1)
     assert fill_with_starting_weights(network, bare, None, from_scratch=True).report.coverage == 0

@@ -128,7 +128,7 @@ def test_without_checkpoints_a_model_that_is_there_stays(plan, recipe):
     recipe = recipe.override(epochs=1, warmup_epochs=0)
     model = trainer_of(plan, recipe).run()
     before = (fold_of(model) / "checkpoint_final.pth").read_bytes()
-    with pytest.raises(ConfigurationError, match="without checkpoints would push aside.*trainer_name=NAME"):
+    with pytest.raises(ConfigurationError, match="trainer_name=NAME"):
         trainer_of(plan, recipe.override(seed=1), disable_checkpointing=True).run()
     assert (fold_of(model) / "checkpoint_final.pth").read_bytes() == before
 
@@ -148,9 +148,7 @@ def test_an_earlier_run_is_set_aside(plan, recipe):
 
 def test_folds_with_another_patch_need_another_folder(plan, recipe):
     trainer_of(plan, recipe).run()
-    with pytest.raises(
-        ConfigurationError, match=r"fold_0 trained with another patch_size: \[16, 16, 24\] there.*trainer_name"
-    ):
+    with pytest.raises(ConfigurationError, match=r"fold_0.*patch_size.*\[16, 16, 24\].*trainer_name"):
         trainer_of(plan, recipe.override(patch_size=(16, 16, 16)), fold=1).run()
 
 
@@ -180,7 +178,7 @@ def test_cases_that_are_not_preprocessed(plan, recipe):
         trainer_of(plan, recipe)
     for identifier in trainer.store.identifiers:
         trainer.store.remove(identifier)
-    with pytest.raises(ConfigurationError, match="no preprocessed cases: run nnUNetv2_preprocess_like_nnssl"):
+    with pytest.raises(ConfigurationError, match="nnUNetv2_preprocess_like_nnssl"):
         trainer_of(plan, recipe)
 
 

@@ -165,7 +165,7 @@ def test_other_weights_do_all_of_it_again(validation, network, package_log):
 def test_all_leave_when_one_is_stopped(validation, network):
     main = as_main(validation, network, stop=StopAfter(tiles=0))
     main = replace(main, ranks=replace(main.ranks, other_stopped=True))
-    with pytest.raises(TrainingStopped, match="stopped by another process in validation, 2 of 4 cases done; .*--val"):
+    with pytest.raises(TrainingStopped, match="another process.*2 of 4 cases.*--val"):
         main.run(network, (0,), "digest", StopRequest())
     assert len(record(main)["cases"]) == 2 and not (main.output / "summary.json").exists()
 

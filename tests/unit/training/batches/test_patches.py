@@ -252,9 +252,7 @@ def test_a_dead_worker_is_explained(monkeypatch):
     monkeypatch.setattr(patches, "memory_kills", lambda: 3)
     monkeypatch.setattr(patches, "why_a_worker_died", lambda message, kills: f"because of {kills}")
     with (
-        pytest.raises(
-            TrainingError, match=r"^a data-loading worker died \(DataLoader worker .*\); because of 3; go on with --c$"
-        ),
+        pytest.raises(TrainingError, match=r"worker died.*because of 3.*--c"),
         explained_worker_death(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")

@@ -133,7 +133,7 @@ def test_half_an_environment_is_an_error(change, complaint):
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [Ranks(rank, 4, rank % 2, 2).device("cuda") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    with pytest.raises(DeviceUnavailable, match=r"rank 2 needs GPU 2, but this machine shows 2 .*start 2 processes"):
+    with pytest.raises(DeviceUnavailable, match=r"rank 2 needs GPU 2.*2 processes"):
         Ranks(2, 3, 2, 3).device("cuda")
     with pytest.raises(ConfigurationError, match="cuda:1"):
         Ranks(1, 2, 1, 2).device("cuda:1")

