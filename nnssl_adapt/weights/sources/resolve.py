@@ -22,7 +22,7 @@ from nnssl_adapt.weights.sources.hub_files import HubAddress, fetch_files, is_hu
 from nnssl_adapt.weights.sources.listing import Chosen, choose_files
 from nnssl_adapt.weights.sources.local import resolve_archive, resolve_path
 from nnssl_adapt.weights.sources.offline_store import find_in_store, has_revision
-from nnssl_adapt.weights.sources.published import address_of, find_published, published_models
+from nnssl_adapt.weights.sources.published import PublishedModel, address_of, find_published, published_models
 from nnssl_adapt.weights.sources.resolved import ResolvedSource, SourceOptions, assemble
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
     if stored is not None:
         return resolve_path(text, stored[0], replace(options, filename=stored[1]))
     if hub is None and (known := find_published(text)) is not None:
-        return resolve_source(address_of(known), options)
+        return _resolve_published(known, options)
     if hub is not None:
         return _resolve_hub(text, hub, options)
     if "://" in text and not is_hub_url(text):
@@ -74,6 +74,18 @@ def resolve_source(source: str | Path, options: SourceOptions | None = None) -> 
             )
         return _resolve_web(text, options)
     raise SourceNotFound(_not_found_message(text))
+
+
+def _resolve_published(known: PublishedModel, options: SourceOptions) -> ResolvedSource:
+    """The files of an entry of the catalogue. Raises SourceNotFound, with its page, where its address leads nowhere."""
+    address = address_of(known)
+    try:
+        return resolve_source(address, options)
+    except SourceNotFound as error:
+        raise SourceNotFound(
+            f"{known.id} is not where the catalogue says ({address}): {error}. Look for it on {known.page}; a file that you "
+            "download is taken by its path"
+        ) from error
 
 
 def _existing_path(text: str) -> Path | None:

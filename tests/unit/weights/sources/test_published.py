@@ -120,6 +120,20 @@ def test_names_that_lead_nowhere_are_said_with_the_closest(capsys):
     assert main(["models", "--published", "nobody"]) == 1 and "nobody" in capsys.readouterr().err
 
 
+def test_an_address_of_the_catalogue_that_leads_nowhere_is_said_with_the_page(hub, web, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.add("Luffy503/VoCo", {"other.pt": b"x"})
+    for name in ("voco-b", "ct-fm"):  # a repository without the file, and none at all
+        with pytest.raises(SourceNotFound, match="not where the catalogue says") as raised:
+            resolve_source(name)
+        assert known_name(name).page in str(raised.value)
+    gone = replace(known_name("totalsegmentator-291"), source=f"{web.url}/gone.zip")
+    for module in ("published", "resolve"):
+        monkeypatch.setattr(f"nnssl_adapt.weights.sources.{module}.published_models", lambda: (gone,))
+    with pytest.raises(SourceNotFound, match=r"totalsegmentator-291 is not where the catalogue says .*gone\.zip"):
+        resolve_source("totalsegmentator-291", SourceOptions(cache_dir=tmp_path))
+
+
 def test_a_path_of_the_same_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("voco-b").mkdir()
