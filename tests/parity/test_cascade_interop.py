@@ -40,7 +40,6 @@ RECIPE = {
     "warmup_epochs": 0,
     "iterations_per_epoch": 10,
     "validation_iterations": 1,
-    "mirror_axes": (2,),
 }
 
 
@@ -51,7 +50,7 @@ def world(tmp_path_factory):
     folders = {f"nnUNet_{part}": root / part for part in ("raw", "preprocessed", "results")}
     for folder in folders.values():
         folder.mkdir()
-    raw = make_dataset(root / "raw", cases=4, shape=(32, 34, 38), spacing=(1.0, 1.0, 1.0))
+    raw = make_dataset(root / "raw", cases=4, shape=(40, 42, 48), spacing=(1.0, 1.0, 1.0))
     (raw / "splits_final.json").write_text(json.dumps(SPLITS))
     images = root / "images"
     images.mkdir()
