@@ -1,6 +1,7 @@
 """What tests of a GPU build with. It needs no image library, so that they run on a machine with little installed."""
 
 import contextlib
+import os
 
 import torch
 
@@ -17,7 +18,7 @@ from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import TrainingState
 from nnssl_adapt.weights.network.architectures import Architecture, build_network
 
-PATCH = (16, 24, 32)
+PATCH = (8, 8, 16) if os.environ.get("NNSSL_ADAPT_REHEARSE_CUDA") == "1" else (16, 24, 32)
 LABELS = LabelScheme.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2, "c": 3}})
 RESENC = Architecture.named(
     "ResEncL",
