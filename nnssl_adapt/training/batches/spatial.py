@@ -145,6 +145,12 @@ def sample_into(out_image: Tensor, out_codes: Tensor, image: Tensor, codes: Tens
         results[where[piece]] = _winners(candidates, [fraction[piece] for fraction in at])
 
 
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers as float32 on a device, on their way there from pinned memory if it is a GPU."""
+    tensor = torch.from_numpy(numbers).float()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 _Piece = tuple[slice, Tensor, list[Tensor]]
 """Voxels of the patch; the first corners of the cells that they lie in, and where in these along each axis (all flat)."""
 
@@ -157,9 +163,10 @@ class _Grid:
         z, y = np.meshgrid(np.arange(patch[0]), np.arange(patch[1]), indexing="ij")
         starts = matrix[:, 0, None] * z.ravel() + matrix[:, 1, None] * y.ravel() + matrix[:, 3, None]
         steps = matrix[:, 2, None] * np.arange(patch[2])
-        # Where each row of the patch begins, (rows, 1), and how it goes on, (1, X).
-        self.starts = [torch.from_numpy(start).float().to(device)[:, None] for start in starts]
-        self.steps = [torch.from_numpy(step).float().to(device)[None] for step in steps]
+        # Where each row of the patch begins, (rows, 1), and how it goes on, (1, X): one copy that nothing waits for.
+        numbers = _sent(np.concatenate([starts, steps], axis=1), device)
+        self.starts = [row[: starts.shape[1], None] for row in numbers]
+        self.steps = [row[None, starts.shape[1] :] for row in numbers]
         self.rows_a_slice = patch[1]
         ends = starts[:, :, None] + steps[:, None, [0, -1]]
         self.leaves_box = [
