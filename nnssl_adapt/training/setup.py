@@ -17,6 +17,7 @@ from nnssl_adapt.data.store import CaseStore
 from nnssl_adapt.paths import downloads_folder
 from nnssl_adapt.planning.patch import describe_fit, fit_patch
 from nnssl_adapt.planning.plan import FinetunePlan
+from nnssl_adapt.training.batches.ahead import prepared_ahead
 from nnssl_adapt.training.batches.augment import SpatialRange, Target, plain_transforms, training_transforms
 from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
 from nnssl_adapt.training.batches.patches import (
@@ -32,7 +33,7 @@ from nnssl_adapt.training.batches.patches import (
 from nnssl_adapt.training.device.layout import Layout, LayoutTrial, faster_layout, possible_layouts
 from nnssl_adapt.training.fused.norm import has_kernels
 from nnssl_adapt.training.launch.distributed import Ranks
-from nnssl_adapt.training.loop import Batch, Prepare, moved
+from nnssl_adapt.training.loop import Batch
 from nnssl_adapt.training.optimise.network_options import wants_compiling
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.identity import RunIdentity
@@ -152,11 +153,14 @@ def batches_of_fold(
     return iterate_batches(batches, schedule, workers, pin_memory)
 
 
-def preparation(plan: FinetunePlan, recipe: Recipe) -> Prepare:
-    """How the loop brings those training batches to the device: as they are, or augmented there."""
+def finished_on_device(
+    batches: Generator[Batch], plan: FinetunePlan, recipe: Recipe, device: torch.device
+) -> Generator[Batch]:
+    """The batches as the loop takes them: augmented on the device, one batch ahead, if the recipe wants that there."""
     if recipe.augmentation != "gpu":
-        return moved
-    return DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm, plan.stage_channels(plan.labels))
+        return batches
+    augmentation = DeviceAugmentation(plan.labels, plan.settings.use_mask_for_norm, plan.stage_channels(plan.labels))
+    return prepared_ahead(batches, augmentation, device)
 
 
 def layout_of_run(

@@ -59,8 +59,8 @@ from nnssl_adapt.training.setup import (
     adapted_plan,
     batch_bytes,
     batches_of_fold,
+    finished_on_device,
     layout_of_run,
-    preparation,
     restored_random_state,
     without_pretraining,
 )
@@ -285,7 +285,6 @@ class PretrainedTrainer:
             device=self.device,
             autocast_dtype=self.autocast_dtype,
             ranks=self.ranks,
-            prepare=preparation(self.plan, self.recipe),
             epoch_ended=self._show,
             watch=watch,
             progress=self.progress and self.ranks.is_main,
@@ -325,7 +324,7 @@ class PretrainedTrainer:
         )
 
     def _batches_from(self, state: TrainingState, copies: Path | None) -> Generator[Batch]:
-        return batches_of_fold(
+        batches = batches_of_fold(
             self.plan,
             self.store,
             self.recipe,
@@ -337,6 +336,7 @@ class PretrainedTrainer:
             copies=copies,
             previous=self.previous,
         )
+        return finished_on_device(batches, self.plan, self.recipe, self.device)
 
     # -- after it ----------------------------------------------------------------------------------------------------
 

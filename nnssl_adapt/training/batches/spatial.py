@@ -147,7 +147,7 @@ def sample_into(out_image: Tensor, out_codes: Tensor, image: Tensor, codes: Tens
 
 def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
     """The numbers as float32 on a device, on their way there from pinned memory if it is a GPU."""
-    tensor = torch.from_numpy(numbers).float()
+    tensor: Tensor = torch.from_numpy(numbers).float()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -165,8 +165,8 @@ class _Grid:
         steps = matrix[:, 2, None] * np.arange(patch[2])
         # Where each row of the patch begins, (rows, 1), and how it goes on, (1, X): one copy that nothing waits for.
         numbers = _sent(np.concatenate([starts, steps], axis=1), device)
-        self.starts = [row[: starts.shape[1], None] for row in numbers]
-        self.steps = [row[None, starts.shape[1] :] for row in numbers]
+        self.starts: list[Tensor] = [row[: starts.shape[1], None] for row in numbers]
+        self.steps: list[Tensor] = [row[None, starts.shape[1] :] for row in numbers]
         self.rows_a_slice = patch[1]
         ends = starts[:, :, None] + steps[:, None, [0, -1]]
         self.leaves_box = [
