@@ -1,4 +1,4 @@
-"""Stand-ins of published networks, fine-tuned for one tiny epoch from the command line, and predicted with by us and by nnU-Net.
+"""Stand-ins of published networks, fine-tuned for two tiny epochs from the command line, and predicted with by us and by nnU-Net.
 
 They are made of their authors' own classes (MONAI's) with random weights, in the layout of the published files.
 """
@@ -20,12 +20,12 @@ BY_NNUNET_TOO = ("vocomni", "ctfm")
 
 SWIN = ("vocomni", "nvidia")
 
-TINY = """epochs: 1
+TINY = """epochs: 2
 iterations_per_epoch: 1
 validation_iterations: 1
 optimizer: adamw
 learning_rate: 0.001
-warmup_epochs: 0
+warmup_epochs: 1
 augmentation: none
 mirror_axes: []
 precision: fp32
