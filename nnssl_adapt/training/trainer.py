@@ -32,6 +32,7 @@ from nnssl_adapt.training.device.layout import Layout
 from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import Batch, TrainingLoop
 from nnssl_adapt.training.optimise.loss_choice import choose_loss, loss_mistakes
+from nnssl_adapt.training.optimise.losses import Reduce, alone
 from nnssl_adapt.training.optimise.optimizer import autocast_dtype
 from nnssl_adapt.training.optimise.out_of_memory import explained_memory_errors, explained_validation_memory
 from nnssl_adapt.training.progress.display import log_epoch, log_file
@@ -166,11 +167,15 @@ class PretrainedTrainer:
         self._trained_here = False
         self.summary: Summary | None = None
         self.history = History()
-        strides = self.plan.architecture.strides if self.recipe.deep_supervision else None
         raise_if_any(
             list(loss_mistakes(self.recipe, self.labels)), f"recipe {self.recipe.name!r} for {plan.dataset_name}"
         )
-        self.loss = choose_loss(self.recipe, self.labels, self.plan.batch_dice, strides, reduce=self.ranks.sum)
+        self.loss = self._loss(self.ranks.sum)
+
+    def _loss(self, reduce: Reduce) -> nn.Module:
+        """The recipe's loss; ``reduce`` sums over the processes that share a batch."""
+        strides = self.plan.architecture.strides if self.recipe.deep_supervision else None
+        return choose_loss(self.recipe, self.labels, self.plan.batch_dice, strides, reduce=reduce)
 
     @property
     def can_resume(self) -> bool:
@@ -234,7 +239,8 @@ class PretrainedTrainer:
 
     def _train_if_needed(self, resume: bool, stop: StopRequest) -> nn.Module | None:
         """The trained network if it is nowhere on disk, else None."""
-        found = layout_of_run(self.identity, self.device, self.autocast_dtype, self.loss, self.ranks)
+        # Ranks may know different things from earlier runs: none waits for another in a trial, and the main one's counts.
+        found = layout_of_run(self.identity, self.device, self.autocast_dtype, self._loss(alone), self.ranks)
         layout = self.ranks.from_main(found)
         self.recipe = layout.of(self.recipe)
         begun = self._start(layout).begin(self.identity, resume)

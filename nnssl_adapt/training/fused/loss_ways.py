@@ -89,9 +89,21 @@ def way_for(logits: Tensor, target: Tensor, rule: int | bool, regions: bool, com
         return PLAIN
     key = logits.device, logits.dtype, logits.shape[1], logits.stride(1) == 1, regions, compiles
     if key not in _chosen:
-        ways = [PLAIN, *([triton_way()] if has_kernels() else []), *([COMPILED] if compiles else [])]
-        _chosen[key] = fastest(ways, functools.partial(_work, logits, target, rule, regions), logits.device)
+        _chosen[key] = fastest(
+            possible_ways(compiles), functools.partial(_work, logits, target, rule, regions), logits.device
+        )
     return _chosen[key]
+
+
+def possible_ways(compiles: bool) -> list[Way]:
+    """Those that a GPU has here, the one that always works first."""
+    ways = [PLAIN]
+    if has_kernels():
+        try:
+            ways.append(triton_way())
+        except BACKEND_FAILURES as error:  # Triton is there, and can't be loaded
+            logger.warning("loss: Triton is not used (%s)", in_words(error))
+    return [*ways, COMPILED] if compiles else ways
 
 
 def _work(logits: Tensor, target: Tensor, rule: int | bool, regions: bool, way: Way) -> Tensor:

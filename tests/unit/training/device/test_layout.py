@@ -18,7 +18,7 @@ from nnssl_adapt.training.device.layout import Layout, LayoutTrial, faster_layou
 from nnssl_adapt.training.fused import norm
 from nnssl_adapt.training.fused.modules import FusedNorm
 from nnssl_adapt.training.launch.distributed import Ranks
-from nnssl_adapt.training.optimise.losses import build_loss
+from nnssl_adapt.training.optimise.losses import alone, build_loss
 from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import load_checkpoint
 from nnssl_adapt.weights.network.architectures import build_network
@@ -151,6 +151,20 @@ def test_a_run_uses_what_was_chosen_and_records_what_was_asked(plan, recipe, mon
     assert layouts == [layout]
     kept = load_checkpoint(model.path / "fold_0/checkpoint_final.pth")["nnssl_adapt"]["recipe"]
     assert kept["channels_last"] is None and kept["fused_norm"] == "auto"
+
+
+def test_ranks_do_not_wait_for_each_other_in_a_trial(plan, recipe, monkeypatch):
+    """One of them may have the answer from an earlier run, and the others would wait for it for ever."""
+    losses = []
+
+    def chosen(identity, device, dtype, loss, ranks):
+        losses.append(loss)
+        return FIRST
+
+    monkeypatch.setattr(trainer_module, "layout_of_run", chosen)
+    trainer = trainer_of(plan, recipe)
+    trainer.run()
+    assert losses[0].reduce is alone and trainer.loss.reduce == trainer.ranks.sum
 
 
 def test_a_run_with_fused_norms_gives_the_weights_of_one_without(plan, recipe):

@@ -35,6 +35,17 @@ def test_the_fastest_of_those_that_agree(monkeypatch, package_log):
         fastest([full, plain], work, CPU)
 
 
+def test_a_triton_that_can_not_be_loaded_is_done_without(monkeypatch, package_log):
+    def failing():
+        raise OSError("libcuda.so not found")
+
+    for kernels in (True, False):
+        monkeypatch.setattr(loss_ways, "has_kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(loss_ways, "triton_way", failing)
+        assert loss_ways.possible_ways(True) == [PLAIN, COMPILED] and loss_ways.possible_ways(False) == [PLAIN]
+    assert package_log.text.count("libcuda.so not found") == 2
+
+
 @pytest.mark.parametrize("regions", [False, True])
 def test_each_way_is_measured_by_forward_and_backward_pass(regions):
     logits = torch.randn(2, 3, 600)
