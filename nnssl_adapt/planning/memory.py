@@ -3,6 +3,7 @@
 A prediction, not a measurement: the network is run on torch's meta device with every tensor counted while it lives (see
 :mod:`nnssl_adapt.planning.traced_step`). What libraries take for themselves is a margin on top. Compiled networks
 (``torch.compile``) usually need less, since they keep fewer intermediate results.
+Fused normalisations (``fused_norm``) keep the same tensors as separate ones, and so does either memory layout.
 """
 
 from __future__ import annotations

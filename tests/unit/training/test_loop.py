@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
-from support.tiny_plans import TRANSFORMER
+from support.tiny_plans import CNN, PATCH, TRANSFORMER
 from support.training_runs import assert_same_training, interrupt, trainer_of
+from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, TrainingError
 from nnssl_adapt.training import start as start_module
 from nnssl_adapt.training import trainer as trainer_module
+from nnssl_adapt.training.launch.distributed import Ranks
 from nnssl_adapt.training.loop import TrainingLoop
 from nnssl_adapt.training.optimise.ema import WeightAverage
 from nnssl_adapt.training.optimise.losses import build_loss
@@ -22,6 +24,7 @@ from nnssl_adapt.training.recipe.recipe import Recipe
 from nnssl_adapt.training.run.checkpointing import TrainingState, load_checkpoint
 from nnssl_adapt.training.starting_weights import StartingWeights
 from nnssl_adapt.training.trainer import PretrainedTrainer
+from nnssl_adapt.weights.network.architectures import build_network
 from nnssl_adapt.weights.transfer.transfer import scratch_report
 
 
@@ -232,6 +235,56 @@ def test_accumulated_batches_equal_one_larger_batch():
     assert losses_of_parts == pytest.approx(losses, abs=1e-5)
     for one, other, start in zip(at_once, in_parts, small_network().parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, start, atol=1e-3)
+
+
+def test_gradients_travel_with_the_last_batch_of_a_step_only(monkeypatch):
+    kept = []
+
+    class Wrapped(DistributedDataParallel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            kept.append(True)
+            yield
+            kept.append(False)
+
+    alone = TrainingLoop.__post_init__
+
+    def together(self):
+        alone(self)
+        self._wrapped = (), Wrapped(), None
+
+    def loss(output, target):
+        during.append(bool(kept) and kept[-1])
+        return build_loss(labels, False)(output, target)
+
+    during = []
+    monkeypatch.setattr(TrainingLoop, "__post_init__", together)
+    labels = LabelScheme.from_dataset_json({"labels": {"background": 0, "a": 1}})
+    network = torch.nn.Conv3d(1, 2, 3, padding=1)
+    recipe = Recipe(accumulate=3, warmup_epochs=0)
+    loop = TrainingLoop(recipe, loss, labels, 2, torch.device("cpu"))
+    state = TrainingState(network, build_optimizer(network, recipe, torch.device("cpu")), None)
+    batch = {"image": torch.randn(2, 1, 4, 6, 8), "target": torch.zeros(2, 1, 4, 6, 8, dtype=torch.int16)}
+    loop.step(state, [batch] * 3, network)
+    assert during == [True, True, False] and kept == [True, False, True, False]
+
+
+def test_weights_without_a_gradient_are_looked_for_only_where_there_may_be_some():
+    seen = []
+
+    class Two(Ranks):
+        def wrap(self, network, find_unused=True):
+            seen.append(find_unused)
+            return network
+
+    network = build_network(CNN, 1, 2, PATCH)
+    for deep in (False, True):
+        recipe = Recipe(deep_supervision=deep, compile="off", channels_last=False)
+        TrainingLoop(recipe, None, None, 2, torch.device("cpu"), ranks=Two())._forward(network)
+    assert seen == [False, True]
 
 
 def test_each_batch_of_a_step_is_another(plan, recipe):

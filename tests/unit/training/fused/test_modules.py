@@ -8,6 +8,7 @@ import torch
 from support.tiny_plans import CNN, PATCH, TRANSFORMER
 from torch import nn
 
+from nnssl_adapt.planning.traced_step import trace_step
 from nnssl_adapt.training.fused import modules
 from nnssl_adapt.training.fused.modules import FusedNorm, fuse_norms
 from nnssl_adapt.training.optimise.ema import WeightAverage
@@ -148,6 +149,18 @@ def test_a_single_voxel_is_refused_as_by_torch():
     fuse_norms(network)
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         network(torch.ones(1, 2, 1, 1, 1))
+
+
+def test_the_estimate_of_memory_holds_for_them_too():
+    found = []
+    for fused in (False, True):
+        with torch.device("meta"):
+            network = of(CNN).to("meta").train()
+        if fused:
+            fuse_norms(network)
+        traced = trace_step(network, 2, PATCH, 2, half=torch.bfloat16, one_pass_loss=True)
+        found.append((traced.kept, traced.peak))
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_with_all_that_a_recipe_may_ask_for_besides(monkeypatch):
