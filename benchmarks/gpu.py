@@ -13,13 +13,13 @@ A bare machine needs this repository and a Python with torch, numpy, scipy and P
 
     stage 0       torch alone
     stage 1, 2    also pydantic (with pydantic-core, annotated-types and typing-inspection), dynamic-network-architectures (with
-                  einops; with timm for Primus), safetensors; stage 1 pytest and pytest-xdist, and blosc2 (with ndindex and
-                  numexpr) and isal for its test of worker processes
-    stage 3, 4    the whole package (SimpleITK, blosc2, isal), and nnunetv2 beside it; without nnunetv2 ours is measured alone
+                  einops; with timm for Primus), isal, safetensors, tqdm; stage 1 pytest and pytest-xdist, and blosc2 (with
+                  ndindex and numexpr) for its test of worker processes. Without SimpleITK the tests beside the code are left out
+    stage 3, 4    the whole package, blosc2 and SimpleITK included; and nnunetv2, or ours is measured alone
 
 To carry wheels to a machine without a network: on one of the same kind with a network, ``pip download --no-deps -d WHEELS NAME``
-for each that ``python -c "import NAME"`` does not find there (all of the second line are under 12 MB together); then on the bare
-one ``pip install --no-index --no-deps --target SITE WHEELS/*.whl`` and ``PYTHONPATH=SITE``.
+for each that ``python -c "import NAME"`` does not find there (pydantic, dynamic-network-architectures, isal and blosc2 with
+theirs are 11 MB together); then on the bare one ``pip install --no-index --no-deps --target SITE WHEELS/*.whl`` and ``PYTHONPATH=SITE``.
 """
 
 from __future__ import annotations

@@ -214,6 +214,7 @@ def our_training(
 ) -> Iterator[Callable[[], Any]]:
     """Our loop, as a run has it: deep supervision as nnU-Net, batches from worker processes. Gives what takes a step."""
     from nnssl_adapt.data.labels import LabelScheme
+    from nnssl_adapt.training.batches.ahead import prepared_ahead
     from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
     from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
     from nnssl_adapt.training.batches.patches import (
@@ -237,8 +238,7 @@ def our_training(
     dtype = autocast_dtype(recipe.precision, where)
     scaler = grad_scaler() if dtype is torch.float16 else None
     loss = choose_loss(recipe, scheme, False, network.strides)
-    options = {"prepare": DeviceAugmentation(scheme, (False,))} if augmentation == "gpu" else {}
-    loop = TrainingLoop(recipe, loss, scheme, batch_size=2, device=where, autocast_dtype=dtype, **options)
+    loop = TrainingLoop(recipe, loss, scheme, batch_size=2, device=where, autocast_dtype=dtype)
     state = TrainingState(built, build_optimizer(built, recipe, where), scaler)
     spatial = SpatialRange.of(size)
     chain: Any = training_transforms(size, spatial, (0, 1, 2), (False,), scheme)
@@ -248,9 +248,10 @@ def our_training(
     phase = PhaseData(cases, PatchSampler(spatial.read_size, size), chain)
     batches = Batches(folder, {TRAINING: phase}, 2, recipe.foreground_fraction, 0)
     forward = training_forward(built, recipe, where)
-    with contextlib.closing(
-        iterate_batches(batches, BatchSchedule(1, 10**6, 0), workers, where.type == "cuda")
-    ) as stream:
+    stream = iterate_batches(batches, BatchSchedule(1, 10**6, 0), workers, where.type == "cuda")
+    if augmentation == "gpu":
+        stream = prepared_ahead(stream, DeviceAugmentation(scheme, (False,)), where)
+    with contextlib.closing(stream):
         yield lambda: loop.step(state, [next(stream)], forward)
 
 

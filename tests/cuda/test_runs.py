@@ -51,6 +51,7 @@ def store(tmp_path_factory):
 @pytest.mark.parametrize("augmentation", ["default", "gpu"])
 def test_workers_and_pinned_memory(store, augmentation, cuda_device):
     """Batches of two workers, pinned for a card, are those that are made here, and are trained on."""
+    from nnssl_adapt.training.batches.ahead import prepared_ahead
     from nnssl_adapt.training.batches.augment import SpatialRange, training_transforms
     from nnssl_adapt.training.batches.augment_gpu import DeviceAugmentation, device_transforms
     from nnssl_adapt.training.batches.patches import (
@@ -70,12 +71,13 @@ def test_workers_and_pinned_memory(store, augmentation, cuda_device):
     phase = PhaseData(("case_0", "case_1"), PatchSampler(spatial.read_size, PATCH), chain)
     batches = Batches(store, {TRAINING: phase}, 2, 0.33, 0)
     training = Training(cuda_device, recipe_of(augmentation=augmentation))
-    if augmentation == "gpu":
-        training.loop.prepare = DeviceAugmentation(LABELS, (False,))
     images = {}
     several = 2 if pinned else 1  # each takes seconds to start
     for workers in (several, 0) if augmentation == "default" else (several if pinned else 0,):
-        with closing(iterate_batches(batches, BatchSchedule(1, 4, 0), workers, pinned)) as stream:
+        stream = iterate_batches(batches, BatchSchedule(1, 4, 0), workers, pinned)
+        if augmentation == "gpu":
+            stream = prepared_ahead(stream, DeviceAugmentation(LABELS, (False,)), cuda_device)
+        with closing(stream):
             images[workers] = list(stream)
     if augmentation == "default":
         for one, other in zip(images[several], images[0], strict=True):
