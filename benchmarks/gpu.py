@@ -19,7 +19,7 @@ A bare machine needs this repository and a Python with torch, numpy, scipy and P
 
 To carry wheels to a machine without a network: on one of the same kind with a network, ``pip download --no-deps -d WHEELS NAME``
 for each that ``python -c "import NAME"`` does not find there (pydantic, dynamic-network-architectures, isal and blosc2 with
-theirs are 11 MB together); then on the bare one ``pip install --no-index --no-deps --target SITE WHEELS/*.whl`` and ``PYTHONPATH=SITE``.
+theirs are 11 MB together); then there ``pip install --no-index --no-deps --target SITE WHEELS/*.whl`` and ``PYTHONPATH=SITE``.
 """
 
 from __future__ import annotations
