@@ -81,7 +81,7 @@ def niivue_widget(image: bytes, labels: Mapping[str, bytes], class_names: Sequen
         height=420,
         is_radiological_convention=True,
         multiplanar_show_render=ipyniivue.ShowRender.ALWAYS,
-        crosshair_width=0.5,
+        crosshair_width=1.0,
         back_color=(0.07, 0.07, 0.07, 1.0),
     )
     widget.load_volumes(volumes)
