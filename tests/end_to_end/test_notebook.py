@@ -24,8 +24,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, nnunet_folders, monkeypa
     names: dict[str, object] = {}
     shown = [run_cell(source, names) for source in sources]
     rich = [type(value).__name__ for value in shown if value is not None]
-    interactive = "NiiVue" if importlib.util.find_spec("ipyniivue") else "Figure"
-    assert rich == ["PosixPath", "Figure", "TransferReport", "Figure", interactive, "Report"]
+    interactive = "NiiVue" if importlib.util.find_spec("ipyniivue") else "ShownFigure"
+    assert rich == ["PosixPath", "ShownFigure", "TransferReport", "ShownFigure", interactive, "Report"]
     assert "data:image/png" in names["report"]._repr_html_()
     assert names["report"].coverage == 1
     assert (names["model"].path / "report.html").read_text(encoding="utf-8") == shown[-1].html
