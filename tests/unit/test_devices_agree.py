@@ -39,7 +39,8 @@ def labels(request):
 
 
 @pytest.fixture
-def fake():
+def fake(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which fake tensors don't know
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
