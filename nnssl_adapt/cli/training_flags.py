@@ -77,7 +77,12 @@ _GROUPS: dict[str, tuple[FieldFlag, ...]] = {
     ),
     "data": (
         FieldFlag("--batch", "batch_size", "N", "samples a batch (default: the plan's)"),
-        FieldFlag("--patch", "patch_size", "Z Y X", "patch in voxels (default: the plan's)"),
+        FieldFlag(
+            "--patch",
+            "patch_size",
+            "Z Y X",
+            "patch in voxels, in the plan's order of axes: X Y Z for a Swin UNETR (default: the plan's)",
+        ),
         FieldFlag("--augment", "augmentation", "default|gpu|none", "augmentation on the CPU, on the GPU, or none"),
         FieldFlag("--no-mirror", "mirror_axes", None, "don't flip, in training and in prediction", ""),
     ),

@@ -83,7 +83,9 @@ def _choose_spacing(checkpoint: Checkpoint, fingerprint: DatasetFingerprint, req
         fixed=None if request.spacing is None else tuple(float(s) for s in request.spacing),
     )
     if choice.note:
-        logger.warning(_SPACING_UNKNOWN if checkpoint.plan.supervised else choice.note)
+        # In nnssl's plan none means each image's own; tensors alone say nothing of the images.
+        kept_own = checkpoint.plan.names_keys and not checkpoint.plan.supervised
+        logger.warning(choice.note if kept_own else _SPACING_UNKNOWN)
     return choice
 
 

@@ -68,6 +68,19 @@ def test_weights_without_spacing_get_the_median_in_their_own_order_of_axes(tiny_
     assert any("does not say at which spacing this network was trained" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    ("by_nnssl", "told"), [(True, "in their own spacing"), (False, "does not say at which spacing")]
+)
+def test_images_kept_their_own_spacing_only_where_a_plan_says_so(tiny_dataset, supervised, caplog, by_nnssl, told):
+    """A file of tensors alone says nothing of its images (FOMO's, BrainSegFounder's)."""
+    tiny_dataset()
+    checkpoint = supervised(supervised=False, spacing=None)
+    if not by_nnssl:
+        checkpoint = replace(checkpoint, plan=checkpoint.plan.model_copy(update={"raw": {}}))
+    na.make_plan(991, checkpoint, workers=1)
+    assert [told in message for message in caplog.messages if "the dataset's median" in message] == [True]
+
+
 def test_ct_weights_use_the_datasets_own_intensities(tiny_dataset, supervised):
     tiny_dataset()
     plan = na.make_plan(991, supervised(normalization_schemes=("CTNormalization",)), name="ct", workers=1)
