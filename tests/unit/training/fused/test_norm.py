@@ -45,6 +45,7 @@ def test_half_precision_in_and_out_with_sums_in_float32():
     assert found.dtype == torch.bfloat16 and torch.allclose(found.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own check asks for it
 @pytest.mark.parametrize(("affine", "residual"), [(True, True), (False, False)])
 def test_torch_compiles_it_as_one_operation(affine, residual):
     given = inputs(affine, residual)
