@@ -37,7 +37,6 @@ from nnssl_adapt.training.run.stopping import STOPPED, StopRequest
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-Prepare = Callable[[Batch, torch.device], tuple[Tensor, Tensor]]
 
 _NETWORK = 11
 """First counter of the network's random seeds, beside those of :mod:`nnssl_adapt.training.batches.patches`."""
@@ -63,7 +62,6 @@ class TrainingLoop:
         device: where it happens.
         autocast_dtype: what the network computes in; None: float32.
         ranks: the processes that share the work.
-        prepare: brings a training batch to the device as (image, target); it may augment it there.
         epoch_ended: called with the history after each epoch.
         watch: called after each step; what it raises ends the training.
         progress: whether to show a live line on a terminal.
@@ -76,7 +74,6 @@ class TrainingLoop:
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    prepare: Prepare = moved
     epoch_ended: Callable[[History], None] = lambda history: None
     watch: Callable[[], None] = lambda: None
     progress: bool = False
@@ -152,7 +149,7 @@ class TrainingLoop:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed(state, number)
-            image, target = self.prepare(batch, self.device)
+            image, target = moved(batch, self.device)
             # Of the samples of all processes, times the processes, over which gradients are averaged; 1 for a single one.
             share = len(image) * self.ranks.size / self.batch_size / self.recipe.accumulate
             with self._gradients_kept_here(last=number + 1 == self.recipe.accumulate):

@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAM = BENCHMARKS / "gpu.py"
@@ -270,3 +272,36 @@ def test_a_stage_is_rehearsed_on_the_cpu(stage, tmp_path):
     if stage == 0:
         refused = subprocess.run([*command, "--publish"], capture_output=True, text=True)
         assert refused.returncode == 1 and "not measured on a GPU" in refused.stdout
+
+
+# -- what is measured is what users run ----------------------------------------------------------------------------------
+
+
+def test_exports_are_measured_on_float32_sums(program, monkeypatch, tmp_path):
+    """As tiles leave them: float16 logits are faster, and nobody has them."""
+    seen = []
+    prediction = importlib.import_module("gpu_program.prediction")
+    on_device = importlib.import_module("nnssl_adapt.geometry.logits_on_device")
+    original = on_device.labels_on_device
+    monkeypatch.setattr(
+        on_device, "labels_on_device", lambda logits, *rest: seen.append(logits.dtype) or original(logits, *rest)
+    )
+    setting = SimpleNamespace(
+        device=torch.device("cpu"),
+        median=lambda run, *_: run() is None,
+        once=lambda run: (0.0, run()),
+        judge=lambda *_, **__: None,
+        write=lambda *_, **__: None,
+    )
+    prediction.labels(setting, "resampled", (6, 8, 7), (8, 10, 9))
+    assert set(seen) == {torch.float32}
+
+    seen.clear()
+    predict = importlib.import_module("predict")
+    np.save(tmp_path / "small.npy", np.zeros((2, 3, 4, 5), np.float16))
+    monkeypatch.setattr(
+        predict, "our_export", lambda _, logits: lambda: seen.append(logits.dtype) or np.zeros((3, 4, 5), np.uint8)
+    )
+    monkeypatch.setattr(predict.Path, "write_text", lambda *_: None)  # of the kernel's high-water mark
+    predict.measure_export("ours", tmp_path, "small", 1)
+    assert seen[-1] == torch.float32

@@ -8,7 +8,8 @@ a batch-wide mask would do for all of them to keep a third.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +39,24 @@ from nnssl_adapt.training.batches.spatial import Size, sample_into
 class Work:
     """What is left to do for a sample: what was drawn, and how voxels of the patch lie in what was read.
 
-    ``matrix`` is 3×4 from voxels (Z, Y, X) of the patch to voxels read; None: what was read is the patch.
+    ``matrix`` is 3×4 from voxels (Z, Y, X) of the patch to voxels read; None: what was read is the patch. ``read_size`` is
+    the shape (Z, Y, X) of what was read.
     """
 
     drawn: Drawn
     matrix: np.ndarray | None
     patch_size: Size
+    read_size: Size
 
 
 @dataclass(frozen=True)
 class DeviceReads:
     """Makes batches of what :class:`DeviceAugmentation` needs.
 
-    Called with the places of a batch's samples, returns lists with an entry for each: ``image`` float32 (C, Z, Y, X) and
-    ``target`` label codes (Z, Y, X), both of the box that was read; ``work``, a :class:`Work`. Of a
-    cascade also ``previous``, label codes (Z, Y, X) of the previous stage in the patch.
+    Called with the places of a batch's samples, returns ``work``, a :class:`Work` of each. All else is one flat tensor of the
+    whole batch, one sample after the other, so that each is pinned once and sent once: ``image`` float32 (C, Z, Y, X)
+    and ``target`` label codes (Z, Y, X), both of the boxes that were read; of a cascade also ``previous``, label codes
+    (Z, Y, X) of the previous stage in the patches.
     """
 
     labels: LabelScheme
@@ -60,26 +64,33 @@ class DeviceReads:
     stage: tuple[int, ...] = ()
 
     def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
-        samples = [self._read(place) for place in places]
-        images, codes, work = (list(parts) for parts in zip(*samples, strict=True))
+        kind, channels = Target(self.labels).code_type, places[0].channels
+        boxes, work = [], []
+        for place in places:
+            drawn = self.augmentation.draw(place.seed, place.channels)
+            box, matrix = (place.patch_box, None) if drawn.matrix is None else turned_box(place, drawn)
+            boxes.append(box)
+            work.append(Work(drawn, matrix, place.patch_size, box.size))
+        voxels = sum(math.prod(box.size) for box in boxes)
+        images, codes = torch.empty(channels * voxels), torch.empty(voxels, dtype=kind)
+        samples = zip(places, boxes, work, _parts(images, work, channels), _parts(codes, work), strict=True)
+        for place, box, todo, image, code in samples:
+            if todo.matrix is None:
+                read_box(place, box, image, code[0], todo.drawn.mirrored)
+            else:
+                read_turned(place, box, image, code[0])
         batch = {"image": images, "target": codes, "work": work}
         if self.stage:
-            kind = Target(self.labels).code_type
-            batch["previous"] = [
-                previous_codes(place, each.drawn, kind) for place, each in zip(places, work, strict=True)
-            ]
+            previous = [previous_codes(place, each.drawn, kind) for place, each in zip(places, work, strict=True)]
+            batch["previous"] = torch.stack(previous)
         return batch
 
-    def _read(self, place: Place) -> tuple[Tensor, Tensor, Work]:
-        drawn = self.augmentation.draw(place.seed, place.channels)
-        box, matrix = (place.patch_box, None) if drawn.matrix is None else turned_box(place, drawn)
-        image = torch.empty((place.channels, *box.size))
-        codes = torch.empty(box.size, dtype=Target(self.labels).code_type)
-        if matrix is None:
-            read_box(place, box, image, codes, drawn.mirrored)
-        else:
-            read_turned(place, box, image, codes)
-        return image, codes, Work(drawn, matrix, place.patch_size)
+
+def _parts(flat: Tensor, work: Sequence[Work], channels: int = 1) -> Iterator[Tensor]:
+    """What was read of each sample (channels, Z, Y, X): views of a batch's flat tensor."""
+    sizes = [channels * math.prod(todo.read_size) for todo in work]
+    for part, todo in zip(flat.split(sizes), work, strict=True):
+        yield part.view(channels, *todo.read_size)
 
 
 class DeviceAugmentation:
@@ -103,11 +114,10 @@ class DeviceAugmentation:
     def __call__(self, batch: dict[str, Any], device: torch.device | str) -> tuple[Tensor, Tensor]:
         device = torch.device(device)
         work: list[Work] = batch["work"]
-        # All are on their way before the first is worked on.
-        images = [image.to(device, non_blocking=True) for image in batch["image"]]
-        codes = [each.to(device, non_blocking=True) for each in batch["target"]]
-        previous = [each.to(device, non_blocking=True) for each in batch.get("previous", ())]
-        channels = len(images[0])
+        sent = {name: part.to(device, non_blocking=True) for name, part in batch.items() if isinstance(part, Tensor)}
+        channels = sent["image"].numel() // sent["target"].numel()
+        images = list(_parts(sent["image"], work, channels))
+        codes = [part[0] for part in _parts(sent["target"], work)]
         shape = (len(work), channels + len(self.stage), *work[0].patch_size)
         out = torch.empty(shape, device=device)
         target = torch.empty((len(work), self.target.channels, *shape[2:]), dtype=self.target.dtype, device=device)
@@ -121,7 +131,7 @@ class DeviceAugmentation:
                 sample_into(image, patch, images[index], codes[index], todo.matrix)
             finish(image, target[index], patch, todo.drawn, self.masked, self.target)
             if self.stage:
-                finish_stage(out[index, channels:], previous[index], todo.drawn, self.stage)
+                finish_stage(out[index, channels:], sent["previous"][index], todo.drawn, self.stage)
         return out, target
 
 

@@ -28,6 +28,9 @@ highest code stands for several labels at once."""
 _PIECE_VOXELS = 48 * 1024
 """Voxels that are worked on together on a CPU: all their intermediate values stay in its cache."""
 
+_EVERYWHERE_VOXELS = 1 << 20
+"""Voxels that are decided at once on a GPU: 100 bytes or so are needed for each."""
+
 _CODES_A_VOXEL = 8
 """Codes are small, and neighbours are a slice away: so many times as many at once."""
 
@@ -133,12 +136,18 @@ def sample_into(out_image: Tensor, out_codes: Tensor, image: Tensor, codes: Tens
     several = torch.iinfo(codes.dtype).max
     results = out_codes.view(-1)
     undecided = []
+    everywhere = _decides_everywhere(codes.device)
     for piece, index, fractions in (
         grid.by_slices(out_image, image) if grid.keeps_slices else grid.by_rows(out_image, image)
     ):
         torch.index_select(agreed, 0, index, out=results[piece])
+        if everywhere:
+            _decide_everywhere(results[piece], several, corners, index, fractions)
+            continue
         mixed = _positions(results[piece] == several)
         undecided.append((mixed + piece.start, *(part.index_select(0, mixed) for part in (index, *fractions))))
+    if everywhere:
+        return
     where, index, *at = (torch.cat(parts) for parts in zip(*undecided, strict=True))
     for piece in _pieces(len(where), codes.device):
         candidates = torch.stack([corner.index_select(0, index[piece]) for corner in corners])
@@ -241,10 +250,8 @@ def _pieces(length: int, device: torch.device, voxels: float = 1) -> Iterator[sl
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Where a flat mask is set. NumPy is ten times faster at that than torch on a CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().view(-1)
+    """Where a flat mask on the CPU is set. NumPy is ten times faster at that than torch."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def _interpolate(known: list[Tensor], fractions: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -276,15 +283,37 @@ def _agreed_codes(codes: Tensor) -> Tensor:
 # -- where corners disagree ------------------------------------------------------------------------------------------------
 
 
-def _winners(candidates: Tensor, fractions: Sequence[Tensor]) -> Tensor:
-    """The code with the highest score in each column of ``candidates`` (corners, n), which have at least two each."""
+def _decides_everywhere(device: torch.device) -> bool:
+    """Whether all voxels are decided, not only those where corners disagree: to know how many these are, one waits."""
+    return device.type != "cpu"
+
+
+def _decide_everywhere(
+    results: Tensor, several: int, corners: Sequence[Tensor], index: Tensor, fractions: Sequence[Tensor]
+) -> None:
+    """Replace ``several`` in ``results`` (n) by the code that wins there. Waits for no device."""
+    for start in range(0, len(index), _EVERYWHERE_VOXELS):
+        piece = slice(start, start + _EVERYWHERE_VOXELS)
+        candidates = torch.stack([corner.index_select(0, index[piece]) for corner in corners])
+        won = _winners(candidates, [fraction[piece] for fraction in fractions], everywhere=True)
+        results[piece].copy_(torch.where(results[piece] == several, won, results[piece]))
+
+
+def _winners(candidates: Tensor, fractions: Sequence[Tensor], everywhere: bool = False) -> Tensor:
+    """The code with the highest score in each column of ``candidates`` (corners, n).
+
+    ``everywhere``: compute the rarer cases for all columns, and wait for no device.
+    """
     low, high = candidates.amin(0), candidates.amax(0)
     is_low = candidates == low
     share = _interpolate(list(is_low.float()), fractions)
     low_score, high_score = _score(share), _score(1 - share)
     winners = torch.where(high_score > low_score, high, low)
     only_two = is_low.logical_or_(candidates == high).all(0)
-    rest = _positions(~only_two | (high_score == low_score))
+    unsettled = ~only_two | (high_score == low_score)
+    if everywhere:
+        return torch.where(unsettled, _winners_of_all(candidates, fractions), winners)
+    rest = _positions(unsettled)
     if len(rest):
         at = [fraction.index_select(0, rest) for fraction in fractions]
         winners[rest] = _winners_of_all(candidates.index_select(1, rest), at)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nnssl_adapt.errors import TrainingError
 
+_Pairs = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
+
 
 class WeightAverage:
     """Exponential moving average of all of a network's tensors. Call :meth:`update` after every step.
@@ -28,7 +30,7 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         tensors = network.state_dict(keep_vars=True)
-        self._followed: tuple[weakref.ref[nn.Module], list[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+        self._followed: tuple[weakref.ref[nn.Module], _Pairs] | None = None
         firsts: dict[int, str] = {}
         self._first_name = {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         self._averages = {name: tensors[name].detach().clone() for name in firsts.values()}
@@ -43,7 +45,7 @@ class WeightAverage:
         for average, tensor in copies:
             average.copy_(tensor)
 
-    def _pairs(self, network: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def _pairs(self, network: nn.Module) -> _Pairs:
         """Averages and the tensors that they follow, and those that are copied. Collected once for a network.
 
         Walking its hundreds of names takes longer than the averages. Its parameters and buffers stay the same objects
@@ -51,11 +53,11 @@ class WeightAverage:
         """
         if self._followed is None or self._followed[0]() is not network:
             tensors = network.state_dict(keep_vars=True)
-            floating = [name for name, average in self._averages.items() if average.is_floating_point()]
-            others = [(average, tensors[name]) for name, average in self._averages.items() if name not in floating]
-            self._followed = weakref.ref(network), [tensors[name] for name in floating], others
-        averages = [average for average in self._averages.values() if average.is_floating_point()]
-        return averages, self._followed[1], self._followed[2]
+            pairs = [(average, tensors[name]) for name, average in self._averages.items()]
+            floating = [pair for pair in pairs if pair[0].is_floating_point()]
+            others = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._followed = weakref.ref(network), ([a for a, _ in floating], [b for _, b in floating], others)
+        return self._followed[1]
 
     def weights(self) -> dict[str, Tensor]:
         """The averages under all names of the network's state dict; a tensor with two names is one, as there."""

@@ -39,8 +39,9 @@ def to_device(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mo
     """
     if recipe.deep_supervision:
         set_deep_supervision(network, True)
-    if recipe.fused_norm == "on":  # before blocks are wrapped, which keeps what they did until then
-        fuse_norms(network)
+    # Before blocks are wrapped, which keeps what they did until then.
+    if recipe.fused_norm == "on" and not fuse_norms(network):
+        logger.warning("fused_norm on: this network has no instance normalisations (InstanceNorm3d); nothing is fused")
     if recipe.activation_checkpointing:
         recompute_activations(network)
     network = network.to(device)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_adapt.data.labels import LabelScheme
 from nnssl_adapt.errors import ConfigurationError, NonFiniteLoss, TrainingError
+from nnssl_adapt.training import loop as loop_module
 from nnssl_adapt.training import start as start_module
 from nnssl_adapt.training import trainer as trainer_module
 from nnssl_adapt.training.launch.distributed import Ranks
@@ -102,6 +104,35 @@ def test_reading_late_changes_nothing(plan, recipe, fused, monkeypatch, tmp_path
     assert_same_training(*models)
     assert warnings[0] == warnings[1]
     assert [line.split(":")[0] for line in warnings[0]] == [f"epoch 1, step {step}" for step in bad]
+
+
+def test_an_epochs_validation_is_read_once(monkeypatch):
+    """However many batches: what a batch gives stays on the device, losses and counts are read at the end."""
+    loop = TrainingLoop(
+        Recipe(validation_iterations=5), build_loss(LABELS, batch_dice=False), LABELS, 2, torch.device("cpu")
+    )
+    network = small_network()
+    state = TrainingState(network, None, None)
+    reads = []
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args: reads.append(name) or original(self, *args))
+
+    for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        counted(name)
+    display = SimpleNamespace(step=lambda loss: reads.remove("__float__"))  # what it shows on a CPU
+    stop = SimpleNamespace(asked=lambda: False)
+    found = []
+    for batches in (1, 5):
+        reads.clear()
+        loop.judge(network, batch_of(2))
+        assert not reads
+        judged = []
+        monkeypatch.setattr(loop_module, "pseudo_dice", lambda counts, judged=judged: judged.append(reads.copy()))
+        loop._judge_epoch(state, iter([batch_of(2)] * batches), network, display, stop)
+        found += judged
+    assert found == [["tolist", "cpu"]] * 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

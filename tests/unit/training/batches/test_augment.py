@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nnssl_adapt.data.labels import LabelScheme
+from nnssl_adapt.training.batches import spatial as spatial_module
 from nnssl_adapt.training.batches.augment import (
     Augmentation,
     SpatialRange,
@@ -132,6 +133,29 @@ def test_the_device_makes_what_the_cpu_makes(patch, labels):
     for _ in range(2):  # the batch is left as it was
         image, target = augmentation(batch, "cpu")
         assert torch.equal(image, expected["image"]) and torch.equal(target, expected["target"])
+
+
+@pytest.mark.parametrize("labels", [PLAIN, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("patch", [(8, 12, 16), (4, 24, 20)])
+def test_labels_decided_everywhere_are_those_decided_where_corners_disagree(patch, labels, monkeypatch):
+    """The way of a GPU, which waits for nothing, on the CPU; in pieces that end within the patch."""
+    spatial = SpatialRange.of(patch)
+    batch = device_transforms(spatial, (0, 1, 2), labels)(places(patch, range(40)))
+    augmentation = DeviceAugmentation(labels, (True, False))
+    _, expected = augmentation(batch, "cpu")
+    monkeypatch.setattr(spatial_module, "_decides_everywhere", lambda device: True)
+    monkeypatch.setattr(spatial_module, "_EVERYWHERE_VOXELS", 77)
+    monkeypatch.setattr(spatial_module, "_positions", None)  # is not asked
+    _, found = augmentation(batch, "cpu")
+    assert torch.equal(found, expected)
+
+
+def test_a_batch_is_one_tensor_of_each_kind():
+    """Each is pinned and sent once, whatever was read of each sample."""
+    batch = device_transforms(SpatialRange.of((8, 12, 16)), (0, 1, 2), PLAIN)(places((8, 12, 16), range(20)))
+    voxels = sum(math.prod(work.read_size) for work in batch["work"])
+    assert len({work.read_size for work in batch["work"]}) > 1
+    assert batch["image"].shape == (2 * voxels,) and batch["target"].shape == (voxels,)
 
 
 @pytest.mark.cuda

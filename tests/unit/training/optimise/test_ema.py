@@ -85,3 +85,30 @@ def test_another_networks_average_is_refused():
     state = WeightAverage(network_of(TRANSFORMER), 0.9).state_dict()
     with pytest.raises(TrainingError, match="of another network"):
         WeightAverage(network_of(), 0.9).load_state_dict(state)
+
+
+def test_names_are_walked_once(monkeypatch):
+    network = network_of()
+    average = WeightAverage(network, 0.9)
+    average.update(network)
+    walks = []
+    state_dict = type(network).state_dict
+    monkeypatch.setattr(
+        type(network), "state_dict", lambda self, *args, **kwargs: walks.append(1) or state_dict(self, *args, **kwargs)
+    )
+    average._averages = _NotWalked(average._averages)
+    for number in range(3):
+        step(network, number)
+        average.update(network)
+    assert not walks
+    network.state_dict()
+    assert walks == [1]  # and the count counts
+
+
+class _NotWalked(dict):
+    """Names whose walk is an error."""
+
+    def __iter__(self):
+        raise AssertionError("all names are walked in a step")
+
+    items = keys = values = __iter__

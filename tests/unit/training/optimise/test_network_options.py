@@ -304,3 +304,10 @@ def test_a_backward_pass_that_can_not_be_compiled_is_found_before_it_is_needed(m
     assert not forward.is_compiled and torch.equal(torch.random.get_rng_state(), state)
     (message,) = warnings_in(caplog)
     assert "torch.compile does not work here" in message
+
+
+@pytest.mark.parametrize("architecture", [TRANSFORMER, CNN], ids=["transformer", "residual"])
+def test_fused_norms_of_a_network_that_has_none(architecture, caplog):
+    to_device(network_of(architecture), Recipe(fused_norm="on", deep_supervision=False), CPU)
+    said = [message for message in warnings_in(caplog) if "InstanceNorm3d" in message]
+    assert len(said) == (architecture is TRANSFORMER)
