@@ -26,9 +26,9 @@ from nnssl_adapt.geometry.orientation import check_code
 from nnssl_adapt.inference.precision import OF_NNUNET, trained_precision
 from nnssl_adapt.inference.trained_with import other_order, trained_with
 from nnssl_adapt.planning.plan import KEEP, RESAMPLE, FinetunePlan
-from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of
+from nnssl_adapt.weights.checkpoint.state_dict import strip_wrappers, tensors_of, training_ended
 from nnssl_adapt.weights.checkpoint.weight_file import read_weight_file
-from nnssl_adapt.weights.families.nnunet import architecture_of_trainer, training_ended
+from nnssl_adapt.weights.families.nnunet import architecture_of_trainer
 from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture, build_network, without_memory
 from nnssl_adapt.weights.transfer.token_order import flatten_as_before, order_of_nnunet

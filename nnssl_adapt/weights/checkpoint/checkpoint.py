@@ -24,7 +24,6 @@ from nnssl_adapt.weights.checkpoint.state_dict import LIGHTNING_KEY, state_dict_
 from nnssl_adapt.weights.checkpoint.stems import choose_stem
 from nnssl_adapt.weights.checkpoint.weight_file import read_contents
 from nnssl_adapt.weights.families.family import SECOND_HAND
-from nnssl_adapt.weights.families.nnunet import training_ended
 from nnssl_adapt.weights.families.registry import in_our_names
 from nnssl_adapt.weights.network.architectures import Architecture
 from nnssl_adapt.weights.sources.published import PublishedModel, fitting_models, of_this_layout, published_at
@@ -213,7 +212,7 @@ def read_checkpoint(resolved: ResolvedSource, options: SourceOptions | None = No
         notes=tuple(notes),
         choices=options.choices,
         published=published,
-        trained_until=training_ended(content, resolved.weights.parent),
+        trained_until=state.trained_until,
     )
     if published is not None:
         checkpoint = replace(checkpoint, published=of_this_layout(published, checkpoint.similar_published()))

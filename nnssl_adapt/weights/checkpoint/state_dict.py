@@ -6,8 +6,11 @@ Names are changed by whole dotted words only, and a prefix goes only when every 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,17 +41,19 @@ class StateDict:
         tensors: name → tensor, wrappers' prefixes stripped.
         key: where they lay in the file (one of :data:`STATE_DICT_KEYS`), None for a bare state dict.
         notes: what was stripped.
+        trained_until: day of the last epoch, where nnU-Net's file says it or a log beside it.
     """
 
     tensors: dict[str, Tensor]
     key: str | None
     notes: tuple[str, ...] = ()
+    trained_until: date | None = None
 
 
 def state_dict_of(contents: Mapping[Path, Mapping[str, Any]]) -> StateDict:
     """Find, check and unwrap the state dict in a checkpoint's content; of several folds the average.
 
-    ``contents`` maps the file of each fold to its content; key and notes are those of the first. Raises UnreadableCheckpoint
+    ``contents`` maps the file of each fold to its content; all but the tensors is that of the first. Raises UnreadableCheckpoint
     naming the entry that doesn't belong, CheckpointError for folds that can't be averaged.
     """
     states = {path: _state_dict_in(content, path) for path, content in contents.items()}
@@ -62,7 +67,7 @@ def _state_dict_in(content: Mapping[str, Any], path: Path) -> StateDict:
     key = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
     tensors = tensors_of(content, path)
     stripped, notes = unwrap(tensors, path, lightning=key != WEIGHTS_KEY)
-    return StateDict(stripped, key, notes)
+    return StateDict(stripped, key, notes, training_ended(content, path.parent))
 
 
 def tensors_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -256,3 +261,25 @@ def _check_alike(path: Path, first: Mapping[str, Tensor], other: Path, tensors: 
                 f"these folds can't be averaged: {name!r} is {list(tensor.shape)} in {path} and "
                 f"{list(tensors[name].shape)} in {other}. Choose one fold (--fold)"
             )
+
+
+_LOG = re.compile(r"training_log_(\d{4})_(\d{1,2})_(\d{1,2})_.*\.txt")
+
+
+def training_ended(content: Mapping[str, Any], fold_folder: Path | None = None) -> date | None:
+    """The day (UTC) of the last epoch that a checkpoint of nnU-Net's notes; else that of the last log beside it; else None."""
+    logged = content.get("logging")
+    times = logged.get("epoch_end_timestamps") if isinstance(logged, Mapping) else None
+    last = times[-1] if isinstance(times, (list, tuple)) and times else None
+    # Plausible seconds only: a damaged file may hold anything.
+    if isinstance(last, (int, float)) and not isinstance(last, bool) and math.isfinite(last) and 1e9 < last < 1e10:
+        return datetime.fromtimestamp(last, timezone.utc).date()
+    found = map(_LOG.fullmatch, (path.name for path in fold_folder.glob("training_log_*.txt")) if fold_folder else ())
+    return max(filter(None, (_day(match) for match in found if match)), default=None)
+
+
+def _day(match: re.Match[str]) -> date | None:
+    try:
+        return date(int(match[1]), int(match[2]), int(match[3]))
+    except ValueError:
+        return None

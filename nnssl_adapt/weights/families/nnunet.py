@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import date, datetime, timezone
-from pathlib import Path
+from datetime import date
 from typing import Any
 
 from nnssl_adapt.weights.network.architectures import Architecture
@@ -77,27 +74,6 @@ def trained_by_nnunet(trainer_name: object) -> bool:
 FIRST_WHD, WHD_RELEASED = date(2025, 10, 29), date(2026, 1, 23)
 """Since when dynamic-network-architectures flattens a Primus's tokens (w h d) instead of (h w d): in its repository, and as
 a release (0.4.3). Read off the files of its releases: 0.4.1 and 0.4.2 (June 2025) have (h w d), 0.4.3 and 0.4.4 (w h d)."""
-
-_LOG = re.compile(r"training_log_(\d{4})_(\d{1,2})_(\d{1,2})_.*\.txt")
-
-
-def training_ended(content: Mapping[str, Any], fold_folder: Path | None = None) -> date | None:
-    """The day (UTC) of the last epoch that a checkpoint of nnU-Net's notes; else that of the last log beside it; else None."""
-    logged = content.get("logging")
-    times = logged.get("epoch_end_timestamps") if isinstance(logged, Mapping) else None
-    last = times[-1] if isinstance(times, (list, tuple)) and times else None
-    # Plausible seconds only: a damaged file may hold anything.
-    if isinstance(last, (int, float)) and not isinstance(last, bool) and math.isfinite(last) and 1e9 < last < 1e10:
-        return datetime.fromtimestamp(last, timezone.utc).date()
-    found = map(_LOG.fullmatch, (path.name for path in fold_folder.glob("training_log_*.txt")) if fold_folder else ())
-    return max(filter(None, (_day(match) for match in found if match)), default=None)
-
-
-def _day(match: re.Match[str]) -> date | None:
-    try:
-        return date(int(match[1]), int(match[2]), int(match[3]))
-    except ValueError:
-        return None
 
 
 def token_order_by_date(ended: date | None) -> tuple[str, str, bool]:
