@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnssl_adapt.data.store import open_array, packed, piece_shapes
+from nnssl_adapt.data.arrays import open_array, packed, piece_shapes
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.files import atomic_path, explain_write_errors, make_folder, sha256_of, write_json
 from nnssl_adapt.text import read_record

@@ -15,6 +15,7 @@ from support.synthetic import make_dataset
 
 nnunetv2 = pytest.importorskip("nnunetv2")
 
+from nnssl_adapt.data.arrays import piece_shapes  # noqa: E402
 from nnssl_adapt.data.dataset import RawDataset  # noqa: E402
 from nnssl_adapt.data.labels import LabelScheme  # noqa: E402
 from nnssl_adapt.data.preprocess import (  # noqa: E402
@@ -25,7 +26,7 @@ from nnssl_adapt.data.preprocess import (  # noqa: E402
 )
 from nnssl_adapt.data.preprocess_cases import preprocess_cases  # noqa: E402
 from nnssl_adapt.data.splits import crossval_splits  # noqa: E402
-from nnssl_adapt.data.store import CaseStore, piece_shapes  # noqa: E402
+from nnssl_adapt.data.store import CaseStore  # noqa: E402
 from nnssl_adapt.data.verifying.examine import fingerprint_dataset  # noqa: E402
 from nnssl_adapt.data.verifying.fingerprint import TOTAL_DRAWS, DatasetFingerprint  # noqa: E402
 from nnssl_adapt.planning.scaling import read_scaling  # noqa: E402

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from nnssl_adapt.data.store import MADE_AGAIN, CaseStore, StoredCase
+from nnssl_adapt.data.arrays import MADE_AGAIN
+from nnssl_adapt.data.store import CaseStore, StoredCase
 from nnssl_adapt.errors import CaseError
 from nnssl_adapt.text import and_more, size_text
 from nnssl_adapt.training.run.background import Background

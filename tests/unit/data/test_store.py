@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import nnssl_adapt.data.store as store_module
+from nnssl_adapt.data.arrays import piece_shapes
 from nnssl_adapt.data.properties import load_properties
 from nnssl_adapt.data.store import (
     CaseStore,
     PreprocessedCase,
     describe_source,
-    piece_shapes,
 )
 from nnssl_adapt.errors import CaseError, DatasetNotFound, OutputError
 
