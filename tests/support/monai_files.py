@@ -3,6 +3,7 @@
 import re
 from inspect import signature
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,10 +35,11 @@ def swin_unetr(channels=1, classes=5, version=1, merging="old", seed=0):
     from monai.networks.nets.swin_unetr import SwinUNETR
 
     torch.manual_seed(seed)
+    until_1_4 = "img_size" in signature(SwinUNETR).parameters
+    if until_1_4 and merging == "new":
+        pytest.skip("MONAI merges in the new order since 1.5")
     down = OldPatchMerging if merging == "old" else "merging"
-    size = (
-        {"img_size": (64, 32, 32)} if "img_size" in signature(SwinUNETR).parameters else {}
-    )  # up to 1.4, and not used
+    size = {"img_size": (64, 32, 32)} if until_1_4 else {}  # which is not used
     network = SwinUNETR(
         in_channels=channels, out_channels=classes, feature_size=WIDTH, use_v2=version == 2, downsample=down, **size
     )
