@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import aot_function, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_plans import CNN, DATASET, PATCH, TRANSFORMER, plan_content
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from nnssl_adapt.errors import ArchitectureError, ConfigurationError
@@ -350,3 +352,42 @@ def test_the_measured_peak_on_a_gpu(architecture, patch, precision, cuda_device)
     estimate = estimate_memory(architecture, 1, 3, patch, 2, StepSettings(precision=precision))
     if on_card:
         assert estimate.total - CONTEXT == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("architecture", [WIDE, TRANSFORMER], ids=["cnn", "transformer"])
+def test_a_compiled_network_keeps_no_more_for_its_backward_pass(architecture):
+    """What torch.compile's partitioner keeps, counted without memory, beside what runs of the same network save."""
+    network = build_network(architecture, CHANNELS, HEADS, SHAPE).train()
+    own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(BATCH, CHANNELS, *SHAPE))
+
+    compiled = []
+
+    def count(graph, _):
+        *_, output = graph.graph.nodes
+        given = {node for node in graph.graph.nodes if node.op == "placeholder"}
+        _logits, *saved = output.args[0]
+        compiled.extend(
+            node.meta["val"].nbytes for node in saved if node not in given and hasattr(node.meta["val"], "nbytes")
+        )
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights = {name: torch.empty_like(weight).requires_grad_() for name, weight in network.named_parameters()}
+        aot_function(
+            lambda weights, image: torch.func.functional_call(network, weights, (image,)),
+            fw_compiler=count,
+            bw_compiler=lambda graph, _: graph.forward,
+            partition_fn=min_cut_rematerialization_partition,
+        )(weights, torch.empty(BATCH, CHANNELS, *SHAPE))
+    assert 0.5 * sum(kept.values()) < sum(compiled) <= 1.05 * sum(kept.values())
