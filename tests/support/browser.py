@@ -7,6 +7,7 @@ the browser. Nothing beside the browser is needed.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -79,7 +80,9 @@ class Browser:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._process.terminate()
+        # Asked to close, it writes what pages keep; a signal may come before that.
+        with contextlib.suppress(OSError):
+            os.write(self._out, b'{"id": 0, "method": "Browser.close"}\0')
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
